@@ -1,0 +1,238 @@
+// The CPU backend: tensors to rows, rows to torch's own thread pool.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "../checks.h"
+#include "rows.h"
+
+namespace rk {
+namespace {
+
+Dtype dtype_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, op,
+                      ": the cpu backend takes float32, bfloat16 and float16; for float64 use "
+                      "use_backend(\"reference\")");
+  }
+}
+
+// True where the leading dimensions collapse into one: the rows then lie a fixed stride apart.
+bool as_rows(const Tensor& t, int64_t* stride) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return false;
+  *stride = t.size(last);
+  bool found = false;
+  int64_t expected = 0;
+  for (int64_t d = last - 1; d >= 0; d--) {
+    if (t.size(d) == 1) continue;
+    if (!found) {
+      *stride = t.stride(d);
+      found = true;
+    } else if (t.stride(d) != expected) {
+      return false;
+    }
+    expected = t.stride(d) * t.size(d);
+  }
+  return true;
+}
+
+// Rows of a tensor that is only read; anything that does not collapse is copied once, into `keep`.
+Rows rows_of(const Tensor& t, Tensor* keep) {
+  Rows rows;
+  *keep = t;
+  if (!as_rows(t, &rows.stride)) {
+    *keep = torch::stable::contiguous(t);
+    as_rows(*keep, &rows.stride);
+  }
+  rows.data = const_cast<void*>(keep->const_data_ptr());
+  return rows;
+}
+
+// at::empty_strided without the dispatcher: half a microsecond less than torch::stable::new_empty,
+// which is a third of a small call.
+Tensor empty_contiguous(std::vector<int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_like_contiguous(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return empty_contiguous({sizes.begin(), sizes.end()}, x.scalar_type());
+}
+
+Programs programs_of(const Tensor& bank, const Tensor* params, const std::optional<Tensor>& route) {
+  return {static_cast<const float*>(bank.const_data_ptr()),
+          params ? static_cast<const float*>(params->const_data_ptr()) : nullptr,
+          route ? static_cast<const int32_t*>(route->const_data_ptr()) : nullptr, bank.size(2)};
+}
+
+// Out of range would read past the bank. Four bytes a token, beside the row's thousands.
+void check_route_values(const char* op, const Programs& programs, int64_t tokens, int64_t count) {
+  for (int64_t i = 0; programs.route && i < tokens; i++)
+    STD_TORCH_CHECK(programs.route[i] >= -1 && programs.route[i] < count, op, ": route[", i, "] is ",
+                    programs.route[i], "; expected -1 (plain) to ", count - 1);
+}
+
+// Tasks below about 32k elements cost more to hand out than to do: one row never wakes the pool.
+int64_t grain(int64_t per_row) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row)); }
+
+void steer(const char* op, const Tensor& x, const std::optional<Tensor>& residual, Rows out,
+           const Tensor& bank, const Tensor& params, const std::optional<Tensor>& route) {
+  check_bank(op, x, bank);
+  check_params(op, bank, params);
+  check_route(op, x, route);
+  const int64_t tokens = tokens_of(x), hidden = hidden_of(op, x), slots = bank.size(2);
+  const Dtype dtype = dtype_of(op, x);
+  Tensor keep_x, keep_residual;
+  SteerArgs args{rows_of(x, &keep_x), {}, out, programs_of(bank, &params, route), hidden};
+  if (residual) args.residual = rows_of(*residual, &keep_residual);
+  check_route_values(op, args.programs, tokens, bank.size(0));
+  if (hidden == 0) return;
+  torch::stable::parallel_for(0, tokens, grain(hidden * std::max<int64_t>(1, slots)),
+                              [&](int64_t begin, int64_t end) {
+                                std::unique_ptr<float[]> scratch(new float[hidden + slots]);
+                                kernels().steer(dtype, args, begin, end, scratch.get());
+                              });
+}
+
+Tensor add_steer(const Tensor& x, std::optional<Tensor> residual, const Tensor& bank,
+                 const Tensor& params, std::optional<Tensor> route) {
+  hidden_of("add_steer", x);
+  if (residual) check_residual("add_steer", x, *residual);
+  Tensor h = empty_like_contiguous(x);
+  steer("add_steer", x, residual, {h.mutable_data_ptr(), x.size(x.dim() - 1)}, bank, params, route);
+  return h;
+}
+
+void add_steer_(const Tensor& x, Tensor residual, const Tensor& bank, const Tensor& params,
+                std::optional<Tensor> route) {
+  const char* op = "add_steer_";
+  hidden_of(op, x);
+  check_residual(op, x, residual);
+  for (int64_t d = 0; d < residual.dim(); d++)
+    STD_TORCH_CHECK(residual.stride(d) != 0 || residual.size(d) <= 1, op,
+                    ": residual is expanded (several rows share memory), so it can not be written");
+  Rows out;
+  if (as_rows(residual, &out.stride)) {
+    out.data = residual.mutable_data_ptr();
+    steer(op, x, residual, out, bank, params, route);
+  } else {  // strides that no row walk covers: compute aside, then copy back
+    torch::stable::copy_(residual, add_steer(x, residual, bank, params, route));
+  }
+}
+
+Tensor scores(const Tensor& h, const Tensor& bank, std::optional<Tensor> route) {
+  const char* op = "scores";
+  const int64_t hidden = hidden_of(op, h), tokens = tokens_of(h), slots = bank.dim() == 4 ? bank.size(2) : 0;
+  check_bank(op, h, bank);
+  check_route(op, h, route);
+  const Dtype dtype = dtype_of(op, h);
+  Tensor out = empty_contiguous({tokens, slots}, ScalarType::Float), keep;
+  const ScoresArgs args{rows_of(h, &keep), programs_of(bank, nullptr, route),
+                        static_cast<float*>(out.mutable_data_ptr()), hidden};
+  check_route_values(op, args.programs, tokens, bank.size(0));
+  torch::stable::parallel_for(
+      0, tokens, grain(hidden * std::max<int64_t>(1, slots)),
+      [&](int64_t begin, int64_t end) { kernels().scores(dtype, args, begin, end); });
+  return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+  const char* op = "rms_norm";
+  const int64_t hidden = hidden_of(op, x), tokens = tokens_of(x);
+  const Dtype dtype = dtype_of(op, x);
+  check_same_device(op, "weight", weight, x);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == hidden, op, ": weight has shape ",
+                  shape_of(weight), "; expected [", hidden, "]");
+  Tensor out = empty_like_contiguous(x), keep, keep_weight = torch::stable::contiguous(weight);
+  std::unique_ptr<float[]> gain(new float[hidden]);
+  kernels().to_float(dtype_of(op, weight), keep_weight.const_data_ptr(), gain.get(), hidden);
+  for (int64_t j = 0; j < hidden; j++) gain[j] += static_cast<float>(weight_offset);
+  const RmsNormArgs args{rows_of(x, &keep), {out.mutable_data_ptr(), hidden}, gain.get(),
+                         static_cast<float>(eps), hidden};
+  if (hidden == 0) return out;
+  torch::stable::parallel_for(0, tokens, grain(hidden), [&](int64_t begin, int64_t end) {
+    kernels().rms_norm(dtype, args, begin, end);
+  });
+  return out;
+}
+
+void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, const Tensor& index,
+              const Tensor& group) {
+  const char* op = "moments_";
+  STD_TORCH_CHECK(activations.dim() == 3, op, ": activations has shape ", shape_of(activations),
+                  "; expected [batch, tokens, hidden]");
+  const int64_t batch = activations.size(0), tokens = activations.size(1), hidden = activations.size(2);
+  const Dtype dtype = dtype_of(op, activations);
+  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.dim() == 2 && count.is_contiguous(),
+                  op, ": count must be a contiguous int64 [groups, positions]");
+  const int64_t groups = count.size(0), positions = count.size(1);
+  for (const Tensor* state : {&mean, &m2})
+    STD_TORCH_CHECK(state->scalar_type() == ScalarType::Double && state->dim() == 3 &&
+                        state->size(0) == groups && state->size(1) == positions &&
+                        state->size(2) == hidden && state->is_contiguous(),
+                    op, ": mean and m2 must be contiguous float64 [", groups, ", ", positions, ", ",
+                    hidden, "]; got ", shape_of(*state));
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 2 && index.size(0) == batch &&
+                      index.size(1) == tokens && index.is_contiguous(),
+                  op, ": index must be a contiguous int32 [", batch, ", ", tokens, "]; got ", shape_of(index));
+  STD_TORCH_CHECK(group.scalar_type() == ScalarType::Int && group.dim() == 1 && group.size(0) == batch &&
+                      group.is_contiguous(),
+                  op, ": group must be a contiguous int32 [", batch, "]; got ", shape_of(group));
+
+  const Tensor source = activations.stride(2) == 1 || hidden <= 1 ? activations
+                                                                  : torch::stable::contiguous(activations);
+  const auto* position = static_cast<const int32_t*>(index.const_data_ptr());
+  const auto* group_of = static_cast<const int32_t*>(group.const_data_ptr());
+  std::vector<std::vector<int64_t>> rows(groups * positions);  // in order of sequence, then token
+  for (int64_t b = 0; b < batch; b++) {
+    STD_TORCH_CHECK(group_of[b] >= -1 && group_of[b] < groups, op, ": group[", b, "] is ", group_of[b],
+                    "; expected -1 (skip) to ", groups - 1);
+    for (int64_t t = 0; t < tokens; t++) {
+      const int64_t p = position[b * tokens + t];
+      STD_TORCH_CHECK(p >= -1 && p < positions, op, ": index[", b, ", ", t, "] is ", p,
+                      "; expected -1 (not read) to ", positions - 1);
+      if (p >= 0 && group_of[b] >= 0)
+        rows[group_of[b] * positions + p].push_back(b * source.stride(0) + t * source.stride(1));
+    }
+  }
+
+  auto* counts = static_cast<int64_t*>(count.mutable_data_ptr());
+  auto* means = static_cast<double*>(mean.mutable_data_ptr());
+  auto* m2s = static_cast<double*>(m2.mutable_data_ptr());
+  for (int64_t slot = 0; slot < groups * positions; slot++) {
+    const int64_t n = rows[slot].size();
+    if (n == 0) continue;
+    const MomentsArgs args{source.const_data_ptr(), rows[slot].data(), n, counts[slot],
+                           means + slot * hidden, m2s + slot * hidden};
+    torch::stable::parallel_for(0, hidden, std::max<int64_t>(256, grain(n)), [&](int64_t begin, int64_t end) {
+      kernels().moments(dtype, args, begin, end);
+    });
+    counts[slot] += n;
+  }
+}
+
+}  // namespace
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(refusal_kernels, CPU, m) {
+  m.impl("add_steer", TORCH_BOX(&rk::add_steer));
+  m.impl("add_steer_inference", TORCH_BOX(&rk::add_steer));
+  m.impl("add_steer_", TORCH_BOX(&rk::add_steer_));
+  m.impl("scores", TORCH_BOX(&rk::scores));
+  m.impl("rms_norm", TORCH_BOX(&rk::rms_norm));
+  m.impl("moments_", TORCH_BOX(&rk::moments_));
+}

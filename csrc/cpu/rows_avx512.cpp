@@ -1,0 +1,22 @@
+// The row kernels for AVX-512 (Skylake-X and later, Zen 4 and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "rows.h"
+
+#define RK_LANES 16
+#define RK_F16_INSTRUCTIONS 512
+#define RK_TABLE kernels_avx512
+#define RK_NAME "avx512"
+// After every include, so that no inline function of the standard library is compiled for this
+// instruction set and then picked by the linker for everyone.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#include "rows.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

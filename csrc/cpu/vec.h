@@ -1,0 +1,146 @@
+// One vector of floats, whatever the instruction set: the including file defines RK_LANES first.
+//
+// GCC and Clang vector extensions do the arithmetic, so a kernel is written once and reads like the
+// formula. Only the half-precision conversions that have an instruction of their own use intrinsics.
+// Everything is in an anonymous namespace: each instruction set keeps its own copy, and the linker
+// can never merge an AVX-512 function into a baseline one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+
+namespace {
+
+#define RK_INLINE inline __attribute__((always_inline))
+#define RK_LAMBDA __attribute__((always_inline))
+
+constexpr int64_t kLanes = RK_LANES;
+typedef float vfloat __attribute__((vector_size(RK_LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(RK_LANES * 4)));
+typedef uint32_t vuint __attribute__((vector_size(RK_LANES * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(RK_LANES * 2)));
+
+template <class To, class From>
+RK_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// mask lanes are 0 or -1, as a vector comparison returns them
+template <class Mask>
+RK_INLINE vuint pick(Mask mask, vuint yes, vuint no) {
+  const vuint m = (vuint)mask;
+  return (yes & m) | (no & ~m);
+}
+
+RK_INLINE vfloat widen(vfloat v) { return v; }
+
+RK_INLINE vfloat widen_bf16(vhalf v) { return bits<vfloat>(__builtin_convertvector(v, vuint) << 16); }
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+RK_INLINE vhalf narrow_bf16(vfloat f) {
+  const vuint u = bits<vuint>(f);
+  const vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vuint quiet = (u >> 16) | 0x40u;
+  return __builtin_convertvector(pick(f != f, quiet, rounded), vhalf);
+}
+
+#if RK_F16_INSTRUCTIONS == 512
+// the zero-masked forms: GCC warns about the undefined pass-through operand of the plain ones
+RK_INLINE vfloat widen_f16(vhalf v) { return (vfloat)_mm512_maskz_cvtph_ps(-1, (__m256i)v); }
+RK_INLINE vhalf narrow_f16(vfloat f) {
+  return (vhalf)_mm512_maskz_cvtps_ph(-1, (__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif RK_F16_INSTRUCTIONS == 256
+RK_INLINE vfloat widen_f16(vhalf v) { return (vfloat)_mm256_cvtph_ps((__m128i)v); }
+RK_INLINE vhalf narrow_f16(vfloat f) {
+  return (vhalf)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// Without F16C. Subnormals go through the integer value, so that flush-to-zero can not touch them.
+RK_INLINE vfloat widen_f16(vhalf v) {
+  const vuint h = __builtin_convertvector(v, vuint);
+  const vuint magnitude = h & 0x7fffu;
+  const vuint normal = (magnitude << 13) + (112u << 23);
+  const vuint special = (magnitude << 13) | 0x7f800000u;
+  const vuint tiny = bits<vuint>(__builtin_convertvector((vint)magnitude, vfloat) * 0x1p-24f);
+  const vuint finite = pick(magnitude < 0x400u, tiny, normal);
+  return bits<vfloat>(pick(magnitude >= 0x7c00u, special, finite) | ((h & 0x8000u) << 16));
+}
+RK_INLINE vhalf narrow_f16(vfloat f) {
+  const vuint u = bits<vuint>(f);
+  const vuint magnitude = u & 0x7fffffffu;
+  const vuint normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  // adding 0.5 aligns a subnormal half's last place with the float's, so the addition rounds it
+  const vuint tiny = bits<vuint>(bits<vfloat>(magnitude) + 0.5f) - 0x3f000000u;
+  const vuint overflow = pick(magnitude > 0x7f800000u, vuint{} + 0x7e00u, vuint{} + 0x7c00u);
+  const vuint finite = pick(magnitude < 0x38800000u, tiny, normal);
+  const vuint half = pick(magnitude >= 0x477ff000u, overflow, finite);  // 65520 and above
+  return __builtin_convertvector(half | ((u >> 16) & 0x8000u), vhalf);
+}
+#endif
+
+// Element types in memory. Storage is what a vector of them looks like before it is widened.
+struct F32 {
+  using Element = float;
+  using Storage = vfloat;
+  static RK_INLINE vfloat widen(Storage v) { return v; }
+  static RK_INLINE Storage narrow(vfloat v) { return v; }
+};
+struct BF16 {
+  using Element = uint16_t;
+  using Storage = vhalf;
+  static RK_INLINE vfloat widen(Storage v) { return widen_bf16(v); }
+  static RK_INLINE Storage narrow(vfloat v) { return narrow_bf16(v); }
+};
+struct F16 {
+  using Element = uint16_t;
+  using Storage = vhalf;
+  static RK_INLINE vfloat widen(Storage v) { return widen_f16(v); }
+  static RK_INLINE Storage narrow(vfloat v) { return narrow_f16(v); }
+};
+
+// n lanes, the missing ones zero. With n == kLanes known to the compiler this is one plain load:
+// memcpy is also what makes a misaligned address legal.
+template <class T>
+RK_INLINE vfloat load(const typename T::Element* p, int64_t n = kLanes) {
+  typename T::Storage raw{};
+  __builtin_memcpy(&raw, p, n * sizeof(*p));
+  return T::widen(raw);
+}
+
+template <class T>
+RK_INLINE void store(typename T::Element* p, vfloat v, int64_t n = kLanes) {
+  const typename T::Storage raw = T::narrow(v);
+  __builtin_memcpy(p, &raw, n * sizeof(*p));
+}
+
+// The order of the lanes is fixed, so the same row always gives the same bits.
+RK_INLINE float sum(vfloat v) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &v, sizeof(v));
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// body(offset, lanes, accumulator) over a row; four accumulators hide the latency of the FMA, and
+// the remainder takes whole vectors first, then one partial one.
+template <class Body>
+RK_INLINE void for_row(int64_t hidden, Body body) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= hidden; j += 4 * kLanes) {
+    body(j, kLanes, 0);
+    body(j + kLanes, kLanes, 1);
+    body(j + 2 * kLanes, kLanes, 2);
+    body(j + 3 * kLanes, kLanes, 3);
+  }
+  for (; j + kLanes <= hidden; j += kLanes) body(j, kLanes, 0);
+  if (j < hidden) body(j, hidden - j, 1);
+}
+
+}  // namespace

@@ -1,0 +1,133 @@
+"""The ops: the one place where activations are touched.
+
+Shapes: x and residual ``[..., hidden]`` in float32, bfloat16 or float16 (float64 on the reference
+backend), any strides, any number of tokens. ``bank`` is float32 ``[programs, 2, slots, hidden]``
+(read vectors, then write vectors), ``params`` float32 ``[programs, slots, 5]`` (a, c, b, low,
+high), ``route`` int32 ``[tokens]``: the program of every token, -1 for the plain add; None means
+program 0 everywhere. See `refusal_kernels.ops.reference` for the formula.
+
+The functions here pick a backend for every call (`explain`, `use_backend`). The same ops stand in
+``torch.ops.refusal_kernels``, where the dispatcher picks by device.
+"""
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.ops.registry import BACKENDS, Explanation, explain, op_for, use_backend
+
+__all__ = [
+    "BACKENDS",
+    "Explanation",
+    "add_steer",
+    "add_steer_",
+    "explain",
+    "moments_",
+    "op_for",
+    "rms_norm",
+    "scores",
+    "use_backend",
+]
+
+
+def add_steer(
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None
+) -> Tensor:
+    """Add the residual and steer: ``h = s + sum_j phi_j(v_j . s) u_j``, ``s = x + residual``.
+
+    Parameters
+    ----------
+    x, residual
+        [..., hidden]; without a residual x itself is steered.
+    bank
+        float32 [programs, 2, slots, hidden].
+    params
+        float32 [programs, slots, 5].
+    route
+        int32 [tokens] or None. A row with -1 is bit-identical to ``x + residual``. On a CPU a
+        value out of range raises; on a GPU, where looking would wait for the device, it acts as -1.
+
+    Returns
+    -------
+    Tensor
+        h, contiguous, in the shape and dtype of x.
+
+    Raises
+    ------
+    RuntimeError
+        If shapes, dtypes or devices do not fit; nothing has been computed then.
+    """
+    return op_for("add_steer", x)(x, residual, bank, params, route)
+
+
+def add_steer_(
+    x: Tensor, residual: Tensor, bank: Tensor, params: Tensor, route: Tensor | None = None
+) -> Tensor:
+    """Write `add_steer` into ``residual`` and return it.
+
+    Raises
+    ------
+    RuntimeError
+        As `add_steer`; also where a gradient would be needed, or rows of residual share memory.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, bank, params)):
+        raise RuntimeError("add_steer_ overwrites its input and has no gradient; use add_steer")
+    op_for("add_steer_", x)(x, residual, bank, params, route)
+    return residual
+
+
+def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:
+    """Project every token on the read vectors: ``v_j . h``.
+
+    Returns
+    -------
+    Tensor
+        float32 [tokens, slots]; 0 where the route is -1.
+    """
+    return op_for("scores", h)(h, bank, route)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """Root-mean-square norm, ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``.
+
+    Parameters
+    ----------
+    x
+        [..., hidden].
+    weight
+        [hidden], in any dtype that x may have.
+    eps
+        Added to the mean square.
+    weight_offset
+        1 for Gemma, whose norms multiply by (1 + weight).
+
+    Notes
+    -----
+    Zhang and Sennrich 2019. Computed in float32 and rounded once; Hugging Face rounds the
+    normalised row to the model's dtype before the weight, so half-precision bits differ from it.
+    """
+    return op_for("rms_norm", x)(x, weight, eps, weight_offset)
+
+
+def moments_(
+    count: Tensor, mean: Tensor, m2: Tensor, activations: Tensor, index: Tensor, group: Tensor
+) -> None:
+    """Fold a batch of activations into running moments, in place.
+
+    Parameters
+    ----------
+    count
+        int64 [groups, positions].
+    mean, m2
+        float64 [groups, positions, hidden], contiguous: mean and sum of squared deviations.
+    activations
+        [batch, tokens, hidden]; rows that are not named below are not read.
+    index
+        int32 [batch, tokens]: the position slot that a token feeds, -1 for none.
+    group
+        int32 [batch]: the group of a sequence, -1 for none.
+
+    Notes
+    -----
+    States merge by Chan, Golub and LeVeque 1979. The order of summation is fixed by the shapes.
+    """
+    op_for("moments_", activations)(count, mean, m2, activations, index, group)

@@ -1,0 +1,201 @@
+"""The ops in plain PyTorch: what they mean, and the fall-back wherever no kernel serves.
+
+A steering program is a list of slots, each with a read vector ``v``, a write vector ``u`` and five
+numbers. With ``s = x + residual``, in float32 (float64 where x is float64)::
+
+    h = s + sum_j phi_j(v_j . s) * u_j        phi(t) = a*t + c*clamp(t, low, high) + b
+
+Every dot product of a program reads the same ``s``. The result is rounded to the dtype of x once.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[tokens, hidden] in the computing dtype, contiguous: the strides must not change a sum."""
+    return _wide(x).reshape(-1, x.shape[-1]).contiguous()
+
+
+def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    """s = x + residual as [tokens, hidden]."""
+    return _rows(x) if residual is None else _rows(x) + _rows(residual)
+
+
+def _programs(
+    bank: Tensor, params: Tensor, route: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read vectors, write vectors [tokens or 1, slots, hidden] and params [tokens or 1, slots, 5]."""
+    bank, params = bank.to(dtype), params.to(dtype)
+    if route is None:
+        return bank[:1, 0], bank[:1, 1], params[:1]
+    program = route.clamp(min=0).long()
+    return bank[program, 0], bank[program, 1], params[program]
+
+
+def _dot(rows: Tensor, vectors: Tensor) -> Tensor:
+    """[tokens, hidden] . [tokens or 1, slots, hidden] -> [tokens, slots].
+
+    A product and a sum, not a matrix product: its result for a row does not depend on the others.
+    """
+    return (rows.unsqueeze(1) * vectors).sum(-1)
+
+
+def _plain(route: Tensor | None) -> Tensor | None:
+    return None if route is None else (route < 0).unsqueeze(-1)
+
+
+def add_steer(
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None
+) -> Tensor:
+    """``h = s + sum_j phi_j(v_j . s) u_j`` with ``s = x + residual`` (``s = x`` without one)."""
+    rows = _sum(x, residual)
+    read, write, p = _programs(bank, params, route, rows.dtype)
+    a, c, b, low, high = p.unbind(-1)  # [tokens or 1, slots]
+    t = _dot(rows, read)
+    phi = a * t + c * torch.minimum(torch.maximum(t, low), high) + b
+    h = rows + (phi.unsqueeze(-1) * write).sum(1)
+    if (plain := _plain(route)) is not None:
+        h = torch.where(plain, rows, h)
+    return h.to(x.dtype).reshape(x.shape)
+
+
+def add_steer_(
+    x: Tensor, residual: Tensor, bank: Tensor, params: Tensor, route: Tensor | None = None
+) -> None:
+    """`add_steer`, written into ``residual``."""
+    residual.copy_(add_steer(x, residual, bank, params, route))
+
+
+def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:
+    """``v_j . h`` for every token: [tokens, slots], 0 where the route is -1."""
+    rows = _rows(h)
+    read = bank[:1, 0] if route is None else bank[route.clamp(min=0).long(), 0]
+    out = _dot(rows, read.to(rows.dtype))
+    if (plain := _plain(route)) is not None:
+        out = out.masked_fill(plain, 0.0)
+    return out.float() if h.dtype != torch.float64 else out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``, rounded once at the end."""
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * scale * (weight.to(wide.dtype) + weight_offset)).to(x.dtype)
+
+
+def moments_(
+    count: Tensor, mean: Tensor, m2: Tensor, activations: Tensor, index: Tensor, group: Tensor
+) -> None:
+    """Fold the rows that ``index`` and ``group`` name into the running moments (Chan et al. 1979)."""
+    groups, positions, hidden = mean.shape
+    # the slot [groups * positions] of every row; the spare last one takes what is not read
+    read = (index >= 0) & (group >= 0).unsqueeze(-1)
+    slot = torch.where(read, group.unsqueeze(-1) * positions + index, groups * positions)
+    slot = slot.reshape(-1).long()
+    rows = activations.double().reshape(-1, hidden)
+    rows = rows.masked_fill((slot == groups * positions).unsqueeze(-1), 0.0)
+
+    n = torch.zeros(groups * positions + 1, dtype=torch.float64, device=mean.device)
+    n = n.index_add(0, slot, torch.ones_like(slot, dtype=torch.float64))
+    shape = (groups * positions + 1, hidden)
+    total = torch.zeros(shape, dtype=torch.float64, device=mean.device).index_add(0, slot, rows)
+    batch_mean = total / n.clamp(min=1).unsqueeze(-1)
+    deviation = (rows - batch_mean[slot]).pow(2)
+    batch_m2 = torch.zeros_like(total).index_add(0, slot, deviation)
+
+    n = n[:-1].reshape(groups, positions, 1)
+    batch_mean = batch_mean[:-1].reshape(mean.shape)
+    batch_m2 = batch_m2[:-1].reshape(mean.shape)
+    before = count.double().unsqueeze(-1)
+    after = (before + n).clamp(min=1)
+    seen = n > 0  # a slot without rows stays as it is, bit for bit
+    delta = batch_mean - mean
+    m2.copy_(torch.where(seen, m2 + batch_m2 + delta.pow(2) * (before * n / after), m2))
+    mean.copy_(torch.where(seen, mean + delta * (n / after), mean))
+    count.add_(n.squeeze(-1).long())
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+
+def add_steer_backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of s (= of x and of residual), bank and params.
+
+    With ``slope_j = a_j + c_j [low_j <= t_j <= high_j]`` the Jacobian is
+    ``I + sum_j slope_j u_j v_j^T``, so the adjoint of a projection is that projection.
+    """
+    rows, g = _sum(x, residual), _rows(grad)
+    read, write, p = _programs(bank, params, route, rows.dtype)
+    a, c, b, low, high = p.unbind(-1)
+    t = _dot(rows, read)
+    below, above = t < low, t > high
+    gu = _dot(g, write)  # [tokens, slots]
+    if (plain := _plain(route)) is not None:
+        gu = gu.masked_fill(plain, 0.0)
+    push = (a + c * ~(below | above)) * gu
+    grad_s = (g + (push.unsqueeze(-1) * read).sum(1)).to(x.dtype).reshape(x.shape)
+    if not any(needs[1:]):
+        return grad_s, None, None
+
+    clamped = torch.minimum(torch.maximum(t, low), high)
+    phi = a * t + c * clamped + b
+    if plain is not None:
+        phi = phi.masked_fill(plain, 0.0)
+    per_params = torch.stack(
+        [t * gu, clamped * gu, gu, c * below * gu, c * (above & ~below) * gu], dim=-1
+    )
+    per_bank = torch.stack(
+        [push.unsqueeze(-1) * rows.unsqueeze(1), phi.unsqueeze(-1) * g.unsqueeze(1)], dim=1
+    )  # [tokens, 2, slots, hidden]
+    program = torch.zeros(len(rows), dtype=torch.long, device=x.device)
+    if route is not None:
+        program = route.clamp(min=0).long()
+    grad_bank = torch.zeros_like(bank, dtype=rows.dtype).index_add(0, program, per_bank)
+    grad_params = torch.zeros_like(params, dtype=rows.dtype).index_add(0, program, per_params)
+    return grad_s, grad_bank.to(bank.dtype), grad_params.to(params.dtype)
+
+
+def scores_backward(
+    grad: Tensor, h: Tensor, bank: Tensor, route: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of h and bank."""
+    rows, g = _rows(h), grad.to(_wide(h).dtype)
+    if (plain := _plain(route)) is not None:
+        g = g.masked_fill(plain, 0.0)
+    program = torch.zeros(len(rows), dtype=torch.long, device=h.device)
+    if route is not None:
+        program = route.clamp(min=0).long()
+    grad_h = (g.unsqueeze(-1) * bank[program, 0]).sum(1).to(h.dtype).reshape(h.shape)
+    if not needs[1]:
+        return grad_h, None
+    grad_bank = torch.zeros_like(bank)
+    grad_bank[:, 0] = grad_bank[:, 0].index_add(
+        0, program, (g.unsqueeze(-1) * rows.unsqueeze(1)).to(bank.dtype)
+    )
+    return grad_h, grad_bank
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    wide, g = _wide(x), _wide(grad)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = wide * scale
+    gained = g * (weight.to(wide.dtype) + weight_offset)
+    grad_x = scale * (gained - normed * (gained * normed).mean(-1, keepdim=True))
+    grad_weight = (g * normed).reshape(-1, x.shape[-1]).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)

@@ -1,0 +1,165 @@
+"""Which backend serves a call, and why the others were passed over.
+
+A backend is a table of callables and one predicate. The choice depends on the device and the dtype
+alone, so a patch makes it once; it can be overridden by `use_backend` and by the environment
+variable ``REFUSAL_KERNELS_BACKEND``.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.ops import autograd, reference
+from refusal_kernels.ops import triton as triton_backend
+
+PUBLIC = ("add_steer", "add_steer_", "scores", "rms_norm", "moments_")
+ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of ops and the calls that it can serve.
+
+    Attributes
+    ----------
+    name
+        ``cpu``, ``triton`` or ``reference``.
+    ops
+        Op name to callable.
+    why_not
+        (device type, dtype) to the reason why such a call can not be served, or None.
+    """
+
+    name: str
+    ops: MappingProxyType[str, Callable[..., Any]]
+    why_not: Callable[[str, torch.dtype], str | None]
+
+
+def _cpu_why_not(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"takes CPU tensors, not {device}"
+    if dtype not in HALF_AND_SINGLE:
+        return f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+_COMPILED = {op: getattr(torch.ops.refusal_kernels, op).default for op in autograd.OPS}
+_REFERENCE = {op: getattr(reference, op) for op in PUBLIC}
+_REFERENCE["add_steer_inference"] = reference.add_steer
+
+# In order of preference.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", MappingProxyType(_COMPILED), _cpu_why_not),
+        Backend("triton", MappingProxyType(triton_backend.OPS), triton_backend.why_not),
+        Backend("reference", MappingProxyType(_REFERENCE), lambda device, dtype: None),
+    )
+}
+
+# The public ops on devices without compiled kernels.
+autograd.register_kernels("CompositeExplicitAutograd", _REFERENCE)
+if triton_backend.OPS:
+    autograd.register_kernels("CUDA", triton_backend.KERNELS)
+
+_forced: ContextVar[str | None] = ContextVar("refusal_kernels_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise InputError(f"{source}: no backend '{name}'; there are: {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op inside the ``with`` by one backend; a call that it can't serve raises.
+
+    Parameters
+    ----------
+    name
+        ``cpu``, ``triton`` or ``reference``.
+
+    Raises
+    ------
+    InputError
+        If there is no such backend.
+    """
+    token = _forced.set(_check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that serves a call, and the reason why each other one does not."""
+
+    chosen: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.chosen}: serves the call"]
+        return "\n".join(lines + [f"{name}: {why}" for name, why in self.passed_over.items()])
+
+
+def explain(
+    x: torch.Tensor | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Explanation:
+    """Say which backend serves a call, and why each other one was passed over.
+
+    Parameters
+    ----------
+    x
+        The tensor of the call; or give ``device`` and ``dtype`` instead.
+
+    Raises
+    ------
+    InputError
+        If a backend was asked for by name and can not serve the call.
+    """
+    if x is not None:
+        device, dtype = x.device, x.dtype
+    device_type = torch.device(device).type
+    forced, source = _forced.get(), "use_backend"
+    if forced is None and (value := os.environ.get(ENVIRONMENT_VARIABLE)):
+        forced, source = _check_name(value, ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
+
+    chosen, passed_over = None, {}
+    for backend in BACKENDS.values():
+        why = backend.why_not(device_type, dtype)
+        if why is None and forced not in (None, backend.name):
+            why = f"{source} asks for {forced}"
+        if why is None and chosen is not None:
+            why = f"{chosen} comes first"
+        if why is None:
+            chosen = backend.name
+        else:
+            passed_over[backend.name] = why
+    if chosen is None:
+        assert forced is not None  # the reference takes everything
+        raise InputError(f"{source} asks for the backend '{forced}': {passed_over[forced]}")
+    return Explanation(chosen, passed_over)
+
+
+@torch.compiler.assume_constant_result
+def backend_name(device_type: str, dtype: torch.dtype) -> str:
+    """Name the backend that serves a call; a compiled graph keeps what held when it was traced."""
+    return explain(device=device_type, dtype=dtype).chosen
+
+
+def op_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """Return the callable that serves ``op`` for tensors like x."""
+    return BACKENDS[backend_name(x.device.type, x.dtype)].ops[op]

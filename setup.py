@@ -1,0 +1,35 @@
+"""Builds the extension `refusal_kernels._C` against libtorch's stable ABI.
+
+Everything else stands in pyproject.toml. The kernels are compiled for several instruction sets and
+chosen at load, so a wheel built here runs on any processor of the same architecture.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest release whose stable ABI has it all
+
+
+def extension() -> CppExtension:
+    """Describe the one extension module."""
+    return CppExtension(
+        "refusal_kernels._C",
+        sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.[hi]*")),
+        py_limited_api=False,  # pybind11 needs the full Python API; torch's side is ABI-stable
+        extra_compile_args=[
+            "-O3",
+            "-fno-math-errno",
+            "-ffp-contract=fast",  # a*b+c may become one FMA; nothing else of -ffast-math
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-psabi",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            '-DRK_TORCH_TARGET="2.10"',
+        ],
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
