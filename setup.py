@@ -32,4 +32,5 @@ def extension() -> CppExtension:
     )
 
 
+print("refusal_kernels: building the CPU kernels (there are no CUDA kernels in this version)")
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

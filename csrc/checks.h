@@ -52,8 +52,8 @@ inline void check_route(const char* op, const Tensor& x, const std::optional<Ten
   check_same_device(op, "route", *route, x);
   STD_TORCH_CHECK(route->scalar_type() == ScalarType::Int, op, ": route must be int32");
   STD_TORCH_CHECK(route->dim() == 1 && route->size(0) == tokens_of(x) && route->is_contiguous(), op,
-                  ": route has shape ", shape_of(*route), "; expected a contiguous [",
-                  tokens_of(x), "], one program for every token of x");
+                  ": route has shape ", shape_of(*route), "; expected a contiguous [", tokens_of(x),
+                  "], one program for every token of x");
 }
 
 inline void check_bank(const char* op, const Tensor& x, const Tensor& bank) {

@@ -2,34 +2,40 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "cpu/rows.h"
 
 STABLE_TORCH_LIBRARY(refusal_kernels, m) {
-  m.def("add_steer(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? route=None) -> Tensor");
+  m.def(
+      "add_steer(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? route=None) -> "
+      "Tensor");
   m.def(  // the same kernel without a gradient: see refusal_kernels/ops/autograd.py
-      "add_steer_inference(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? route=None) "
+      "add_steer_inference(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? "
+      "route=None) "
       "-> Tensor");
   m.def(
-      "add_steer_(Tensor x, Tensor(a!) residual, Tensor bank, Tensor params, Tensor? route=None) -> ()");
+      "add_steer_(Tensor x, Tensor(a!) residual, Tensor bank, Tensor params, Tensor? route=None) "
+      "-> ()");
   m.def("scores(Tensor h, Tensor bank, Tensor? route=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(
-      "moments_(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor activations, Tensor index, "
+      "moments_(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor activations, Tensor "
+      "index, "
       "Tensor group) -> ()");
 }
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of refusal_kernels: importing it registers torch.ops.refusal_kernels.*";
-  m.def("cpu_capability", [] { return rk::kernels().name; },
-        "The instruction set of the CPU kernels: avx512, avx2 or baseline.");
+  m.doc() =
+      "Compiled kernels of refusal_kernels: importing it registers torch.ops.refusal_kernels.*";
   m.def(
-      "build_info",
+      "cpu_capability", [] { return rk::kernels().name; },
+      "The instruction set of the CPU kernels: avx512, avx2 or baseline.");
+  m.def(
+      "build_summary",
       [] {
-        pybind11::dict info;
-        info["compiler"] = __VERSION__;
-        info["torch_target"] = RK_TORCH_TARGET;
-        info["cuda"] = false;
-        return info;
+        return std::string("CPU kernels (") + rk::kernels().name + " on this machine), compiler " +
+               __VERSION__ + ", torch " + RK_TORCH_TARGET + " or later";
       },
-      "How the extension was built.");
+      "How the extension was built, in one line.");
 }

@@ -1,0 +1,45 @@
+"""Directional steering of a language model's residual stream, at the speed of the unmodified model.
+
+>>> import refusal_kernels as rk
+>>> direction = rk.Direction.load("refusal.safetensors")  # doctest: +SKIP
+>>> with rk.patch(model, rk.Ablate(direction)):  # doctest: +SKIP
+...     model.generate(**inputs)
+"""
+
+from importlib.metadata import version as _version
+
+from refusal_kernels import ops
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.evaluation import evaluate, generate
+from refusal_kernels.extraction import Moments, collect, mean_difference
+from refusal_kernels.interventions import Ablate, Add, Clamp, Intervention, Set
+from refusal_kernels.ops import explain, use_backend
+from refusal_kernels.orthogonalize import orthogonalize
+from refusal_kernels.patching import PatchHandle, patch
+from refusal_kernels.selection import Selection, select
+
+__version__ = _version("refusal-kernels")
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Clamp",
+    "Direction",
+    "InputError",
+    "Intervention",
+    "Moments",
+    "PatchHandle",
+    "Selection",
+    "Set",
+    "collect",
+    "evaluate",
+    "explain",
+    "generate",
+    "mean_difference",
+    "ops",
+    "orthogonalize",
+    "patch",
+    "select",
+    "use_backend",
+]

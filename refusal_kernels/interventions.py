@@ -39,10 +39,10 @@ class Intervention(ABC):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and math.isnan(value):
-                raise InputError(f"{type(self).__name__}: {name} is NaN; expected a number")
-        if not math.isfinite(self.strength):
-            raise InputError(f"{type(self).__name__}: strength is {self.strength}; must be finite")
+            if not isinstance(value, int | float):
+                continue
+            if math.isnan(value) or (math.isinf(value) and name not in ("low", "high")):
+                raise InputError(f"{type(self).__name__}: {name} is {value}; must be finite")
         if self.layer is not None and self.layer < 0:
             raise InputError(
                 f"{type(self).__name__}: layer is {self.layer}; expected 0 or more, "
@@ -51,15 +51,15 @@ class Intervention(ABC):
 
     @abstractmethod
     def phi(self) -> tuple[float, float, float, float, float]:
-        """(a, c, b, low, high) at strength 1, for unit read and write vectors."""
+        """Return (a, c, b, low, high) at strength 1."""
 
     @property
     def vector(self) -> Tensor:
-        """Float32 [hidden]: what is read and written."""
+        """What is read and written: float32 [hidden]."""
         return self.direction.unit
 
     def params(self, strength: float) -> Tensor:
-        """Float32 [5]: (a, c, b, low, high) at a strength."""
+        """Return (a, c, b, low, high) at a strength, float32 [5]."""
         a, c, b, low, high = self.phi()
         return torch.tensor([a * strength, c * strength, b * strength, low, high])
 
@@ -70,6 +70,8 @@ class Ablate(Intervention):
 
     Arditi et al. 2024, section 2.4. r is the direction's unit vector.
     """
+
+    strength: float = 1.0
 
     def phi(self) -> tuple[float, float, float, float, float]:
         """See `Intervention.phi`."""
@@ -92,7 +94,7 @@ class Add(Intervention):
 
     @property
     def vector(self) -> Tensor:
-        """Float32 [hidden]: the raw vector, its norm is part of the edit."""
+        """The raw vector, float32 [hidden]: its norm is part of the edit."""
         return self.direction.vector
 
 
@@ -128,7 +130,7 @@ class Clamp(Intervention):
 
 
 def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tensor]:
-    """One program that does all of these at one place, each reading the same stream.
+    """Make one program that does all of these at one place, each reading the same stream.
 
     Returns
     -------

@@ -274,7 +274,7 @@ def test_massive_channel_and_float16_range(backend):
     # one channel of 800 (seen in real models): s.s overflows float16, so sums must be in float32
     x, residual = rows(8, 4096, torch.float16), rows(8, 4096, torch.float16)
     x[:, 7] = 800.0
-    r, bank, params = ablation(4096)
+    _, bank, params = ablation(4096)
     want = exact(x, residual, bank, params)
     assert worst(ops.add_steer(x, residual, bank, params), want) <= 800 * torch.finfo(x.dtype).eps
     normed = ops.rms_norm(x, torch.ones(4096, dtype=torch.float16), 1e-6)
@@ -287,7 +287,9 @@ def test_rms_norm(backend, dtype, hidden):
     x, weight = rows(13, hidden, dtype), torch.randn(hidden).to(dtype)
     for offset in (0.0, 1.0):
         wide = x.double()
-        want = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + offset)
+        want = (
+            wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + offset)
+        )
         got = ops.rms_norm(x, weight, 1e-6, offset)
         assert got.dtype == dtype
         bound = (torch.finfo(dtype).eps + 1e-6) * float(want.abs().max())
@@ -397,7 +399,7 @@ def test_opcheck():
 
 
 def test_compiled_without_a_graph_break_and_dials_stay_live():
-    r, bank, params = ablation(32)
+    _, bank, params = ablation(32)
     x, residual = rows(4, 32), rows(4, 32)
 
     @torch.compile(fullgraph=True)
@@ -421,7 +423,7 @@ def test_use_backend_and_explain(monkeypatch):
     assert ops.explain(dtype=torch.float64).chosen == "reference"
     with ops.use_backend("reference"):
         assert ops.explain().chosen == "reference"
-    with pytest.raises(InputError, match="no backend 'tritn'.*cpu, triton, reference"):
+    with pytest.raises(InputError, match=r"no backend 'tritn'.*cpu, triton, reference"):
         ops.use_backend("tritn").__enter__()
     with ops.use_backend("cpu"), pytest.raises(InputError, match="float64"):
         ops.explain(dtype=torch.float64)

@@ -59,7 +59,8 @@ Rows rows_of(const Tensor& t, Tensor* keep) {
 // which is a third of a small call.
 Tensor empty_contiguous(std::vector<int64_t> sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  for (size_t d = sizes.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(),
@@ -82,12 +83,14 @@ Programs programs_of(const Tensor& bank, const Tensor* params, const std::option
 // Out of range would read past the bank. Four bytes a token, beside the row's thousands.
 void check_route_values(const char* op, const Programs& programs, int64_t tokens, int64_t count) {
   for (int64_t i = 0; programs.route && i < tokens; i++)
-    STD_TORCH_CHECK(programs.route[i] >= -1 && programs.route[i] < count, op, ": route[", i, "] is ",
-                    programs.route[i], "; expected -1 (plain) to ", count - 1);
+    STD_TORCH_CHECK(programs.route[i] >= -1 && programs.route[i] < count, op, ": route[", i,
+                    "] is ", programs.route[i], "; expected -1 (plain) to ", count - 1);
 }
 
 // Tasks below about 32k elements cost more to hand out than to do: one row never wakes the pool.
-int64_t grain(int64_t per_row) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row)); }
+int64_t grain(int64_t per_row) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row));
+}
 
 void steer(const char* op, const Tensor& x, const std::optional<Tensor>& residual, Rows out,
            const Tensor& bank, const Tensor& params, const std::optional<Tensor>& route) {
@@ -136,7 +139,8 @@ void add_steer_(const Tensor& x, Tensor residual, const Tensor& bank, const Tens
 
 Tensor scores(const Tensor& h, const Tensor& bank, std::optional<Tensor> route) {
   const char* op = "scores";
-  const int64_t hidden = hidden_of(op, h), tokens = tokens_of(h), slots = bank.dim() == 4 ? bank.size(2) : 0;
+  const int64_t hidden = hidden_of(op, h), tokens = tokens_of(h),
+                slots = bank.dim() == 4 ? bank.size(2) : 0;
   check_bank(op, h, bank);
   check_route(op, h, route);
   const Dtype dtype = dtype_of(op, h);
@@ -161,8 +165,11 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight
   std::unique_ptr<float[]> gain(new float[hidden]);
   kernels().to_float(dtype_of(op, weight), keep_weight.const_data_ptr(), gain.get(), hidden);
   for (int64_t j = 0; j < hidden; j++) gain[j] += static_cast<float>(weight_offset);
-  const RmsNormArgs args{rows_of(x, &keep), {out.mutable_data_ptr(), hidden}, gain.get(),
-                         static_cast<float>(eps), hidden};
+  const RmsNormArgs args{rows_of(x, &keep),
+                         {out.mutable_data_ptr(), hidden},
+                         gain.get(),
+                         static_cast<float>(eps),
+                         hidden};
   if (hidden == 0) return out;
   torch::stable::parallel_for(0, tokens, grain(hidden), [&](int64_t begin, int64_t end) {
     kernels().rms_norm(dtype, args, begin, end);
@@ -175,10 +182,12 @@ void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, c
   const char* op = "moments_";
   STD_TORCH_CHECK(activations.dim() == 3, op, ": activations has shape ", shape_of(activations),
                   "; expected [batch, tokens, hidden]");
-  const int64_t batch = activations.size(0), tokens = activations.size(1), hidden = activations.size(2);
+  const int64_t batch = activations.size(0), tokens = activations.size(1),
+                hidden = activations.size(2);
   const Dtype dtype = dtype_of(op, activations);
-  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.dim() == 2 && count.is_contiguous(),
-                  op, ": count must be a contiguous int64 [groups, positions]");
+  STD_TORCH_CHECK(
+      count.scalar_type() == ScalarType::Long && count.dim() == 2 && count.is_contiguous(), op,
+      ": count must be a contiguous int64 [groups, positions]");
   const int64_t groups = count.size(0), positions = count.size(1);
   for (const Tensor* state : {&mean, &m2})
     STD_TORCH_CHECK(state->scalar_type() == ScalarType::Double && state->dim() == 3 &&
@@ -186,21 +195,23 @@ void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, c
                         state->size(2) == hidden && state->is_contiguous(),
                     op, ": mean and m2 must be contiguous float64 [", groups, ", ", positions, ", ",
                     hidden, "]; got ", shape_of(*state));
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 2 && index.size(0) == batch &&
-                      index.size(1) == tokens && index.is_contiguous(),
-                  op, ": index must be a contiguous int32 [", batch, ", ", tokens, "]; got ", shape_of(index));
-  STD_TORCH_CHECK(group.scalar_type() == ScalarType::Int && group.dim() == 1 && group.size(0) == batch &&
-                      group.is_contiguous(),
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 2 &&
+                      index.size(0) == batch && index.size(1) == tokens && index.is_contiguous(),
+                  op, ": index must be a contiguous int32 [", batch, ", ", tokens, "]; got ",
+                  shape_of(index));
+  STD_TORCH_CHECK(group.scalar_type() == ScalarType::Int && group.dim() == 1 &&
+                      group.size(0) == batch && group.is_contiguous(),
                   op, ": group must be a contiguous int32 [", batch, "]; got ", shape_of(group));
 
-  const Tensor source = activations.stride(2) == 1 || hidden <= 1 ? activations
-                                                                  : torch::stable::contiguous(activations);
+  const Tensor source = activations.stride(2) == 1 || hidden <= 1
+                            ? activations
+                            : torch::stable::contiguous(activations);
   const auto* position = static_cast<const int32_t*>(index.const_data_ptr());
   const auto* group_of = static_cast<const int32_t*>(group.const_data_ptr());
   std::vector<std::vector<int64_t>> rows(groups * positions);  // in order of sequence, then token
   for (int64_t b = 0; b < batch; b++) {
-    STD_TORCH_CHECK(group_of[b] >= -1 && group_of[b] < groups, op, ": group[", b, "] is ", group_of[b],
-                    "; expected -1 (skip) to ", groups - 1);
+    STD_TORCH_CHECK(group_of[b] >= -1 && group_of[b] < groups, op, ": group[", b, "] is ",
+                    group_of[b], "; expected -1 (skip) to ", groups - 1);
     for (int64_t t = 0; t < tokens; t++) {
       const int64_t p = position[b * tokens + t];
       STD_TORCH_CHECK(p >= -1 && p < positions, op, ": index[", b, ", ", t, "] is ", p,
@@ -216,11 +227,11 @@ void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, c
   for (int64_t slot = 0; slot < groups * positions; slot++) {
     const int64_t n = rows[slot].size();
     if (n == 0) continue;
-    const MomentsArgs args{source.const_data_ptr(), rows[slot].data(), n, counts[slot],
-                           means + slot * hidden, m2s + slot * hidden};
-    torch::stable::parallel_for(0, hidden, std::max<int64_t>(256, grain(n)), [&](int64_t begin, int64_t end) {
-      kernels().moments(dtype, args, begin, end);
-    });
+    const MomentsArgs args{source.const_data_ptr(), rows[slot].data(),  n, counts[slot],
+                           means + slot * hidden,   m2s + slot * hidden};
+    torch::stable::parallel_for(
+        0, hidden, std::max<int64_t>(256, grain(n)),
+        [&](int64_t begin, int64_t end) { kernels().moments(dtype, args, begin, end); });
     counts[slot] += n;
   }
 }

@@ -28,14 +28,15 @@ RK_INLINE typename T::Element* row_of_out(const rk::Rows& rows, int64_t i) {
   return static_cast<typename T::Element*>(rows.data) + i * rows.stride;
 }
 
-RK_INLINE float total(const vfloat (&acc)[4]) { return sum((acc[0] + acc[1]) + (acc[2] + acc[3])); }
+RK_INLINE float total(const vfloat (&acc)[4]) {
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
 
 template <class T>
 RK_INLINE float dot(const typename T::Element* a, const float* v, int64_t hidden) {
   vfloat acc[4] = {};
-  for_row(hidden, [&](int64_t j, int64_t n, int k) RK_LAMBDA {
-    acc[k] += load<T>(a + j, n) * load<F32>(v + j, n);
-  });
+  for_row(hidden, [&](int64_t j, int64_t n, int k)
+                      RK_LAMBDA { acc[k] += load<T>(a + j, n) * load<F32>(v + j, n); });
   return total(acc);
 }
 
@@ -53,7 +54,8 @@ RK_INLINE void steer_rows(const rk::SteerArgs& args, int64_t begin, int64_t end,
 
     const int64_t program = args.programs.route ? args.programs.route[i] : 0;
     if (program < 0 || slots == 0) {  // the plain add, bit for bit
-      for_row(hidden, [&](int64_t j, int64_t n, int) RK_LAMBDA { store<T>(out + j, sum_at(j, n), n); });
+      for_row(hidden,
+              [&](int64_t j, int64_t n, int) RK_LAMBDA { store<T>(out + j, sum_at(j, n), n); });
       continue;
     }
     const float* read = args.programs.bank + program * 2 * slots * hidden;
@@ -72,9 +74,8 @@ RK_INLINE void steer_rows(const rk::SteerArgs& args, int64_t begin, int64_t end,
 
     vfloat acc[4] = {};
     if (slots == 1) {  // the row is still in L1 for the second pass: adding again beats storing s
-      for_row(hidden, [&](int64_t j, int64_t n, int k) RK_LAMBDA {
-        acc[k] += sum_at(j, n) * load<F32>(read + j, n);
-      });
+      for_row(hidden, [&](int64_t j, int64_t n, int k)
+                          RK_LAMBDA { acc[k] += sum_at(j, n) * load<F32>(read + j, n); });
       const float coefficient = phi(params, total(acc));
       for_row(hidden, [&](int64_t j, int64_t n, int) RK_LAMBDA {
         prefetch(j);
@@ -152,7 +153,8 @@ void moments(const rk::MomentsArgs& args, int64_t begin, int64_t end) {
     double shift[kBlock], first[kBlock], second[kBlock];
     for (int64_t k = 0; k < args.n; k++) {
       const auto* p = activations + args.rows[k] + start;
-      for_row(width, [&](int64_t j, int64_t n, int) RK_LAMBDA { store<F32>(row + j, load<T>(p + j, n), n); });
+      for_row(width, [&](int64_t j, int64_t n, int)
+                         RK_LAMBDA { store<F32>(row + j, load<T>(p + j, n), n); });
       if (k == 0) {
         for (int64_t j = 0; j < width; j++) shift[j] = row[j], first[j] = 0.0, second[j] = 0.0;
         continue;
@@ -177,16 +179,17 @@ void moments(const rk::MomentsArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void to_float(const void* from, float* to, int64_t n) {
   const auto* p = static_cast<const typename T::Element*>(from);
-  for_row(n, [&](int64_t j, int64_t lanes, int) RK_LAMBDA { store<F32>(to + j, load<T>(p + j, lanes), lanes); });
+  for_row(n, [&](int64_t j, int64_t lanes, int)
+                 RK_LAMBDA { store<F32>(to + j, load<T>(p + j, lanes), lanes); });
 }
 
-#define RK_BY_DTYPE(function)                                      \
-  [](Dtype dtype, auto&&... args) {                                \
-    switch (dtype) {                                               \
-      case Dtype::f32: return function<F32>(args...);              \
-      case Dtype::bf16: return function<BF16>(args...);            \
-      case Dtype::f16: return function<F16>(args...);              \
-    }                                                              \
+#define RK_BY_DTYPE(function)                           \
+  [](Dtype dtype, auto&&... args) {                     \
+    switch (dtype) {                                    \
+      case Dtype::f32: return function<F32>(args...);   \
+      case Dtype::bf16: return function<BF16>(args...); \
+      case Dtype::f16: return function<F16>(args...);   \
+    }                                                   \
   }
 
 }  // namespace
@@ -195,7 +198,9 @@ namespace rk {
 extern const Kernels RK_TABLE;
 const Kernels RK_TABLE = {
     RK_NAME,
-    [](Dtype d, const SteerArgs& a, int64_t b, int64_t e, float* s) { RK_BY_DTYPE(steer)(d, a, b, e, s); },
+    [](Dtype d, const SteerArgs& a, int64_t b, int64_t e, float* s) {
+      RK_BY_DTYPE(steer)(d, a, b, e, s);
+    },
     [](Dtype d, const ScoresArgs& a, int64_t b, int64_t e) { RK_BY_DTYPE(scores)(d, a, b, e); },
     [](Dtype d, const RmsNormArgs& a, int64_t b, int64_t e) { RK_BY_DTYPE(rms_norm)(d, a, b, e); },
     [](Dtype d, const MomentsArgs& a, int64_t b, int64_t e) { RK_BY_DTYPE(moments)(d, a, b, e); },

@@ -1,9 +1,9 @@
 // One vector of floats, whatever the instruction set: the including file defines RK_LANES first.
 //
 // GCC and Clang vector extensions do the arithmetic, so a kernel is written once and reads like the
-// formula. Only the half-precision conversions that have an instruction of their own use intrinsics.
-// Everything is in an anonymous namespace: each instruction set keeps its own copy, and the linker
-// can never merge an AVX-512 function into a baseline one.
+// formula. Only the half-precision conversions that have an instruction of their own use
+// intrinsics. Everything is in an anonymous namespace: each instruction set keeps its own copy, and
+// the linker can never merge an AVX-512 function into a baseline one.
 #pragma once
 
 #include <cstdint>
@@ -37,9 +37,13 @@ RK_INLINE vuint pick(Mask mask, vuint yes, vuint no) {
   return (yes & m) | (no & ~m);
 }
 
-RK_INLINE vfloat widen(vfloat v) { return v; }
+RK_INLINE vfloat widen(vfloat v) {
+  return v;
+}
 
-RK_INLINE vfloat widen_bf16(vhalf v) { return bits<vfloat>(__builtin_convertvector(v, vuint) << 16); }
+RK_INLINE vfloat widen_bf16(vhalf v) {
+  return bits<vfloat>(__builtin_convertvector(v, vuint) << 16);
+}
 
 // Round to nearest even; a NaN stays a (quiet) NaN.
 RK_INLINE vhalf narrow_bf16(vfloat f) {
@@ -51,12 +55,16 @@ RK_INLINE vhalf narrow_bf16(vfloat f) {
 
 #if RK_F16_INSTRUCTIONS == 512
 // the zero-masked forms: GCC warns about the undefined pass-through operand of the plain ones
-RK_INLINE vfloat widen_f16(vhalf v) { return (vfloat)_mm512_maskz_cvtph_ps(-1, (__m256i)v); }
+RK_INLINE vfloat widen_f16(vhalf v) {
+  return (vfloat)_mm512_maskz_cvtph_ps(-1, (__m256i)v);
+}
 RK_INLINE vhalf narrow_f16(vfloat f) {
   return (vhalf)_mm512_maskz_cvtps_ph(-1, (__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif RK_F16_INSTRUCTIONS == 256
-RK_INLINE vfloat widen_f16(vhalf v) { return (vfloat)_mm256_cvtph_ps((__m128i)v); }
+RK_INLINE vfloat widen_f16(vhalf v) {
+  return (vfloat)_mm256_cvtph_ps((__m128i)v);
+}
 RK_INLINE vhalf narrow_f16(vfloat f) {
   return (vhalf)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

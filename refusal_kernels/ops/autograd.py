@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_kernels import _C  # noqa: F401  (importing it registers the schemas)
+try:
+    import refusal_kernels._C  # noqa: F401  (it registers the schemas and the CPU kernels)
+except ImportError as error:
+    raise ImportError(
+        "the compiled extension of refusal_kernels is missing or does not load "
+        f"({error}); build it with: pip install --no-build-isolation -e ."
+    ) from error
 from refusal_kernels.ops import reference
 
 # `add_steer_inference` is `add_steer` without a gradient: the same kernel, registered twice,

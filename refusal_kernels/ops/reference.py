@@ -22,14 +22,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
-    """s = x + residual as [tokens, hidden]."""
+    """S = x + residual as [tokens, hidden]."""
     return _rows(x) if residual is None else _rows(x) + _rows(residual)
 
 
 def _programs(
     bank: Tensor, params: Tensor, route: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read vectors, write vectors [tokens or 1, slots, hidden] and params [tokens or 1, slots, 5]."""
+    """Read and write vectors [tokens or 1, slots, hidden], params [tokens or 1, slots, 5]."""
     bank, params = bank.to(dtype), params.to(dtype)
     if route is None:
         return bank[:1, 0], bank[:1, 1], params[:1]
@@ -91,7 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
 def moments_(
     count: Tensor, mean: Tensor, m2: Tensor, activations: Tensor, index: Tensor, group: Tensor
 ) -> None:
-    """Fold the rows that ``index`` and ``group`` name into the running moments (Chan et al. 1979)."""
+    """Fold the rows that ``index`` and ``group`` name into the running moments."""
     groups, positions, hidden = mean.shape
     # the slot [groups * positions] of every row; the spare last one takes what is not read
     read = (index >= 0) & (group >= 0).unsqueeze(-1)

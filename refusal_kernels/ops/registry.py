@@ -17,7 +17,9 @@ import torch
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops import autograd, reference
-from refusal_kernels.ops import triton as triton_backend
+from refusal_kernels.ops.triton import KERNELS as TRITON_KERNELS
+from refusal_kernels.ops.triton import OPS as TRITON_OPS
+from refusal_kernels.ops.triton import why_not as triton_why_not
 
 PUBLIC = ("add_steer", "add_steer_", "scores", "rms_norm", "moments_")
 ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
@@ -60,15 +62,15 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", MappingProxyType(_COMPILED), _cpu_why_not),
-        Backend("triton", MappingProxyType(triton_backend.OPS), triton_backend.why_not),
+        Backend("triton", MappingProxyType(TRITON_OPS), triton_why_not),
         Backend("reference", MappingProxyType(_REFERENCE), lambda device, dtype: None),
     )
 }
 
 # The public ops on devices without compiled kernels.
 autograd.register_kernels("CompositeExplicitAutograd", _REFERENCE)
-if triton_backend.OPS:
-    autograd.register_kernels("CUDA", triton_backend.KERNELS)
+if TRITON_OPS:
+    autograd.register_kernels("CUDA", TRITON_KERNELS)
 
 _forced: ContextVar[str | None] = ContextVar("refusal_kernels_backend", default=None)
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from refusal_kernels.ops import autograd
 
+Table = dict[str, Callable[..., Any]]
+OPS: Table = {}  # the registered ops, with gradients
+KERNELS: Table = {}  # the functions below them
+
 try:
     import triton
     import triton.language as tl
@@ -22,9 +26,6 @@ try:
     TRUNCATES: tl.constexpr = tl.constexpr(INTERPRETED)
 except ImportError:
     triton = None
-
-OPS: dict[str, Callable[..., Any]] = {}  # the registered ops, with gradients
-KERNELS: dict[str, Callable[..., Any]] = {}  # the functions below them
 
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
@@ -98,9 +99,7 @@ if triton is not None:
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
             s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
-            v = tl.load(
-                read + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0
-            )
+            v = tl.load(read + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0)
             t += tl.sum(v * s[None, :], axis=1)
 
         p = params + (program * slots + slot) * 5
@@ -153,16 +152,12 @@ if triton is not None:
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
             s = tl.load(h + row * h_stride + columns, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(
-                read + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0
-            )
+            v = tl.load(read + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0)
             t += tl.sum(v * s[None, :], axis=1)
         tl.store(out + row * slots + slot, tl.where(steered, t, 0.0), mask=slot_mask)
 
     @triton.jit
-    def rms_norm_kernel(
-        x, weight, out, x_stride, hidden, eps, weight_offset, BLOCK: tl.constexpr
-    ):
+    def rms_norm_kernel(x, weight, out, x_stride, hidden, eps, weight_offset, BLOCK: tl.constexpr):
         """One row of rms_norm."""
         row = tl.program_id(0).to(tl.int64)
         squares = tl.zeros([BLOCK], tl.float32)

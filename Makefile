@@ -1,0 +1,57 @@
+# The whole developer interface: make setup, demo, test, lint, bench.
+#
+# Everything lives in .venv inside the checkout; nothing else is touched. PYTHON chooses another
+# interpreter, TORCH another PyTorch (for example TORCH=torch to take the newest).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
+	@echo "make test    set up, then run the tests"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   the benchmarks; results go to benchmarks/results/"
+	@echo "make setup   only the environment and the compiled extension, in .venv"
+
+$(BIN)/python:
+	@echo "== making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+
+# PyTorch first and alone: whatever else asks for torch is then satisfied by this one
+.venv/.torch: $(BIN)/python
+	@echo "== installing $(TORCH) (the largest download)"
+	@$(PIP) "$(TORCH)" numpy
+	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@touch $@
+
+.venv/.ready: .venv/.torch pyproject.toml setup.py $(SOURCES)
+	@echo "== building the kernels and installing the rest"
+	@$(PIP) --no-build-isolation -e ".[triton,test,lint]"
+	@$(BIN)/python -c "from refusal_kernels import _C; print('== ready:', _C.build_summary())"
+	@touch $@
+
+setup: .venv/.ready
+
+demo: setup
+	@$(BIN)/refusal-kernels demo --out out/demo
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	@echo "lint: clean"
+
+bench: setup
+	@$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' \
+		--benchmark-columns=median,iqr,rounds --benchmark-json=benchmarks/results/ops-cpu.json
+	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
+
+clean:
+	rm -rf .venv build out *.egg-info refusal_kernels/*.so

@@ -1,0 +1,5 @@
+"""Patching Hugging Face models: the residual adds of the decoder layers become steered adds."""
+
+from refusal_kernels.patching.handle import PatchHandle, PatchReport, patch
+
+__all__ = ["PatchHandle", "PatchReport", "patch"]
