@@ -1,6 +1,7 @@
 """What is collected, against the model's own hidden states, one prompt at a time."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,15 @@ from refusal_kernels.extraction.prompts import ChatFormat
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
 POSITIONS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    # tiny products gain nothing from more, and on a busy machine the threads wait for each other
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def inputs_of_blocks(model: Any, prompt: str) -> torch.Tensor:

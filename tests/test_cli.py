@@ -1,0 +1,190 @@
+"""The command line, in process: what it writes, and how it says no."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokenizer
+
+from refusal_kernels import cli
+from refusal_kernels.direction import Direction
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer, prompts and a direction."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(path / "model")
+    tiny_tokenizer().save_pretrained(path / "model")
+    (path / "harmful.txt").write_text("\n".join(f"curse the {w}" for w in ("box", "tea", "boat")))
+    (path / "harmless.txt").write_text("\n".join(f"paint the {w}" for w in ("box", "tea", "boat")))
+    (path / "empty.txt").write_text("\n\n")
+    torch.manual_seed(0)
+    Direction(torch.randn(64), layer=1, position=-1).save(path / "direction.safetensors")
+    Direction(torch.randn(32), layer=1).save(path / "short.safetensors")
+    whole = (path / "direction.safetensors").read_bytes()
+    (path / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (path / "noise.safetensors").write_bytes(b"\xff" * 100)
+    metadata = {"format": "refusal_kernels.direction", "format_version": "1"}
+    for name, vector in (("nan", torch.full((64,), torch.nan)), ("zero", torch.zeros(64))):
+        save_file({"direction": vector}, path / f"{name}.safetensors", metadata=metadata)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line; returns exit code, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def prompts(folder):
+    return "--harmful", folder / "harmful.txt", "--harmless", folder / "harmless.txt"
+
+
+def test_extract_then_evaluate_then_orthogonalize(folder, run, tmp_path):
+    model = ("--model", folder / "model")
+    out = tmp_path / "new" / "candidates.safetensors"
+    found = tmp_path / "found.json"
+    code, text, _ = run("extract", *model, *prompts(folder), "--out", out, "--json", found)
+    assert code == 0 and out.exists() and "position -1" in text
+    norms = torch.tensor(json.loads(found.read_text())["norm"])
+    assert norms.shape == (4, 3)  # four end-of-instruction tokens, three layers
+
+    direction = ("--direction", folder / "direction.safetensors")
+    short = ("--max-new-tokens", 3)
+    code, text, _ = run("evaluate", *model, *direction, *prompts(folder), *short, "--json", found)
+    assert code == 0 and set(json.loads(found.read_text())) == {"unmodified", "ablated", "added"}
+
+    code, text, _ = run("generate", "paint the box", *model, *direction, *short, "--json", found)
+    answers = json.loads(found.read_text())
+    assert code == 0 and "ablate" in answers and answers["unmodified"][0] in text
+
+    code, _, _ = run("orthogonalize", *model, *direction, "--out", tmp_path / "edited")
+    assert code == 0
+    code, _, _ = run(
+        "generate", "paint the box", "--model", tmp_path / "edited", *short, "--json", found
+    )
+    assert json.loads(found.read_text())["unmodified"] == answers["ablate"]
+
+
+def test_select_says_why_nothing_is_left(folder, run, tmp_path):
+    model, out = ("--model", folder / "model"), tmp_path / "candidates.safetensors"
+    assert run("extract", *model, *prompts(folder), "--out", out)[0] == 0
+    target = tmp_path / "direction.safetensors"
+    code, _, err = run(
+        "select", "--candidates", out, *model, *prompts(folder), "--out", target
+    )  # a random model refuses nothing
+    assert code == 2 and "no refusal tokens" in err and not target.exists()
+
+
+def test_doctor(folder, run):
+    code, text, _ = run("doctor", "--model", folder / "model")
+    assert code == 0 and "7 of 7 sites steered" in text
+
+
+BAD = {
+    "unknown folder": (
+        ["generate", "hi", "--model", "{f}/nowhere"],
+        "no such folder",
+    ),
+    "a folder without a model": (
+        ["generate", "hi", "--model", "{f}"],
+        "cannot be loaded",
+    ),
+    "another hidden size": (
+        ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/short.safetensors"],
+        "hidden size 32; the model .* has 64",
+    ),
+    "NaN direction": (
+        ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/nan.safetensors"],
+        "NaN",
+    ),
+    "zero direction": (
+        ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/zero.safetensors"],
+        "zero",
+    ),
+    "truncated file": (
+        ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/truncated.safetensors"],
+        "damaged",
+    ),
+    "corrupt file": (
+        ["evaluate", "--model", "{f}/model", "--direction", "{f}/noise.safetensors", "{p}"],
+        "damaged",
+    ),
+    "missing direction": (
+        ["orthogonalize", "--model", "{f}/model", "--direction", "{f}/no", "--out", "{t}/out"],
+        "not there",
+    ),
+    "empty prompt file": (
+        ["extract", "--model", "{f}/model", "--harmful", "{f}/empty.txt",
+         "--harmless", "{f}/harmless.txt", "--out", "{t}/out"],
+        "no prompt",
+    ),
+    "no prompt file": (
+        ["extract", "--model", "{f}/model", "--out", "{t}/out"],
+        "--harmful FILE is needed",
+    ),
+    "negative layer": (
+        ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/direction.safetensors",
+         "--add", "--layer", "-1"],
+        "layer is -1",
+    ),
+    "layer beyond the model": (
+        ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/direction.safetensors",
+         "--add", "--layer", "3"],
+        "the model has 3 layers",
+    ),
+    "unknown dtype": (
+        ["generate", "hi", "--model", "{f}/model", "--dtype", "int8"],
+        "dtype is 'int8'",
+    ),
+    "unknown device": (
+        ["generate", "hi", "--model", "{f}/model", "--device", "abacus"],
+        "device 'abacus'",
+    ),
+    "a direction as candidates": (
+        ["select", "--candidates", "{f}/direction.safetensors", "--model", "{f}/model", "{p}",
+         "--out", "{t}/out"],
+        "expected refusal_kernels.candidates",
+    ),
+    "output folder exists": (
+        ["orthogonalize", "--model", "{f}/model", "--direction", "{f}/direction.safetensors",
+         "--out", "{f}"],
+        "is there already",
+    ),
+    "unknown option": (["generate", "hi", "--nonsense"], "No such option"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, folder, run, tmp_path):
+    import re
+
+    arguments, words = BAD[case]
+    filled = []
+    for argument in arguments:
+        if argument == "{p}":
+            filled += prompts(folder)
+        else:
+            filled.append(argument.format(f=folder, t=tmp_path))
+    before = sorted(folder.rglob("*"))
+    code, _, err = run(*filled)
+    assert code == 2
+    if case != "unknown option":  # there the usage is shown, as everywhere
+        lines = [line for line in err.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and lines[-1] == errors[0], err
+        assert re.search(words, errors[0]), err
+    assert "Traceback" not in err
+    assert sorted(folder.rglob("*")) == before
+    assert not any(path.is_file() for path in tmp_path.rglob("*")), "something was left behind"
