@@ -95,6 +95,34 @@ def test_add_steer_in_place(benchmark, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [4, 512, 4096])
+def test_add_steer_rms_norm(benchmark, tokens, dtype):
+    x, residual, r, bank, params = (
+        t[:tokens] if t.shape == SHAPE else t for t in operands(DTYPES[dtype])
+    )
+    weight = torch.randn(SHAPE[-1]).to(x.dtype)
+
+    def exact(x, residual):  # the same maths, for torch.compile
+        h = x.float() + residual.float()
+        h = h - (h * r).sum(-1, keepdim=True) * r
+        normed = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.float()
+        return normed.to(x.dtype), h.to(x.dtype)
+
+    compiled = torch.compile(exact)
+    variants = {
+        "torch.add + rms_norm": lambda: torch.nn.functional.rms_norm(
+            torch.add(x, residual), (SHAPE[-1],), weight, 1e-6
+        ),
+        "add_steer_rms_norm": lambda: ops.add_steer_rms_norm(
+            x, residual, weight, 1e-6, bank, params
+        ),
+        "torch.compile": lambda: compiled(x, residual),
+    }
+    title = f"add_steer_rms_norm, {tokens} x {SHAPE[1]}, {dtype}"
+    compare(benchmark, title, "torch.add + rms_norm", "add_steer_rms_norm", variants)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_moments(benchmark, dtype):
     """[16, 256, 4096], every token into one mean, beside what the paper's code does."""
     torch.manual_seed(0)

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(refusal_kernels, m) {
   m.def(
       "add_steer_(Tensor x, Tensor(a!) residual, Tensor bank, Tensor params, Tensor? route=None) "
       "-> ()");
+  m.def(
+      "add_steer_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor bank, "
+      "Tensor params, Tensor? route=None, float weight_offset=0.0) -> (Tensor, Tensor)");
+  m.def(
+      "add_steer_rms_norm_inference(Tensor x, Tensor? residual, Tensor weight, float eps, "
+      "Tensor bank, Tensor params, Tensor? route=None, float weight_offset=0.0) "
+      "-> (Tensor, Tensor)");
   m.def("scores(Tensor h, Tensor bank, Tensor? route=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(

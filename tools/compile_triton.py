@@ -26,10 +26,18 @@ POINTERS |= {"m2": "fp64", "order": "i64", "offsets": "i64"}
 # every variant that a launch can ask for differs in these
 VARIANTS = {
     "steer_kernel": [
-        {"HAS_RESIDUAL": r, "HAS_ROUTE": p, "SLOTS": s, **kernels.plan(8192, s)}
-        for r in (True, False)
-        for p in (True, False)
-        for s in (1, 16)
+        {
+            "HAS_RESIDUAL": residual,
+            "HAS_ROUTE": True,
+            "HAS_NORM": norm,
+            "WHOLE": whole,
+            "SLOTS": slots,
+            **kernels.plan(8192, slots),
+        }
+        for residual in (True, False)
+        for norm in (True, False)
+        for whole in (True, False)
+        for slots in (1, 16)
     ],
     "scores_kernel": [{"HAS_ROUTE": True, "SLOTS": s, **kernels.plan(8192, s)} for s in (1, 16)],
     "rms_norm_kernel": [kernels.plan(8192)],
@@ -45,7 +53,7 @@ def signature(name: str, kernel: object, dtype: str, constants: dict[str, object
             types[argument] = "constexpr"
         elif argument in POINTERS:
             types[argument] = f"*{POINTERS[argument]}"
-        elif argument in ("x", "residual", "h", "weight", "activations"):
+        elif argument in ("x", "residual", "h", "normed", "weight", "activations"):
             types[argument] = f"*{dtype}"
         elif argument == "out":
             types[argument] = "*fp32" if name == "scores_kernel" else f"*{dtype}"

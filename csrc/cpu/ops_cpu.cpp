@@ -1,6 +1,7 @@
 // The CPU backend: tensors to rows, rows to torch's own thread pool.
 #include <algorithm>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -92,15 +93,43 @@ int64_t grain(int64_t per_row) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row));
 }
 
+// weight + weight_offset in float32, once per call
+std::unique_ptr<float[]> gain_of(const char* op, const Tensor& x, const Tensor& weight,
+                                 double weight_offset) {
+  const int64_t hidden = hidden_of(op, x);
+  check_same_device(op, "weight", weight, x);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == hidden, op, ": weight has shape ",
+                  shape_of(weight), "; expected [", hidden, "]");
+  const Tensor keep = torch::stable::contiguous(weight);
+  std::unique_ptr<float[]> gain(new float[hidden]);
+  kernels().to_float(dtype_of(op, weight), keep.const_data_ptr(), gain.get(), hidden);
+  for (int64_t j = 0; j < hidden; j++) gain[j] += static_cast<float>(weight_offset);
+  return gain;
+}
+
+struct Norm {
+  Rows out;
+  const float* gain;
+  double eps;
+};
+
 void steer(const char* op, const Tensor& x, const std::optional<Tensor>& residual, Rows out,
-           const Tensor& bank, const Tensor& params, const std::optional<Tensor>& route) {
+           const Tensor& bank, const Tensor& params, const std::optional<Tensor>& route,
+           const Norm& norm = {}) {
   check_bank(op, x, bank);
   check_params(op, bank, params);
   check_route(op, x, route);
   const int64_t tokens = tokens_of(x), hidden = hidden_of(op, x), slots = bank.size(2);
   const Dtype dtype = dtype_of(op, x);
   Tensor keep_x, keep_residual;
-  SteerArgs args{rows_of(x, &keep_x), {}, out, programs_of(bank, &params, route), hidden};
+  SteerArgs args{rows_of(x, &keep_x),
+                 {},
+                 out,
+                 programs_of(bank, &params, route),
+                 hidden,
+                 norm.out,
+                 norm.gain,
+                 static_cast<float>(norm.eps)};
   if (residual) args.residual = rows_of(*residual, &keep_residual);
   check_route_values(op, args.programs, tokens, bank.size(0));
   if (hidden == 0) return;
@@ -118,6 +147,20 @@ Tensor add_steer(const Tensor& x, std::optional<Tensor> residual, const Tensor& 
   Tensor h = empty_like_contiguous(x);
   steer("add_steer", x, residual, {h.mutable_data_ptr(), x.size(x.dim() - 1)}, bank, params, route);
   return h;
+}
+
+std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x, std::optional<Tensor> residual,
+                                              const Tensor& weight, double eps, const Tensor& bank,
+                                              const Tensor& params, std::optional<Tensor> route,
+                                              double weight_offset) {
+  const char* op = "add_steer_rms_norm";
+  const int64_t hidden = hidden_of(op, x);
+  if (residual) check_residual(op, x, *residual);
+  const auto gain = gain_of(op, x, weight, weight_offset);
+  Tensor normed = empty_like_contiguous(x), h = empty_like_contiguous(x);
+  steer(op, x, residual, {h.mutable_data_ptr(), hidden}, bank, params, route,
+        {{normed.mutable_data_ptr(), hidden}, gain.get(), eps});
+  return {normed, h};
 }
 
 void add_steer_(const Tensor& x, Tensor residual, const Tensor& bank, const Tensor& params,
@@ -158,13 +201,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight
   const char* op = "rms_norm";
   const int64_t hidden = hidden_of(op, x), tokens = tokens_of(x);
   const Dtype dtype = dtype_of(op, x);
-  check_same_device(op, "weight", weight, x);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == hidden, op, ": weight has shape ",
-                  shape_of(weight), "; expected [", hidden, "]");
-  Tensor out = empty_like_contiguous(x), keep, keep_weight = torch::stable::contiguous(weight);
-  std::unique_ptr<float[]> gain(new float[hidden]);
-  kernels().to_float(dtype_of(op, weight), keep_weight.const_data_ptr(), gain.get(), hidden);
-  for (int64_t j = 0; j < hidden; j++) gain[j] += static_cast<float>(weight_offset);
+  const auto gain = gain_of(op, x, weight, weight_offset);
+  Tensor out = empty_like_contiguous(x), keep;
   const RmsNormArgs args{rows_of(x, &keep),
                          {out.mutable_data_ptr(), hidden},
                          gain.get(),
@@ -243,6 +281,8 @@ STABLE_TORCH_LIBRARY_IMPL(refusal_kernels, CPU, m) {
   m.impl("add_steer", TORCH_BOX(&rk::add_steer));
   m.impl("add_steer_inference", TORCH_BOX(&rk::add_steer));
   m.impl("add_steer_", TORCH_BOX(&rk::add_steer_));
+  m.impl("add_steer_rms_norm", TORCH_BOX(&rk::add_steer_rms_norm));
+  m.impl("add_steer_rms_norm_inference", TORCH_BOX(&rk::add_steer_rms_norm));
   m.impl("scores", TORCH_BOX(&rk::scores));
   m.impl("rms_norm", TORCH_BOX(&rk::rms_norm));
   m.impl("moments_", TORCH_BOX(&rk::moments_));

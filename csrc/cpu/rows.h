@@ -25,6 +25,10 @@ struct SteerArgs {
   Rows x, residual, out;  // residual may be absent; out may be x or residual
   Programs programs;
   int64_t hidden;
+  // with RMSNorm: where the normed rows go (absent: no norm), weight + weight_offset, and eps
+  Rows normed = {};
+  const float* gain = nullptr;  // [hidden]
+  float eps = 0.0f;
 };
 
 struct ScoresArgs {

@@ -40,7 +40,11 @@ RK_INLINE float dot(const typename T::Element* a, const float* v, int64_t hidden
   return total(acc);
 }
 
-template <class T, bool kResidual>
+RK_INLINE float rms_scale(float squares, int64_t hidden, float eps) {
+  return 1.0f / __builtin_sqrtf(squares / (float)hidden + eps);
+}
+
+template <class T, bool kResidual, bool kNorm>
 RK_INLINE void steer_rows(const rk::SteerArgs& args, int64_t begin, int64_t end, float* scratch) {
   using E = typename T::Element;
   const int64_t hidden = args.hidden, slots = args.programs.slots;
@@ -52,35 +56,48 @@ RK_INLINE void steer_rows(const rk::SteerArgs& args, int64_t begin, int64_t end,
       return kResidual ? load<T>(x + j, n) + load<T>(residual + j, n) : load<T>(x + j, n);
     };
 
-    const int64_t program = args.programs.route ? args.programs.route[i] : 0;
-    if (program < 0 || slots == 0) {  // the plain add, bit for bit
-      for_row(hidden,
-              [&](int64_t j, int64_t n, int) RK_LAMBDA { store<T>(out + j, sum_at(j, n), n); });
-      continue;
-    }
-    const float* read = args.programs.bank + program * 2 * slots * hidden;
-    const float* write = read + slots * hidden;
-    const float* params = args.programs.params + program * slots * kParams;
-
     // the next row is fetched while this one is written: two passes would otherwise leave the
     // memory idle during the second (float32, 4096 x 4096: 1.13 x torch.add without, 1.04 with)
     const int64_t next = i + 1 < end ? 1 : 0;
     const E* next_x = x + next * args.x.stride;
     const E* next_residual = kResidual ? residual + next * args.residual.stride : next_x;
-    auto prefetch = [&](int64_t j) RK_LAMBDA {
-      __builtin_prefetch(next_x + j);
-      if (kResidual) __builtin_prefetch(next_residual + j);
+
+    // The last pass: h = value_at(...), rounded once; with kNorm the unrounded h is normalised too.
+    auto finish = [&](auto value_at) RK_LAMBDA {
+      vfloat squares[4] = {};
+      for_row(hidden, [&](int64_t j, int64_t n, int k) RK_LAMBDA {
+        __builtin_prefetch(next_x + j);
+        if (kResidual) __builtin_prefetch(next_residual + j);
+        const vfloat h = value_at(j, n);
+        store<T>(out + j, h, n);
+        if (kNorm) {
+          store<F32>(scratch + j, h, n);
+          squares[k] += h * h;
+        }
+      });
+      if (!kNorm) return;
+      E* normed = row_of_out<T>(args.normed, i);
+      const float scale = rms_scale(total(squares), hidden, args.eps);
+      for_row(hidden, [&](int64_t j, int64_t n, int) RK_LAMBDA {
+        store<T>(normed + j, load<F32>(scratch + j, n) * scale * load<F32>(args.gain + j, n), n);
+      });
     };
 
+    const int64_t program = args.programs.route ? args.programs.route[i] : 0;
+    if (program < 0 || slots == 0) {  // the plain add, bit for bit
+      finish(sum_at);
+      continue;
+    }
+    const float* read = args.programs.bank + program * 2 * slots * hidden;
+    const float* write = read + slots * hidden;
+    const float* params = args.programs.params + program * slots * kParams;
     vfloat acc[4] = {};
     if (slots == 1) {  // the row is still in L1 for the second pass: adding again beats storing s
       for_row(hidden, [&](int64_t j, int64_t n, int k)
                           RK_LAMBDA { acc[k] += sum_at(j, n) * load<F32>(read + j, n); });
       const float coefficient = phi(params, total(acc));
-      for_row(hidden, [&](int64_t j, int64_t n, int) RK_LAMBDA {
-        prefetch(j);
-        store<T>(out + j, sum_at(j, n) + coefficient * load<F32>(write + j, n), n);
-      });
+      finish([&](int64_t j, int64_t n)
+                 RK_LAMBDA { return sum_at(j, n) + coefficient * load<F32>(write + j, n); });
       continue;
     }
 
@@ -93,22 +110,26 @@ RK_INLINE void steer_rows(const rk::SteerArgs& args, int64_t begin, int64_t end,
     phis[0] = phi(params, total(acc));
     for (int64_t slot = 1; slot < slots; slot++)
       phis[slot] = phi(params + slot * kParams, dot<F32>(scratch, read + slot * hidden, hidden));
-    for_row(hidden, [&](int64_t j, int64_t n, int) RK_LAMBDA {
-      prefetch(j);
+    finish([&](int64_t j, int64_t n) RK_LAMBDA {
       vfloat h = load<F32>(scratch + j, n);
       for (int64_t slot = 0; slot < slots; slot++)
         h += phis[slot] * load<F32>(write + slot * hidden + j, n);
-      store<T>(out + j, h, n);
+      return h;
     });
   }
 }
 
 template <class T>
 void steer(const rk::SteerArgs& args, int64_t begin, int64_t end, float* scratch) {
-  if (args.residual.data)
-    steer_rows<T, true>(args, begin, end, scratch);
+  const bool residual = args.residual.data, norm = args.normed.data;
+  if (residual && norm)
+    steer_rows<T, true, true>(args, begin, end, scratch);
+  else if (residual)
+    steer_rows<T, true, false>(args, begin, end, scratch);
+  else if (norm)
+    steer_rows<T, false, true>(args, begin, end, scratch);
   else
-    steer_rows<T, false>(args, begin, end, scratch);
+    steer_rows<T, false, false>(args, begin, end, scratch);
 }
 
 template <class T>
@@ -133,7 +154,7 @@ void rms_norm(const rk::RmsNormArgs& args, int64_t begin, int64_t end) {
       const vfloat v = load<T>(x + j, n);
       acc[k] += v * v;
     });
-    const float scale = 1.0f / __builtin_sqrtf(total(acc) / (float)args.hidden + args.eps);
+    const float scale = rms_scale(total(acc), args.hidden, args.eps);
     for_row(args.hidden, [&](int64_t j, int64_t n, int) RK_LAMBDA {
       store<T>(out + j, load<T>(x + j, n) * scale * load<F32>(args.gain + j, n), n);
     });

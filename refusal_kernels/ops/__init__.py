@@ -20,6 +20,7 @@ __all__ = [
     "Explanation",
     "add_steer",
     "add_steer_",
+    "add_steer_rms_norm",
     "explain",
     "moments_",
     "op_for",
@@ -73,6 +74,41 @@ def add_steer_(
         raise RuntimeError("add_steer_ overwrites its input and has no gradient; use add_steer")
     op_for("add_steer_", x)(x, residual, bank, params, route)
     return residual
+
+
+def add_steer_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Add, steer, and normalise the steered row: what a pre-norm block does between two writers.
+
+    Parameters
+    ----------
+    x, residual, bank, params, route
+        As for `add_steer`.
+    weight, eps, weight_offset
+        As for `rms_norm`.
+
+    Returns
+    -------
+    normed, h : Tensor
+        Both contiguous, in the shape and dtype of x; h has the bits of `add_steer`. The norm reads
+        h in float32, before it is rounded.
+
+    Raises
+    ------
+    RuntimeError
+        As `add_steer`.
+    """
+    op = op_for("add_steer_rms_norm", x)
+    normed, h = op(x, residual, weight, eps, bank, params, route, weight_offset)
+    return normed, h
 
 
 def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:

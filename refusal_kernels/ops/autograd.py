@@ -19,13 +19,20 @@ except ImportError as error:
     ) from error
 from refusal_kernels.ops import reference
 
-# `add_steer_inference` is `add_steer` without a gradient: the same kernel, registered twice,
-# because the Python autograd layer costs 4 us a call even where no gradient is wanted.
-OPS = ("add_steer", "add_steer_inference", "add_steer_", "scores", "rms_norm", "moments_")
+PUBLIC = ("add_steer", "add_steer_", "add_steer_rms_norm", "scores", "rms_norm", "moments_")
+# The two that stand in every layer of a patched model exist without a gradient too: the same
+# kernel, registered twice, because the Python autograd layer costs 4 us a call even where no
+# gradient is wanted.
+INFERENCE = {f"{op}_inference": op for op in ("add_steer", "add_steer_rms_norm")}
+OPS = (*PUBLIC, *INFERENCE)
 
 
 def _fake_like_x(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_two_like_x(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return _fake_like_x(x), _fake_like_x(x)
 
 
 def _fake_scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:
@@ -38,8 +45,8 @@ def _fake_nothing(*_: Any, **__: Any) -> None:
 
 FAKES: dict[str, Callable[..., Any]] = {
     "add_steer": _fake_like_x,
-    "add_steer_inference": _fake_like_x,
     "add_steer_": _fake_nothing,
+    "add_steer_rms_norm": _fake_two_like_x,
     "scores": _fake_scores,
     "rms_norm": _fake_like_x,
     "moments_": _fake_nothing,
@@ -66,6 +73,28 @@ def _add_steer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_s, grad_s if residual is not None else None, grad_bank, grad_params, None
 
 
+def _add_steer_rms_norm_backward(
+    ctx: Any, grad_normed: Tensor, grad_h: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, residual, weight, eps, bank, params, route, weight_offset = _saved(ctx)
+    needs = ctx.needs_input_grad
+    grad_s, grad_weight, grad_bank, grad_params = reference.add_steer_rms_norm_backward(
+        grad_normed,
+        grad_h,
+        x,
+        residual,
+        weight,
+        eps,
+        bank,
+        params,
+        route,
+        weight_offset,
+        (needs[0] or needs[1], needs[4], needs[5]),
+    )
+    grad_residual = grad_s if residual is not None else None
+    return grad_s, grad_residual, grad_weight, None, grad_bank, grad_params, None, None
+
+
 def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h, bank, route = _saved(ctx)
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
@@ -79,6 +108,7 @@ def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 BACKWARDS: dict[str, Callable[..., Any]] = {
     "add_steer": _add_steer_backward,
+    "add_steer_rms_norm": _add_steer_rms_norm_backward,
     "scores": _scores_backward,
     "rms_norm": _rms_norm_backward,
 }
@@ -87,7 +117,7 @@ BACKWARDS: dict[str, Callable[..., Any]] = {
 def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
     """Give the ops of one namespace their fake implementations and gradients."""
     for op in ops:
-        torch.library.register_fake(f"{namespace}::{op}", FAKES[op])
+        torch.library.register_fake(f"{namespace}::{op}", FAKES[INFERENCE.get(op, op)])
         if op in BACKWARDS:
             torch.library.register_autograd(
                 f"{namespace}::{op}", BACKWARDS[op], setup_context=_save
@@ -97,8 +127,7 @@ def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
 def register_kernels(key: str, kernels: dict[str, Callable[..., Any]]) -> None:
     """Serve the public ops of one dispatch key (``CUDA``, ...) with Python callables."""
     for op in OPS:
-        kernel = kernels[op.removesuffix("_inference")]
-        torch.library.impl(f"refusal_kernels::{op}", key, kernel)
+        torch.library.impl(f"refusal_kernels::{op}", key, kernels[INFERENCE.get(op, op)])
 
 
 register("refusal_kernels")

@@ -53,6 +53,13 @@ def add_steer(
     x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None
 ) -> Tensor:
     """``h = s + sum_j phi_j(v_j . s) u_j`` with ``s = x + residual`` (``s = x`` without one)."""
+    return _steered_rows(x, residual, bank, params, route).to(x.dtype).reshape(x.shape)
+
+
+def _steered_rows(
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None
+) -> Tensor:
+    """Return h before it is rounded, [tokens, hidden]."""
     rows = _sum(x, residual)
     read, write, p = _programs(bank, params, route, rows.dtype)
     a, c, b, low, high = p.unbind(-1)  # [tokens or 1, slots]
@@ -61,7 +68,23 @@ def add_steer(
     h = rows + (phi.unsqueeze(-1) * write).sum(1)
     if (plain := _plain(route)) is not None:
         h = torch.where(plain, rows, h)
-    return h.to(x.dtype).reshape(x.shape)
+    return h
+
+
+def add_steer_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of h, h), where h is that of `add_steer`; the norm reads h before rounding."""
+    rows = _steered_rows(x, residual, bank, params, route)
+    normed = _normed(rows, weight, eps, weight_offset)
+    return normed.to(x.dtype).reshape(x.shape), rows.to(x.dtype).reshape(x.shape)
 
 
 def add_steer_(
@@ -83,9 +106,12 @@ def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``, rounded once at the end."""
-    wide = _wide(x)
+    return _normed(_wide(x), weight, eps, weight_offset).to(x.dtype)
+
+
+def _normed(wide: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * scale * (weight.to(wide.dtype) + weight_offset)).to(x.dtype)
+    return wide * scale * (weight.to(wide.dtype) + weight_offset)
 
 
 def moments_(
@@ -166,6 +192,30 @@ def add_steer_backward(
     grad_bank = torch.zeros_like(bank, dtype=rows.dtype).index_add(0, program, per_bank)
     grad_params = torch.zeros_like(params, dtype=rows.dtype).index_add(0, program, per_params)
     return grad_s, grad_bank.to(bank.dtype), grad_params.to(params.dtype)
+
+
+def add_steer_rms_norm_backward(
+    grad_normed: Tensor,
+    grad_h: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None,
+    weight_offset: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of s, weight, bank and params: the norm's adjoint, then the edit's."""
+    h = _steered_rows(x, residual, bank, params, route)
+    through_norm, grad_weight = rms_norm_backward(_rows(grad_normed), h, weight, eps, weight_offset)
+    # still in float32: the sum is rounded once, at the end
+    grad = (through_norm + _rows(grad_h)).reshape(x.shape)
+    grad_s, grad_bank, grad_params = add_steer_backward(
+        grad, x, residual, bank, params, route, needs
+    )
+    return grad_s, grad_weight, grad_bank, grad_params
 
 
 def scores_backward(

@@ -21,7 +21,6 @@ from refusal_kernels.ops.triton import KERNELS as TRITON_KERNELS
 from refusal_kernels.ops.triton import OPS as TRITON_OPS
 from refusal_kernels.ops.triton import why_not as triton_why_not
 
-PUBLIC = ("add_steer", "add_steer_", "scores", "rms_norm", "moments_")
 ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,8 +53,7 @@ def _cpu_why_not(device: str, dtype: torch.dtype) -> str | None:
 
 
 _COMPILED = {op: getattr(torch.ops.refusal_kernels, op).default for op in autograd.OPS}
-_REFERENCE = {op: getattr(reference, op) for op in PUBLIC}
-_REFERENCE["add_steer_inference"] = reference.add_steer
+_REFERENCE = {op: getattr(reference, autograd.INFERENCE.get(op, op)) for op in autograd.OPS}
 
 # In order of preference.
 BACKENDS = {

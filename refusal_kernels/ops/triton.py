@@ -61,10 +61,18 @@ if triton is not None:
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
     @triton.jit
+    def _vectors(pointer, slot_mask, columns, mask):  # -> float32 [SLOTS, BLOCK]
+        return tl.load(
+            pointer + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0
+        )
+
+    @triton.jit
     def steer_kernel(
         x,
         residual,
         out,
+        normed,
+        weight,
         bank,
         params,
         route,
@@ -74,15 +82,24 @@ if triton is not None:
         hidden,
         slots,
         programs,
+        eps,
+        weight_offset,
         HAS_RESIDUAL: tl.constexpr,
         HAS_ROUTE: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+        WHOLE: tl.constexpr,
         SLOTS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One row of add_steer; SLOTS is slots rounded up to a power of two."""
+        """One row of add_steer or add_steer_rms_norm.
+
+        SLOTS is slots rounded up to a power of two. With WHOLE the row is one block and stays in
+        registers; otherwise each pass reads it again, from L1 or L2.
+        """
         row = tl.program_id(0).to(tl.int64)  # rows * hidden may exceed 2^31
         x_row = x + row * x_stride
         residual_row = residual + row * residual_stride
+        out_row = out + row * out_stride
         program = tl.full((), 0, tl.int64)
         if HAS_ROUTE:
             program = tl.load(route + row).to(tl.int64)
@@ -94,13 +111,16 @@ if triton is not None:
         read = bank + program * 2 * slots * hidden + slot[:, None].to(tl.int64) * hidden
         write = read + slots.to(tl.int64) * hidden
 
-        t = tl.zeros([SLOTS], tl.float32)
-        for start in range(0, hidden, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < hidden
-            s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
-            v = tl.load(read + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0)
-            t += tl.sum(v * s[None, :], axis=1)
+        columns = tl.arange(0, BLOCK)
+        mask = columns < hidden
+        s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
+        t = tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
+        if not WHOLE:
+            for start in range(BLOCK, hidden, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                mask = columns < hidden
+                s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
+                t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
 
         p = params + (program * slots + slot) * 5
         a = tl.load(p, mask=slot_mask, other=0.0)
@@ -112,16 +132,39 @@ if triton is not None:
         clamped = tl.where(clamped > high, high, clamped)
         phi = a * t + c * clamped + b
 
-        for start in range(0, hidden, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < hidden
-            s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
-            u = tl.load(
-                write + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0
-            )
-            h = s + tl.sum(u * phi[:, None], axis=0)
-            h = tl.where(steered, h, s)
-            _store(out + row * out_stride + columns, h, mask)
+        squares = tl.zeros([BLOCK], tl.float32)
+        if WHOLE:
+            u = _vectors(write, slot_mask, columns, mask)
+            h = tl.where(steered, s + tl.sum(u * phi[:, None], axis=0), s)
+            _store(out_row + columns, h, mask)
+            if HAS_NORM:
+                scale = 1.0 / tl.sqrt_rn(tl.sum(h * h) / hidden + eps)
+                gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+                _store(normed + row * hidden + columns, h * scale * (gain + weight_offset), mask)
+        else:
+            for start in range(0, hidden, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                mask = columns < hidden
+                s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
+                u = _vectors(write, slot_mask, columns, mask)
+                h = tl.where(steered, s + tl.sum(u * phi[:, None], axis=0), s)
+                if HAS_NORM:
+                    squares += h * h
+                else:  # with the norm h is written in the last pass: out may be residual
+                    _store(out_row + columns, h, mask)
+            if HAS_NORM:
+                scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
+                for start in range(0, hidden, BLOCK):
+                    columns = start + tl.arange(0, BLOCK)
+                    mask = columns < hidden
+                    s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
+                    u = _vectors(write, slot_mask, columns, mask)
+                    h = tl.where(steered, s + tl.sum(u * phi[:, None], axis=0), s)
+                    _store(out_row + columns, h, mask)
+                    gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+                    _store(
+                        normed + row * hidden + columns, h * scale * (gain + weight_offset), mask
+                    )
 
     @triton.jit
     def scores_kernel(
@@ -277,8 +320,14 @@ if triton is not None:
         bank: Tensor,
         params: Tensor,
         route: Tensor | None,
+        normed: Tensor | None = None,
+        weight: Tensor | None = None,
+        eps: float = 0.0,
+        weight_offset: float = 0.0,
     ) -> None:
         _check(x, bank, params, route)
+        if weight is not None and weight.shape != (x.shape[-1],):
+            raise RuntimeError(f"weight has shape {list(weight.shape)}; expected [{x.shape[-1]}]")
         if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
             raise RuntimeError(
                 f"residual must have the shape and dtype of x; got {list(residual.shape)} "
@@ -288,9 +337,7 @@ if triton is not None:
             return
         rows, others = _rows(x), _rows(x if residual is None else residual)
         programs, _, slots, hidden = bank.shape
-        if slots == 0:
-            out.copy_((rows + others if residual is not None else rows).view_as(out))
-            return
+        meta = plan(hidden, max(1, slots))
         _launch(
             steer_kernel,
             (rows.shape[0],),
@@ -298,6 +345,8 @@ if triton is not None:
             rows,
             others,
             out,
+            normed if normed is not None else out,
+            weight.contiguous() if weight is not None else rows,
             bank.contiguous(),
             params.contiguous(),
             route if route is not None else rows,
@@ -306,11 +355,15 @@ if triton is not None:
             out.stride(0),
             hidden,
             slots,
-            programs,
+            programs if slots else 0,  # without slots every row is the plain add
+            eps,
+            weight_offset,
             HAS_RESIDUAL=residual is not None,
             HAS_ROUTE=route is not None,
-            SLOTS=triton.next_power_of_2(slots),
-            **plan(hidden, slots),
+            HAS_NORM=normed is not None,
+            WHOLE=meta["BLOCK"] >= hidden,
+            SLOTS=triton.next_power_of_2(max(1, slots)),
+            **meta,
         )
 
     def add_steer(
@@ -324,6 +377,23 @@ if triton is not None:
         h = torch.empty_like(x, memory_format=torch.contiguous_format)
         _steer(x, residual, h.view(-1, x.shape[-1]) if h.numel() else h, bank, params, route)
         return h
+
+    def add_steer_rms_norm(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        bank: Tensor,
+        params: Tensor,
+        route: Tensor | None = None,
+        weight_offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Serve `refusal_kernels.ops.add_steer_rms_norm`."""
+        h = torch.empty_like(x, memory_format=torch.contiguous_format)
+        normed = torch.empty_like(h)
+        out = h.view(-1, x.shape[-1]) if h.numel() else h
+        _steer(x, residual, out, bank, params, route, normed, weight, eps, weight_offset)
+        return normed, h
 
     def add_steer_(
         x: Tensor, residual: Tensor, bank: Tensor, params: Tensor, route: Tensor | None = None
@@ -430,8 +500,8 @@ if triton is not None:
         count.add_(offsets.diff().view_as(count))
 
     KERNELS.update(
-        add_steer=add_steer, add_steer_=add_steer_, scores=scores, rms_norm=rms_norm,
-        moments_=moments_,
+        add_steer=add_steer, add_steer_=add_steer_, add_steer_rms_norm=add_steer_rms_norm,
+        scores=scores, rms_norm=rms_norm, moments_=moments_,
     )  # fmt: skip
     _MUTATES = {"add_steer_": {"residual"}, "moments_": {"count", "mean", "m2"}}
     for _name, _kernel in KERNELS.items():
@@ -439,4 +509,4 @@ if triton is not None:
             f"refusal_kernels_triton::{_name}", _kernel, mutates_args=_MUTATES.get(_name, {})
         )
     autograd.register("refusal_kernels_triton", tuple(KERNELS))
-    OPS["add_steer_inference"] = OPS["add_steer"]
+    OPS.update({op: OPS[public] for op, public in autograd.INFERENCE.items()})
