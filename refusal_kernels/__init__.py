@@ -13,7 +13,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import evaluate, generate
 from refusal_kernels.extraction import Moments, collect, mean_difference
-from refusal_kernels.interventions import Ablate, Add, Clamp, Intervention, Set
+from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
 from refusal_kernels.ops import explain, use_backend
 from refusal_kernels.orthogonalize import orthogonalize
 from refusal_kernels.patching import PatchHandle, patch
@@ -26,6 +26,7 @@ __all__ = [
     "Add",
     "Clamp",
     "Direction",
+    "Erase",
     "InputError",
     "Intervention",
     "Moments",

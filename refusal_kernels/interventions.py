@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +20,19 @@ from refusal_kernels.errors import InputError
 INF = math.inf
 
 
-@dataclass(frozen=True)
 class Intervention(ABC):
-    """One edit of the residual stream along one direction.
+    """One edit of the residual stream: it reads along one vector and writes along one.
 
     Attributes
     ----------
-    direction
-        Where to act.
     strength
         Multiplies the edit: 0 leaves the model as it is, 1 is the edit as defined.
     layer
         Act at the input of this block alone; None: at every residual add and at the embedding.
     """
 
-    direction: Direction
-    strength: float = field(default=1.0, kw_only=True)
-    layer: int | None = field(default=None, kw_only=True)
+    strength: float
+    layer: int | None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -49,14 +46,30 @@ class Intervention(ABC):
                 "the number of the block at whose input to act"
             )
 
+    @property
+    @abstractmethod
+    def read(self) -> Tensor:
+        """What the stream is projected on, v: float32 [hidden]."""
+
+    @property
+    @abstractmethod
+    def write(self) -> Tensor:
+        """What is added to the stream, u: float32 [hidden]."""
+
     @abstractmethod
     def phi(self) -> tuple[float, float, float, float, float]:
         """Return (a, c, b, low, high) at strength 1."""
 
     @property
-    def vector(self) -> Tensor:
-        """What is read and written: float32 [hidden]."""
-        return self.direction.unit
+    def hidden(self) -> int:
+        """The hidden size that it is made for."""
+        return self.read.shape[0]
+
+    @property
+    def reads(self) -> bool:
+        """Whether the edit depends on the stream at all."""
+        a, c, *_ = self.phi()
+        return a != 0.0 or c != 0.0
 
     def params(self, strength: float) -> Tensor:
         """Return (a, c, b, low, high) at a strength, float32 [5]."""
@@ -65,7 +78,26 @@ class Intervention(ABC):
 
 
 @dataclass(frozen=True)
-class Ablate(Intervention):
+class AlongDirection(Intervention):
+    """An edit along one `Direction`, whose unit vector it reads and writes."""
+
+    direction: Direction
+    strength: float = field(default=1.0, kw_only=True)
+    layer: int | None = field(default=None, kw_only=True)
+
+    @property
+    def read(self) -> Tensor:
+        """The unit vector."""
+        return self.direction.unit
+
+    @property
+    def write(self) -> Tensor:
+        """The unit vector."""
+        return self.direction.unit
+
+
+@dataclass(frozen=True)
+class Ablate(AlongDirection):
     """Directional ablation, ``h - strength * (r . h) r``: at strength 1 the exact projection.
 
     Arditi et al. 2024, section 2.4. r is the direction's unit vector.
@@ -79,7 +111,7 @@ class Ablate(Intervention):
 
 
 @dataclass(frozen=True)
-class Add(Intervention):
+class Add(AlongDirection):
     """Activation addition, ``h + strength * coefficient * vector``, with the raw vector.
 
     Arditi et al. 2024 add the mean difference at the input of the block that it was taken from:
@@ -93,13 +125,13 @@ class Add(Intervention):
         return 0.0, 0.0, self.coefficient, -INF, INF
 
     @property
-    def vector(self) -> Tensor:
-        """The raw vector, float32 [hidden]: its norm is part of the edit."""
+    def write(self) -> Tensor:
+        """The raw vector: its norm is part of the edit."""
         return self.direction.vector
 
 
 @dataclass(frozen=True)
-class Set(Intervention):
+class Set(AlongDirection):
     """The component along the direction becomes ``value``, in units of the residual stream."""
 
     value: float
@@ -110,7 +142,7 @@ class Set(Intervention):
 
 
 @dataclass(frozen=True)
-class Clamp(Intervention):
+class Clamp(AlongDirection):
     """The component along the direction is kept inside [low, high].
 
     ``high=0`` removes only the positive part.
@@ -129,6 +161,73 @@ class Clamp(Intervention):
         return -1.0, 1.0, 0.0, self.low, self.high
 
 
+@dataclass(frozen=True, eq=False)
+class Erase(Intervention):
+    """Oblique projection, ``h - u (v . (h - bias))``: what LEACE does to a binary concept.
+
+    Belrose et al. 2023: with these u, v and the mean activation no linear probe finds the concept
+    in h, and h moves as little as it can. u and v differ where the activations' covariance is not
+    the identity.
+
+    Attributes
+    ----------
+    u
+        Floating point [hidden]: along this the stream is moved.
+    v
+        Floating point [hidden]: this is read. v . u must be 1: erasing twice is erasing once.
+    bias
+        Floating point [hidden]: the mean activation, which stays where it is.
+    """
+
+    u: Tensor
+    v: Tensor
+    bias: Tensor
+    strength: float = field(default=1.0, kw_only=True)
+    layer: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("u", "v", "bias"):
+            value = getattr(self, name)
+            if value.ndim != 1 or value.shape != self.u.shape or not value.isfinite().all():
+                raise InputError(
+                    f"Erase: {name} is {list(value.shape)} or not finite; "
+                    f"expected finite numbers [{self.u.shape[0] if self.u.ndim else 0}]"
+                )
+        product = float(self.u.double() @ self.v.double())
+        if abs(product - 1.0) > 1e-4:
+            raise InputError(f"Erase: u . v is {product:.6g}; expected 1, for a projection")
+
+    @classmethod
+    def from_leace(cls, eraser: Any, **common: Any) -> "Erase":
+        """Make one from a ``concept_erasure.LeaceEraser`` of a concept of rank one.
+
+        Raises
+        ------
+        InputError
+            If the eraser removes more than one dimension: give each of them its own `Erase`.
+        """
+        left, right = eraser.proj_left, eraser.proj_right  # [hidden, rank], [rank, hidden]
+        if left.shape[1] != 1:
+            raise InputError(f"the eraser has rank {left.shape[1]}; expected 1, a binary concept")
+        bias = eraser.bias if eraser.bias is not None else torch.zeros_like(left[:, 0])
+        return cls(left[:, 0], right[0], bias, **common)
+
+    @property
+    def read(self) -> Tensor:
+        """See `Intervention.read`."""
+        return self.v.detach().float().cpu()
+
+    @property
+    def write(self) -> Tensor:
+        """See `Intervention.write`."""
+        return self.u.detach().float().cpu()
+
+    def phi(self) -> tuple[float, float, float, float, float]:
+        """See `Intervention.phi`."""
+        return -1.0, 0.0, float(self.v.double() @ self.bias.double()), -INF, INF
+
+
 def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tensor]:
     """Make one program that does all of these at one place, each reading the same stream.
 
@@ -142,23 +241,26 @@ def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tens
     Raises
     ------
     InputError
-        If the directions differ in size, or if several edits that read the stream are not
-        orthogonal: their result would not be a joint projection.
+        If the hidden sizes differ, or if several edits that read the stream interfere: unless
+        v_i . u_j is 1 for i = j and 0 otherwise, their sum is no projection.
     """
-    sizes = {i.direction.hidden for i in interventions}
+    sizes = {i.hidden for i in interventions}
     if len(sizes) > 1:
         raise InputError(f"directions of different hidden sizes: {sorted(sizes)}")
-    vectors = torch.stack([i.vector for i in interventions])  # [slots, hidden]
-    readers = [i for i in interventions if i.phi()[0] or i.phi()[1]]
-    units = torch.stack([i.direction.unit for i in readers]).double() if readers else None
-    if units is not None and len(readers) > 1:
-        gram = units @ units.T
-        worst = float((gram - torch.eye(len(readers), dtype=gram.dtype)).abs().max())
-        if worst > 1e-4:
-            raise InputError(
-                "several directions at one place must be orthonormal; the largest cosine between "
-                f"two of them is {worst:.4g}; orthonormalise them first (torch.linalg.qr)"
-            )
-    bank = torch.stack([vectors, vectors]).unsqueeze(0).contiguous()
+    read, write = (torch.stack([getattr(i, side) for i in interventions]) for side in _SIDES)
+    readers = [k for k, i in enumerate(interventions) if i.reads]
+    gram = read[readers].double() @ write[readers].double().T
+    worst = (
+        float((gram - torch.eye(len(readers), dtype=gram.dtype)).abs().max()) if readers else 0.0
+    )
+    if worst > 1e-4:
+        raise InputError(
+            "several directions at one place must be orthonormal; the largest cosine between "
+            f"two of them is {worst:.4g}; orthonormalise them first (torch.linalg.qr)"
+        )
+    bank = torch.stack([read, write]).unsqueeze(0).contiguous()
     params = torch.stack([i.params(i.strength) for i in interventions]).unsqueeze(0)
     return bank, params
+
+
+_SIDES = ("read", "write")

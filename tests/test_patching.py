@@ -11,7 +11,7 @@ from tiny import FAMILIES, tiny_model
 from refusal_kernels import ops
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Ablate, Add, Clamp, Set, compile_program
+from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Set, compile_program
 from refusal_kernels.patching import patch
 from refusal_kernels.patching.hooks import paper_hooks
 from refusal_kernels.patching.rewrite import steered_class
@@ -130,6 +130,32 @@ def test_set_and_clamp(model, direction, tokens):
     _, seen = watched(model, tokens, Clamp(direction, low=-0.1, high=0.3))
     for h in seen.values():
         assert (h @ r).min() >= -0.1 - 1e-4 and (h @ r).max() <= 0.3 + 1e-4
+
+
+def test_erase_does_what_leace_does(model, tokens):
+    """Against the concept-erasure package, at every site and then as a probe sees it."""
+    from concept_erasure import LeaceFitter
+
+    mixing = torch.randn(HIDDEN, HIDDEN, dtype=torch.float64) / 8
+    concept = torch.randint(0, 2, (4000,))
+    x = torch.randn(4000, HIDDEN, dtype=torch.float64) @ mixing + 3.0
+    x += concept.unsqueeze(1) * torch.randn(HIDDEN, dtype=torch.float64)
+    eraser = LeaceFitter.fit(x, concept).eraser
+    bank, params = compile_program([Erase.from_leace(eraser)])
+    erased = ops.add_steer(x.float(), None, bank, params)
+    assert torch.allclose(erased.double(), eraser(x), atol=1e-4)
+    means = [erased[concept == k].double().mean(0) for k in (0, 1)]
+    assert (means[0] - means[1]).abs().max() < 1e-4  # no linear probe can tell them apart
+    # and it is not the orthogonal projection
+    u, v = bank[0, 1, 0], bank[0, 0, 0]
+    assert torch.cosine_similarity(u, v, dim=0) < 0.99
+
+    _, seen = watched(model, tokens, Erase.from_leace(eraser))
+    target = float(v.double() @ eraser.bias)
+    for h in seen.values():
+        assert torch.allclose(h @ v, torch.tensor(target), atol=1e-3 * float(v.norm()))
+    with pytest.raises(InputError, match=r"u \. v is 2"):
+        Erase(2 * eraser.proj_left[:, 0], eraser.proj_right[0], eraser.bias)
 
 
 def test_two_directions_together(model, tokens):
@@ -358,5 +384,5 @@ def test_compile_program_shapes(direction):
     bank, params = compile_program([Ablate(direction, 0.5), Add(direction, coefficient=2.0)])
     assert bank.shape == (1, 2, 2, HIDDEN) and params.shape == (1, 2, 5)
     assert torch.allclose(bank[0, 0, 0].norm(), torch.tensor(1.0))
-    assert torch.equal(bank[0, 0, 1], direction.vector)
+    assert torch.equal(bank[0, 1, 1], direction.vector)
     assert params[0, :, :3].tolist() == [[-0.5, 0.0, 0.0], [0.0, 0.0, 2.0]]

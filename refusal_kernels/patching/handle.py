@@ -251,10 +251,8 @@ def patch(model: Any, *interventions: Intervention) -> PatchHandle:
         raise InputError(f"patch takes interventions such as Ablate(direction); got {given}")
     layers, hidden = decoder_layers(model), hidden_size(model)
     for i in interventions:
-        if i.direction.hidden != hidden:
-            raise InputError(
-                f"the direction has hidden size {i.direction.hidden}; the model has {hidden}"
-            )
+        if i.hidden != hidden:
+            raise InputError(f"the direction has hidden size {i.hidden}; the model has {hidden}")
         if i.layer is not None and i.layer >= len(layers):
             raise InputError(f"layer {i.layer} is not there; the model has {len(layers)} layers")
     if any("rk_sites" in layer.__dict__ for layer in layers):
