@@ -232,6 +232,18 @@ def test_any_alignment(backend, tokens, hidden, offset, dtype, slots):
     assert worst(ops.add_steer(x, residual, bank, params), want) <= tolerance
 
 
+def test_more_than_two_to_the_31_elements():
+    # every input row is the same memory; only the output (4 GB) is real
+    tokens, hidden = 2**18 + 1, 8192
+    x = rows(1, hidden, torch.bfloat16).expand(tokens, hidden)
+    _, bank, params = ablation(hidden)
+    with ops.use_backend("cpu"):
+        want = ops.add_steer(x[:1], x[:1], bank, params)
+        h = ops.add_steer(x, x, bank, params)
+    assert h.numel() > 2**31
+    assert torch.equal(h[-1], want[0]) and torch.equal(h[tokens // 2], want[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf_stay_in_their_row(backend, dtype):
     x, residual = rows(6, 40, dtype), rows(6, 40, dtype)
