@@ -17,71 +17,91 @@ using torch::stable::Tensor;
 
 constexpr int64_t kParams = 5;  // a, c, b, low, high
 
-inline std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); d++) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
+// A tensor's metadata, asked for once: each question goes through the stable ABI's C functions,
+// and a hundred of them were half the cost of a small call.
+struct Info {
+  explicit Info(const Tensor& t)
+      : tensor(&t),
+        sizes(t.sizes().data()),
+        strides(t.strides().data()),
+        dim(t.dim()),
+        dtype(t.scalar_type()) {}
+
+  int64_t last() const { return sizes[dim - 1]; }
+  int64_t rows() const {  // all dimensions but the last
+    int64_t count = 1;
+    for (int64_t d = 0; d + 1 < dim; d++) count *= sizes[d];
+    return count;
+  }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+      if (sizes[d] == 0) return true;
+      if (sizes[d] != 1 && strides[d] != expected) return false;
+      expected *= sizes[d];
+    }
+    return true;
+  }
+  bool same_shape(const Info& other) const {
+    if (dim != other.dim) return false;
+    for (int64_t d = 0; d < dim; d++)
+      if (sizes[d] != other.sizes[d]) return false;
+    return true;
+  }
+  std::string shape() const {
+    std::string text = "[";
+    for (int64_t d = 0; d < dim; d++) text += (d ? ", " : "") + std::to_string(sizes[d]);
+    return text + "]";
+  }
+
+  const Tensor* tensor;
+  const int64_t *sizes, *strides;
+  int64_t dim;
+  ScalarType dtype;
+};
+
+inline void check_on_cpu(const char* op, const char* name, const Info& t) {
+  STD_TORCH_CHECK(t.tensor->is_cpu(), op, ": ", name, " is not on the CPU, but x is");
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); d++)
-    if (a.size(d) != b.size(d)) return false;
-  return true;
+inline void check_rows(const char* op, const Info& x) {
+  STD_TORCH_CHECK(x.dim >= 1, op, ": x has no dimensions; expected [..., hidden]");
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.is_cuda() == x.is_cuda() &&
-                      t.get_device_index() == x.get_device_index(),
-                  op, ": ", name, " is on another device than x");
-}
-
-inline int64_t hidden_of(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimensions; expected [..., hidden]");
-  return x.size(x.dim() - 1);
-}
-
-inline int64_t tokens_of(const Tensor& x) {
-  int64_t tokens = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); d++) tokens *= x.size(d);
-  return tokens;
-}
-
-inline void check_route(const char* op, const Tensor& x, const std::optional<Tensor>& route) {
-  if (!route) return;
-  check_same_device(op, "route", *route, x);
-  STD_TORCH_CHECK(route->scalar_type() == ScalarType::Int, op, ": route must be int32");
-  STD_TORCH_CHECK(route->dim() == 1 && route->size(0) == tokens_of(x) && route->is_contiguous(), op,
-                  ": route has shape ", shape_of(*route), "; expected a contiguous [", tokens_of(x),
+inline void check_route(const char* op, const Info& x, const Info& route) {
+  check_on_cpu(op, "route", route);
+  STD_TORCH_CHECK(route.dtype == ScalarType::Int, op, ": route must be int32");
+  STD_TORCH_CHECK(route.dim == 1 && route.sizes[0] == x.rows() && route.contiguous(), op,
+                  ": route has shape ", route.shape(), "; expected a contiguous [", x.rows(),
                   "], one program for every token of x");
 }
 
-inline void check_bank(const char* op, const Tensor& x, const Tensor& bank) {
-  check_same_device(op, "bank", bank, x);
-  STD_TORCH_CHECK(bank.scalar_type() == ScalarType::Float, op,
+inline void check_bank(const char* op, const Info& x, const Info& bank) {
+  check_on_cpu(op, "bank", bank);
+  STD_TORCH_CHECK(bank.dtype == ScalarType::Float, op,
                   ": bank must be float32, whatever the dtype of x: a direction rounded to half "
                   "precision is no longer removed exactly");
-  STD_TORCH_CHECK(bank.dim() == 4 && bank.size(0) >= 1 && bank.size(1) == 2 &&
-                      bank.size(3) == hidden_of(op, x) && bank.is_contiguous(),
-                  op, ": bank has shape ", shape_of(bank),
-                  "; expected a contiguous [programs, 2, slots, ", hidden_of(op, x), "]");
+  STD_TORCH_CHECK(bank.dim == 4 && bank.sizes[0] >= 1 && bank.sizes[1] == 2 &&
+                      bank.sizes[3] == x.last() && bank.contiguous(),
+                  op, ": bank has shape ", bank.shape(),
+                  "; expected a contiguous [programs, 2, slots, ", x.last(), "]");
 }
 
-inline void check_params(const char* op, const Tensor& bank, const Tensor& params) {
-  check_same_device(op, "params", params, bank);
-  STD_TORCH_CHECK(params.scalar_type() == ScalarType::Float, op, ": params must be float32");
-  STD_TORCH_CHECK(params.dim() == 3 && params.size(0) == bank.size(0) &&
-                      params.size(1) == bank.size(2) && params.size(2) == kParams &&
-                      params.is_contiguous(),
-                  op, ": params has shape ", shape_of(params), "; expected a contiguous [",
-                  bank.size(0), ", ", bank.size(2), ", ", kParams, "] (a, c, b, low, high)");
+inline void check_params(const char* op, const Info& bank, const Info& params) {
+  check_on_cpu(op, "params", params);
+  STD_TORCH_CHECK(params.dtype == ScalarType::Float, op, ": params must be float32");
+  STD_TORCH_CHECK(params.dim == 3 && params.sizes[0] == bank.sizes[0] &&
+                      params.sizes[1] == bank.sizes[2] && params.sizes[2] == kParams &&
+                      params.contiguous(),
+                  op, ": params has shape ", params.shape(), "; expected a contiguous [",
+                  bank.sizes[0], ", ", bank.sizes[2], ", ", kParams, "] (a, c, b, low, high)");
 }
 
-inline void check_residual(const char* op, const Tensor& x, const Tensor& residual) {
-  check_same_device(op, "residual", residual, x);
-  STD_TORCH_CHECK(same_shape(x, residual) && x.scalar_type() == residual.scalar_type(), op,
-                  ": residual must have the shape and dtype of x; got ", shape_of(residual),
-                  " for an x of ", shape_of(x));
+inline void check_residual(const char* op, const Info& x, const Info& residual) {
+  check_on_cpu(op, "residual", residual);
+  STD_TORCH_CHECK(x.same_shape(residual) && x.dtype == residual.dtype, op,
+                  ": residual must have the shape and dtype of x; got ", residual.shape(),
+                  " for an x of ", x.shape());
 }
 
 }  // namespace rk

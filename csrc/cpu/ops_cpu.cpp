@@ -12,8 +12,8 @@
 namespace rk {
 namespace {
 
-Dtype dtype_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
+Dtype dtype_of(const char* op, const Info& x) {
+  switch (x.dtype) {
     case ScalarType::Float: return Dtype::f32;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
@@ -25,84 +25,90 @@ Dtype dtype_of(const char* op, const Tensor& x) {
 }
 
 // True where the leading dimensions collapse into one: the rows then lie a fixed stride apart.
-bool as_rows(const Tensor& t, int64_t* stride) {
-  const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1) return false;
-  *stride = t.size(last);
+bool as_rows(const Info& t, int64_t* stride) {
+  const int64_t last = t.dim - 1;
+  if (t.sizes[last] > 1 && t.strides[last] != 1) return false;
+  *stride = t.sizes[last];
   bool found = false;
   int64_t expected = 0;
   for (int64_t d = last - 1; d >= 0; d--) {
-    if (t.size(d) == 1) continue;
+    if (t.sizes[d] == 1) continue;
     if (!found) {
-      *stride = t.stride(d);
+      *stride = t.strides[d];
       found = true;
-    } else if (t.stride(d) != expected) {
+    } else if (t.strides[d] != expected) {
       return false;
     }
-    expected = t.stride(d) * t.size(d);
+    expected = t.strides[d] * t.sizes[d];
   }
   return true;
 }
 
 // Rows of a tensor that is only read; anything that does not collapse is copied once, into `keep`.
-Rows rows_of(const Tensor& t, Tensor* keep) {
+Rows rows_of(const Info& t, std::optional<Tensor>* keep) {
   Rows rows;
-  *keep = t;
-  if (!as_rows(t, &rows.stride)) {
-    *keep = torch::stable::contiguous(t);
-    as_rows(*keep, &rows.stride);
+  if (as_rows(t, &rows.stride)) {
+    rows.data = const_cast<void*>(t.tensor->const_data_ptr());
+  } else {
+    *keep = torch::stable::contiguous(*t.tensor);
+    rows = {const_cast<void*>((*keep)->const_data_ptr()), t.last()};
   }
-  rows.data = const_cast<void*>(keep->const_data_ptr());
   return rows;
 }
 
-// at::empty_strided without the dispatcher: half a microsecond less than torch::stable::new_empty,
-// which is a third of a small call.
-Tensor empty_contiguous(std::vector<int64_t> sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;)
-    strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+// at::empty_strided without the dispatcher: half a microsecond less than torch::stable::new_empty.
+Tensor empty_contiguous(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  std::vector<int64_t> strides(dim, 1);
+  for (int64_t d = dim; d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
+      dim, sizes, strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-Tensor empty_like_contiguous(const Tensor& x) {
-  const auto sizes = x.sizes();
-  return empty_contiguous({sizes.begin(), sizes.end()}, x.scalar_type());
-}
-
-Programs programs_of(const Tensor& bank, const Tensor* params, const std::optional<Tensor>& route) {
-  return {static_cast<const float*>(bank.const_data_ptr()),
-          params ? static_cast<const float*>(params->const_data_ptr()) : nullptr,
-          route ? static_cast<const int32_t*>(route->const_data_ptr()) : nullptr, bank.size(2)};
-}
-
-// Out of range would read past the bank. Four bytes a token, beside the row's thousands.
-void check_route_values(const char* op, const Programs& programs, int64_t tokens, int64_t count) {
-  for (int64_t i = 0; programs.route && i < tokens; i++)
-    STD_TORCH_CHECK(programs.route[i] >= -1 && programs.route[i] < count, op, ": route[", i,
-                    "] is ", programs.route[i], "; expected -1 (plain) to ", count - 1);
+Tensor empty_like(const Info& x) {
+  return empty_contiguous(x.sizes, x.dim, x.dtype);
 }
 
 // Tasks below about 32k elements cost more to hand out than to do: one row never wakes the pool.
-int64_t grain(int64_t per_row) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row));
+template <class Body>
+void for_tokens(int64_t tokens, int64_t per_row, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row));
+  if (tokens <= grain) {
+    if (tokens > 0) body(0, tokens);
+  } else {
+    torch::stable::parallel_for(0, tokens, grain, body);
+  }
+}
+
+// The programs of a call, checked. Out of range, a route would read past the bank: looking costs
+// four bytes a token, beside the row's thousands.
+Programs programs_of(const char* op, const Info& x, const Info& bank, const float* params,
+                     const std::optional<Tensor>& route) {
+  Programs programs{static_cast<const float*>(bank.tensor->const_data_ptr()), params, nullptr,
+                    bank.sizes[2]};
+  if (!route) return programs;
+  check_route(op, x, Info(*route));
+  programs.route = static_cast<const int32_t*>(route->const_data_ptr());
+  for (int64_t i = 0, tokens = x.rows(); i < tokens; i++)
+    STD_TORCH_CHECK(programs.route[i] >= -1 && programs.route[i] < bank.sizes[0], op, ": route[", i,
+                    "] is ", programs.route[i], "; expected -1 (plain) to ", bank.sizes[0] - 1);
+  return programs;
 }
 
 // weight + weight_offset in float32, once per call
-std::unique_ptr<float[]> gain_of(const char* op, const Tensor& x, const Tensor& weight,
+std::unique_ptr<float[]> gain_of(const char* op, const Info& x, const Tensor& weight,
                                  double weight_offset) {
-  const int64_t hidden = hidden_of(op, x);
-  check_same_device(op, "weight", weight, x);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == hidden, op, ": weight has shape ",
-                  shape_of(weight), "; expected [", hidden, "]");
+  const Info info(weight);
+  const int64_t hidden = x.last();
+  check_on_cpu(op, "weight", info);
+  STD_TORCH_CHECK(info.dim == 1 && info.sizes[0] == hidden, op, ": weight has shape ", info.shape(),
+                  "; expected [", hidden, "]");
   const Tensor keep = torch::stable::contiguous(weight);
   std::unique_ptr<float[]> gain(new float[hidden]);
-  kernels().to_float(dtype_of(op, weight), keep.const_data_ptr(), gain.get(), hidden);
+  kernels().to_float(dtype_of(op, info), keep.const_data_ptr(), gain.get(), hidden);
   for (int64_t j = 0; j < hidden; j++) gain[j] += static_cast<float>(weight_offset);
   return gain;
 }
@@ -113,116 +119,121 @@ struct Norm {
   double eps;
 };
 
-void steer(const char* op, const Tensor& x, const std::optional<Tensor>& residual, Rows out,
-           const Tensor& bank, const Tensor& params, const std::optional<Tensor>& route,
-           const Norm& norm = {}) {
+void steer(const char* op, const Info& x, const Info* residual, Rows out, const Tensor& bank_,
+           const Tensor& params_, const std::optional<Tensor>& route, const Norm& norm = {}) {
+  const Info bank(bank_), params(params_);
+  if (residual) check_residual(op, x, *residual);
   check_bank(op, x, bank);
   check_params(op, bank, params);
-  check_route(op, x, route);
-  const int64_t tokens = tokens_of(x), hidden = hidden_of(op, x), slots = bank.size(2);
   const Dtype dtype = dtype_of(op, x);
-  Tensor keep_x, keep_residual;
-  SteerArgs args{rows_of(x, &keep_x),
-                 {},
-                 out,
-                 programs_of(bank, &params, route),
-                 hidden,
-                 norm.out,
-                 norm.gain,
-                 static_cast<float>(norm.eps)};
-  if (residual) args.residual = rows_of(*residual, &keep_residual);
-  check_route_values(op, args.programs, tokens, bank.size(0));
+  const int64_t hidden = x.last(), slots = bank.sizes[2];
+  std::optional<Tensor> keep_x, keep_residual;
+  SteerArgs args{
+      rows_of(x, &keep_x),
+      residual ? rows_of(*residual, &keep_residual) : Rows{},
+      out,
+      programs_of(op, x, bank, static_cast<const float*>(params_.const_data_ptr()), route),
+      hidden,
+      norm.out,
+      norm.gain,
+      static_cast<float>(norm.eps)};
   if (hidden == 0) return;
-  torch::stable::parallel_for(0, tokens, grain(hidden * std::max<int64_t>(1, slots)),
-                              [&](int64_t begin, int64_t end) {
-                                std::unique_ptr<float[]> scratch(new float[hidden + slots]);
-                                kernels().steer(dtype, args, begin, end, scratch.get());
-                              });
+  for_tokens(x.rows(), hidden * std::max<int64_t>(1, slots), [&](int64_t begin, int64_t end) {
+    std::unique_ptr<float[]> scratch(new float[hidden + slots]);
+    kernels().steer(dtype, args, begin, end, scratch.get());
+  });
 }
 
-Tensor add_steer(const Tensor& x, std::optional<Tensor> residual, const Tensor& bank,
+Tensor add_steer(const Tensor& x_, std::optional<Tensor> residual_, const Tensor& bank,
                  const Tensor& params, std::optional<Tensor> route) {
-  hidden_of("add_steer", x);
-  if (residual) check_residual("add_steer", x, *residual);
-  Tensor h = empty_like_contiguous(x);
-  steer("add_steer", x, residual, {h.mutable_data_ptr(), x.size(x.dim() - 1)}, bank, params, route);
+  const char* op = "add_steer";
+  const Info x(x_);
+  check_rows(op, x);
+  std::optional<Info> residual;
+  if (residual_) residual.emplace(*residual_);
+  Tensor h = empty_like(x);
+  steer(op, x, residual ? &*residual : nullptr, {h.mutable_data_ptr(), x.last()}, bank, params,
+        route);
   return h;
 }
 
-std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x, std::optional<Tensor> residual,
+std::tuple<Tensor, Tensor> add_steer_rms_norm(const Tensor& x_, std::optional<Tensor> residual_,
                                               const Tensor& weight, double eps, const Tensor& bank,
                                               const Tensor& params, std::optional<Tensor> route,
                                               double weight_offset) {
   const char* op = "add_steer_rms_norm";
-  const int64_t hidden = hidden_of(op, x);
-  if (residual) check_residual(op, x, *residual);
+  const Info x(x_);
+  check_rows(op, x);
+  std::optional<Info> residual;
+  if (residual_) residual.emplace(*residual_);
   const auto gain = gain_of(op, x, weight, weight_offset);
-  Tensor normed = empty_like_contiguous(x), h = empty_like_contiguous(x);
-  steer(op, x, residual, {h.mutable_data_ptr(), hidden}, bank, params, route,
-        {{normed.mutable_data_ptr(), hidden}, gain.get(), eps});
+  Tensor normed = empty_like(x), h = empty_like(x);
+  steer(op, x, residual ? &*residual : nullptr, {h.mutable_data_ptr(), x.last()}, bank, params,
+        route, {{normed.mutable_data_ptr(), x.last()}, gain.get(), eps});
   return {normed, h};
 }
 
-void add_steer_(const Tensor& x, Tensor residual, const Tensor& bank, const Tensor& params,
+void add_steer_(const Tensor& x_, Tensor residual_, const Tensor& bank, const Tensor& params,
                 std::optional<Tensor> route) {
   const char* op = "add_steer_";
-  hidden_of(op, x);
+  const Info x(x_), residual(residual_);
+  check_rows(op, x);
   check_residual(op, x, residual);
-  for (int64_t d = 0; d < residual.dim(); d++)
-    STD_TORCH_CHECK(residual.stride(d) != 0 || residual.size(d) <= 1, op,
+  for (int64_t d = 0; d < residual.dim; d++)
+    STD_TORCH_CHECK(residual.strides[d] != 0 || residual.sizes[d] <= 1, op,
                     ": residual is expanded (several rows share memory), so it can not be written");
   Rows out;
   if (as_rows(residual, &out.stride)) {
-    out.data = residual.mutable_data_ptr();
-    steer(op, x, residual, out, bank, params, route);
+    out.data = residual_.mutable_data_ptr();
+    steer(op, x, &residual, out, bank, params, route);
   } else {  // strides that no row walk covers: compute aside, then copy back
-    torch::stable::copy_(residual, add_steer(x, residual, bank, params, route));
+    torch::stable::copy_(residual_, add_steer(x_, residual_, bank, params, route));
   }
 }
 
-Tensor scores(const Tensor& h, const Tensor& bank, std::optional<Tensor> route) {
+Tensor scores(const Tensor& h_, const Tensor& bank_, std::optional<Tensor> route) {
   const char* op = "scores";
-  const int64_t hidden = hidden_of(op, h), tokens = tokens_of(h),
-                slots = bank.dim() == 4 ? bank.size(2) : 0;
+  const Info h(h_), bank(bank_);
+  check_rows(op, h);
   check_bank(op, h, bank);
-  check_route(op, h, route);
   const Dtype dtype = dtype_of(op, h);
-  Tensor out = empty_contiguous({tokens, slots}, ScalarType::Float), keep;
-  const ScoresArgs args{rows_of(h, &keep), programs_of(bank, nullptr, route),
-                        static_cast<float*>(out.mutable_data_ptr()), hidden};
-  check_route_values(op, args.programs, tokens, bank.size(0));
-  torch::stable::parallel_for(
-      0, tokens, grain(hidden * std::max<int64_t>(1, slots)),
-      [&](int64_t begin, int64_t end) { kernels().scores(dtype, args, begin, end); });
+  const int64_t shape[] = {h.rows(), bank.sizes[2]};
+  Tensor out = empty_contiguous(shape, 2, ScalarType::Float);
+  std::optional<Tensor> keep;
+  const ScoresArgs args{rows_of(h, &keep), programs_of(op, h, bank, nullptr, route),
+                        static_cast<float*>(out.mutable_data_ptr()), h.last()};
+  for_tokens(shape[0], h.last() * std::max<int64_t>(1, shape[1]),
+             [&](int64_t begin, int64_t end) { kernels().scores(dtype, args, begin, end); });
   return out;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+Tensor rms_norm(const Tensor& x_, const Tensor& weight, double eps, double weight_offset) {
   const char* op = "rms_norm";
-  const int64_t hidden = hidden_of(op, x), tokens = tokens_of(x);
+  const Info x(x_);
+  check_rows(op, x);
   const Dtype dtype = dtype_of(op, x);
   const auto gain = gain_of(op, x, weight, weight_offset);
-  Tensor out = empty_like_contiguous(x), keep;
+  Tensor out = empty_like(x);
+  std::optional<Tensor> keep;
   const RmsNormArgs args{rows_of(x, &keep),
-                         {out.mutable_data_ptr(), hidden},
+                         {out.mutable_data_ptr(), x.last()},
                          gain.get(),
                          static_cast<float>(eps),
-                         hidden};
-  if (hidden == 0) return out;
-  torch::stable::parallel_for(0, tokens, grain(hidden), [&](int64_t begin, int64_t end) {
-    kernels().rms_norm(dtype, args, begin, end);
-  });
+                         x.last()};
+  if (x.last() == 0) return out;
+  for_tokens(x.rows(), x.last(),
+             [&](int64_t begin, int64_t end) { kernels().rms_norm(dtype, args, begin, end); });
   return out;
 }
 
 void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, const Tensor& index,
               const Tensor& group) {
   const char* op = "moments_";
-  STD_TORCH_CHECK(activations.dim() == 3, op, ": activations has shape ", shape_of(activations),
+  STD_TORCH_CHECK(activations.dim() == 3, op, ": activations has shape ", Info(activations).shape(),
                   "; expected [batch, tokens, hidden]");
   const int64_t batch = activations.size(0), tokens = activations.size(1),
                 hidden = activations.size(2);
-  const Dtype dtype = dtype_of(op, activations);
+  const Dtype dtype = dtype_of(op, Info(activations));
   STD_TORCH_CHECK(
       count.scalar_type() == ScalarType::Long && count.dim() == 2 && count.is_contiguous(), op,
       ": count must be a contiguous int64 [groups, positions]");
@@ -232,14 +243,15 @@ void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, c
                         state->size(0) == groups && state->size(1) == positions &&
                         state->size(2) == hidden && state->is_contiguous(),
                     op, ": mean and m2 must be contiguous float64 [", groups, ", ", positions, ", ",
-                    hidden, "]; got ", shape_of(*state));
+                    hidden, "]; got ", Info(*state).shape());
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 2 &&
                       index.size(0) == batch && index.size(1) == tokens && index.is_contiguous(),
                   op, ": index must be a contiguous int32 [", batch, ", ", tokens, "]; got ",
-                  shape_of(index));
+                  Info(index).shape());
   STD_TORCH_CHECK(group.scalar_type() == ScalarType::Int && group.dim() == 1 &&
                       group.size(0) == batch && group.is_contiguous(),
-                  op, ": group must be a contiguous int32 [", batch, "]; got ", shape_of(group));
+                  op, ": group must be a contiguous int32 [", batch, "]; got ",
+                  Info(group).shape());
 
   const Tensor source = activations.stride(2) == 1 || hidden <= 1
                             ? activations
@@ -268,7 +280,7 @@ void moments_(Tensor count, Tensor mean, Tensor m2, const Tensor& activations, c
     const MomentsArgs args{source.const_data_ptr(), rows[slot].data(),  n, counts[slot],
                            means + slot * hidden,   m2s + slot * hidden};
     torch::stable::parallel_for(
-        0, hidden, std::max<int64_t>(256, grain(n)),
+        0, hidden, std::max<int64_t>(256, 32768 / n),
         [&](int64_t begin, int64_t end) { kernels().moments(dtype, args, begin, end); });
     counts[slot] += n;
   }
