@@ -1,5 +1,6 @@
 """The Python of the README runs as it stands, on the toy model in place of a hub's."""
 
+import json
 import re
 from pathlib import Path
 
@@ -36,3 +37,26 @@ def test_commands_exist():
     targets = set(re.findall(r"(?:^|`)make (\w+)", README.read_text(), re.MULTILINE))
     makefile = (README.parent / "Makefile").read_text()
     assert targets and all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets)
+
+
+def test_numbers_are_the_recorded_ones():
+    """Every figure of the result table and of the measurements is that of the result files."""
+    results = README.parent / "benchmarks" / "results"
+    demo = json.loads((results / "demo-cpu.json").read_text())
+    benchmarks = json.loads((results / "ops-cpu.json").read_text())["benchmarks"]
+    ratios = {b["name"]: b["extra_info"]["ratios"] for b in benchmarks}
+    text = " ".join(README.read_text().split())
+
+    for category in ("harmful", "harmless"):
+        rates = demo["refusal_rate"][category]
+        cells = [f"{100 * rates[m]:.1f} %" for m in ("baseline", "ablated", "added")]
+        pattern = rf"{category} prompts refused *\| *" + r" *\| *".join(map(re.escape, cells))
+        assert re.search(pattern, text)
+    for name in ("hooks", "fused", "orthogonalized"):
+        speed = demo["speed"][name]
+        low, high = speed["quartiles"]
+        assert f"{speed['median']:.2f} ({low:.2f} to {high:.2f})" in text
+    add = [ratios[f"test_add_steer[{d}]"]["add_steer"]["ratio"] for d in ("float32", "bfloat16")]
+    assert f"takes {add[0]:.2f} of the time of `torch.add` in float32, {add[1]:.2f} in" in text
+    training = json.loads((toy.PATH / "training.json").read_text())
+    assert f"{training['parameters'] / 1e6:.1f}-million-parameter" in text
