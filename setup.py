@@ -4,6 +4,7 @@ Everything else stands in pyproject.toml. The kernels are compiled for several i
 chosen at load, so a wheel built here runs on any processor of the same architecture.
 """
 
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -32,5 +33,6 @@ def extension() -> CppExtension:
     )
 
 
-print("refusal_kernels: building the CPU kernels (there are no CUDA kernels in this version)")
+WHY = "this version has no CUDA kernels" if shutil.which("nvcc") else "nvcc was not found"
+print(f"refusal_kernels: building the CPU kernels only ({WHY})")
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

@@ -249,7 +249,8 @@ def test_report(model, direction):
 def test_the_backend_is_chosen_when_patching(model, direction, tokens):
     with patch(model, Ablate(direction)):
         want = model(tokens).logits
-    for name in ("reference", "triton"):
+    installed = ops.explain().passed_over["triton"] != "triton is not installed"
+    for name in ("reference", "triton") if installed else ("reference",):
         with ops.use_backend(name):
             handle = patch(model, Ablate(direction))
         with handle:
