@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +21,15 @@ from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import evaluate as evaluate_
 from refusal_kernels.evaluation import generate as generate_
-from refusal_kernels.extraction import ChatFormat, mean_difference, read_prompts
+from refusal_kernels.extraction import mean_difference
 from refusal_kernels.interventions import Ablate, Add, Intervention
+from refusal_kernels.loading import demo_material, load, prompts_for
 from refusal_kernels.models import hidden_size, input_device
 from refusal_kernels.orthogonalize import orthogonalize as orthogonalize_
 from refusal_kernels.patching import patch
 from refusal_kernels.selection import select as select_
 
 CANDIDATES = "refusal_kernels.candidates"
-DTYPES = {"auto", "float32", "bfloat16", "float16"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def demo(
     json_file: JsonOption = None,
 ) -> None:
     """Show the paper's finding from beginning to end, on the toy model or on your own."""
-    material = _demo_material(model, harmful, harmless, device, dtype)
+    material = demo_material(model, harmful, harmless, device, dtype)
     with _progress() as step:
         finding = experiment.run(material, out, step, rounds=rounds)
     if json_file is not None:
@@ -106,9 +106,9 @@ def extract(
     json_file: JsonOption = None,
 ) -> None:
     """Compute the mean difference at every layer and end-of-instruction position."""
-    prompts = _prompts(model, "train", harmful, harmless)
+    prompts = prompts_for(model, "train", harmful, harmless)
     _writable(out)
-    language_model, tokenizer = _load(model, device, dtype)
+    language_model, tokenizer = load(model, device, dtype)
     with _progress() as step:
         candidates = mean_difference(
             language_model,
@@ -148,10 +148,10 @@ def select(
     json_file: JsonOption = None,
 ) -> None:
     """Choose the direction by the paper's three scores, on validation prompts."""
-    prompts = _prompts(model, "validation", harmful, harmless)
+    prompts = prompts_for(model, "validation", harmful, harmless)
     tensors, _ = read_tensors(candidates, CANDIDATES, ("candidates",))
     _writable(out)
-    language_model, tokenizer = _load(model, device, dtype)
+    language_model, tokenizer = load(model, device, dtype)
     with _progress() as step:
         selection = select_(
             language_model,
@@ -192,14 +192,14 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Count refusals of the unmodified model, with the direction ablated, and with it added."""
-    prompts = _prompts(model, "test", harmful, harmless)
+    prompts = prompts_for(model, "test", harmful, harmless)
     loaded = Direction.load(direction)
     interventions: dict[str, Intervention | None] = {
         "unmodified": None,
         "ablated": Ablate(loaded),
         "added": Add(loaded, layer=_layer(loaded, layer, direction)),
     }
-    language_model, tokenizer = _load(model, device, dtype, loaded)
+    language_model, tokenizer = load(model, device, dtype, loaded)
     with _progress() as step:
         outcomes = evaluate_(
             language_model,
@@ -244,7 +244,7 @@ def generate(
             if add
             else Ablate(loaded, strength, layer=layer)
         )
-    language_model, tokenizer = _load(model, device, dtype, loaded)
+    language_model, tokenizer = load(model, device, dtype, loaded)
     found = {"unmodified": generate_(language_model, tokenizer, prompt, max_new_tokens)}
     if intervention is not None:
         name = type(intervention).__name__.lower()
@@ -271,7 +271,7 @@ def orthogonalize(
         raise InputError(f"{out} is there already; expected a folder that can be made")
     _writable(out)
     loaded = Direction.load(direction)
-    language_model, tokenizer = _load(model, device, dtype, loaded)
+    language_model, tokenizer = load(model, device, dtype, loaded)
     done = orthogonalize_(language_model, loaded)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     language_model.save_pretrained(temporary)
@@ -295,7 +295,7 @@ def doctor(
         for precision in (torch.float32, torch.bfloat16, torch.float64):
             key = f"{kind} {str(precision).removeprefix('torch.')}"
             found[key] = str(ops.explain(device=kind, dtype=precision))
-    language_model, _ = _load(model, device, dtype)
+    language_model, _ = load(model, device, dtype)
     vector = torch.ones(hidden_size(language_model))
     with patch(language_model, Ablate(Direction(vector))) as handle:
         found[f"patch of {model}"] = str(handle.report()).splitlines()[0]
@@ -307,85 +307,6 @@ def doctor(
 
 
 # --- parts ---------------------------------------------------------------------------------------
-
-
-def _load(
-    name: str, device: str, dtype: str, direction: Direction | None = None
-) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, and check that a direction fits it."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(sorted(DTYPES))}")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}': {_first_line(error)}") from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    path = str(toy.PATH) if name == "toy" else name
-    if name != "toy" and not os.path.isdir(path) and (os.sep in path[:2] or path[:1] in ".~"):
-        raise InputError(f"model '{name}': there is no such folder")
-    # the toy model's file is float16 to be small; it is meant to run in float32
-    precision = "float32" if name == "toy" and dtype == "auto" else dtype
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=precision)
-    except Exception as error:  # whatever a hub, a config or a damaged file can bring
-        raise InputError(f"model '{name}' cannot be loaded: {_first_line(error)}") from None
-    if direction is not None and direction.hidden != hidden_size(model):
-        raise InputError(
-            f"the direction has hidden size {direction.hidden}; "
-            f"the model '{name}' has {hidden_size(model)}"
-        )
-    return model.to(where).eval(), tokenizer
-
-
-def _prompts(
-    model: str, split: Any, harmful: Path | None, harmless: Path | None
-) -> dict[str, Sequence[str]]:
-    given: dict[Any, Path | None] = {"harmful": harmful, "harmless": harmless}
-    if model != "toy" and (missing := [name for name, path in given.items() if path is None]):
-        raise InputError(f"--{missing[0]} FILE is needed: only the toy model brings prompts")
-    return {
-        name: toy.prompts(name, split) if path is None else read_prompts(path)
-        for name, path in given.items()
-    }
-
-
-def _demo_material(
-    model: str, harmful: Path | None, harmless: Path | None, device: str, dtype: str
-) -> experiment.Material:
-    prompts = {split: _prompts(model, split, harmful, harmless) for split in _SPLITS}
-    if harmful is not None or harmless is not None:  # files hold no splits: cut them
-        for name in ("harmful", "harmless"):
-            every = list(dict.fromkeys(prompts["train"][name]))
-            if len(every) < 16:
-                raise InputError(f"{len(every)} different {name} prompts; expected 16 or more")
-            train, validation = min(128, len(every) // 2), min(32, len(every) // 4)
-            cuts = {"train": (0, train), "validation": (train, train + validation)}
-            cuts["test"] = (train + validation, len(every))
-            for split, (start, end) in cuts.items():
-                prompts[split][name] = every[start:end]
-    else:
-        for name in ("harmful", "harmless"):  # the sizes of the paper
-            prompts["train"][name] = prompts["train"][name][:128]
-    language_model, tokenizer = _load(model, device, dtype)
-    ChatFormat.of(tokenizer)
-    return experiment.Material(
-        "the toy model" if model == "toy" else model,
-        language_model,
-        tokenizer,
-        prompts["train"],
-        prompts["validation"],
-        prompts["test"],
-        skills=toy.skills() if model == "toy" else {},
-    )
-
-
-_SPLITS = ("train", "validation", "test")
 
 
 def _layer(direction: Direction, layer: int | None, path: Path) -> int:
@@ -410,11 +331,6 @@ def _done(out: Path | None, json_file: Path | None, document: Any) -> None:
         _writable(json_file)
         report.write_json(json_file, document)
         console.print(f"written: {json_file}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

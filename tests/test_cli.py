@@ -97,6 +97,10 @@ BAD = {
         ["generate", "hi", "--model", "{f}/nowhere"],
         "no such folder",
     ),
+    "unknown folder, relative": (
+        ["generate", "hi", "--model", "nowhere/at/all"],
+        "no such folder",
+    ),
     "a folder without a model": (
         ["generate", "hi", "--model", "{f}"],
         "cannot be loaded",

@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from refusal_kernels.ops import triton as kernels
+from refusal_kernels.ops import triton_kernels as kernels
+from refusal_kernels.ops.triton import plan
 
 DTYPES = ("fp32", "bf16", "fp16")
 POINTERS = {"bank": "fp32", "params": "fp32", "route": "i32", "count": "i64", "mean": "fp64"}
@@ -32,15 +33,15 @@ VARIANTS = {
             "HAS_NORM": norm,
             "WHOLE": whole,
             "SLOTS": slots,
-            **kernels.plan(8192, slots),
+            **plan(8192, slots),
         }
         for residual in (True, False)
         for norm in (True, False)
         for whole in (True, False)
         for slots in (1, 16)
     ],
-    "scores_kernel": [{"HAS_ROUTE": True, "SLOTS": s, **kernels.plan(8192, s)} for s in (1, 16)],
-    "rms_norm_kernel": [kernels.plan(8192)],
+    "scores_kernel": [{"HAS_ROUTE": True, "SLOTS": s, **plan(8192, s)} for s in (1, 16)],
+    "rms_norm_kernel": [plan(8192)],
     "moments_kernel": [{"BLOCK": 128, "SPLIT": 32}],
 }
 
