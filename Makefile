@@ -9,12 +9,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench sanitize clean
 
 help:
 	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make sanitize  the C++ kernels under AddressSanitizer and UBSan"
 	@echo "make bench   the benchmarks; results go to benchmarks/results/"
 	@echo "make setup   only the environment and the compiled extension, in .venv"
 
@@ -47,6 +48,17 @@ lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 	@echo "lint: clean"
+
+# a second build of the C++ under AddressSanitizer and UBSan, in build/; every instruction set
+sanitize: setup
+	@REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize
+	@for isa in avx512 avx2 baseline; do \
+		echo "== $$isa under ASan and UBSan"; \
+		ASAN_OPTIONS=detect_leaks=0 REFUSAL_KERNELS_CPU_CAPABILITY=$$isa \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		PYTHONPATH=$$(echo build/sanitize/lib*) $(BIN)/pytest tests/test_ops.py -k cpu \
+		> build/sanitize/$$isa.log 2>&1 && grep -q 'extension: .*build/sanitize' build/sanitize/$$isa.log \
+		&& tail -n 3 build/sanitize/$$isa.log || { cat build/sanitize/$$isa.log; exit 1; }; done
 
 bench: setup
 	@$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' \

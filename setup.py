@@ -4,6 +4,7 @@ Everything else stands in pyproject.toml. The kernels are compiled for several i
 chosen at load, so a wheel built here runs on any processor of the same architecture.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest release whose stable ABI has it all
+
+# `make sanitize` builds a second copy, never installed, with the compiler's own checkers
+SANITIZE = (
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    if os.environ.get("REFUSAL_KERNELS_SANITIZE")
+    else []
+)
 
 
 def extension() -> CppExtension:
@@ -29,7 +37,9 @@ def extension() -> CppExtension:
             "-Wno-psabi",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             '-DRK_TORCH_TARGET="2.10"',
+            *SANITIZE,
         ],
+        extra_link_args=SANITIZE,
     )
 
 

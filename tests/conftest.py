@@ -9,12 +9,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from refusal_kernels import _C
+
 EXERCISED: dict[str, int] = {}
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Use one: tiny products gain nothing from more, and busy threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_runtest_logreport(report):
@@ -27,3 +38,4 @@ def pytest_terminal_summary(terminalreporter):
     if EXERCISED:
         counts = ", ".join(f"{name} {n}" for name, n in sorted(EXERCISED.items()))
         terminalreporter.write_line(f"op tests passed per backend: {counts}")
+        terminalreporter.write_line(f"extension: {_C.__file__}")

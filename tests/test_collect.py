@@ -1,7 +1,6 @@
 """What is collected, against the model's own hidden states, one prompt at a time."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,7 @@ HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two"
 POSITIONS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # tiny products gain nothing from more, and on a busy machine the threads wait for each other
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs_of_blocks(model: Any, prompt: str) -> torch.Tensor:
