@@ -225,6 +225,30 @@ def test_undo_is_exact(model, direction, tokens):
     assert everything() == before
 
 
+def test_a_forward_that_accelerate_has_wrapped_is_reached(direction, tokens):
+    model = tiny_model("llama")
+    with patch(model, Ablate(direction)):
+        want = model(tokens).logits
+    plain = model(tokens).logits
+    for layer in model.model.layers:  # as accelerate.hooks.add_hook_to_module does
+        layer._old_forward = layer.forward
+        layer.forward = lambda *a, _layer=layer, **k: _layer._old_forward(*a, **k)
+    before = [layer._old_forward for layer in model.model.layers]
+    with patch(model, Ablate(direction)):
+        assert torch.equal(model(tokens).logits, want)
+    assert torch.equal(model(tokens).logits, plain)
+    assert [layer._old_forward for layer in model.model.layers] == before
+
+
+def test_a_forward_set_on_the_instance_is_refused(direction):
+    model = tiny_model("llama")
+    layer = model.model.layers[1]
+    layer.forward = layer.forward
+    with pytest.raises(InputError, match=r"layer 1 carries a forward of its own"):
+        patch(model, Ablate(direction))
+    assert not model.model.embed_tokens._forward_hooks
+
+
 def test_only_the_patched_model_is_patched(direction, tokens):
     one, other = tiny_model("llama"), tiny_model("llama")
     plain = other(tokens).logits

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -123,9 +123,13 @@ class PatchHandle:
         self._classes = {layer: type(layer) for layer in layers}
         self._sites = [s for sites in layers.values() for s in sites if isinstance(s, Site)]
         self._hook = None
+        self._old_forwards: dict[nn.Module, Any] = {}
         for layer, sites in layers.items():
             layer.__dict__["rk_sites"] = sites
             layer.__class__ = steered_class(type(layer))
+            if "_old_forward" in layer.__dict__:  # accelerate's wrapper calls this, not the class's
+                self._old_forwards[layer] = layer.__dict__["_old_forward"]
+                layer.__dict__["_old_forward"] = MethodType(type(layer).forward, layer)
         if embedding_site is not None:
             self._sites.insert(0, embedding_site)
             self._hook = embedding.register_forward_hook(embedding_site.embedding_hook)
@@ -199,6 +203,8 @@ class PatchHandle:
         for layer, cls in self._classes.items():
             if layer.__dict__.pop("rk_sites", None) is not None:
                 layer.__class__ = cls
+                if layer in self._old_forwards:
+                    layer.__dict__["_old_forward"] = self._old_forwards[layer]
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -259,6 +265,13 @@ def patch(model: Any, *interventions: Intervention) -> PatchHandle:
         raise InputError(
             "the model is patched already: remove that patch, or give all interventions to one"
         )
+
+    for number, layer in enumerate(layers):
+        if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
+            raise InputError(
+                f"layer {number} carries a forward of its own (kernelize, or set by hand), which "
+                "a patch of its class would not reach; patch the model before that is set"
+            )
 
     programs: dict[tuple[int, ...], Program] = {}
 
