@@ -16,6 +16,7 @@ from refusal_kernels.patching import patch
 from refusal_kernels.patching.hooks import paper_hooks
 from refusal_kernels.patching.rewrite import steered_class
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 3
 
 
