@@ -247,7 +247,8 @@ def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tens
     sizes = {i.hidden for i in interventions}
     if len(sizes) > 1:
         raise InputError(f"directions of different hidden sizes: {sorted(sizes)}")
-    read, write = (torch.stack([getattr(i, side) for i in interventions]) for side in _SIDES)
+    read = torch.stack([i.read for i in interventions])  # [slots, hidden]
+    write = torch.stack([i.write for i in interventions])
     readers = [k for k, i in enumerate(interventions) if i.reads]
     gram = read[readers].double() @ write[readers].double().T
     worst = (
@@ -261,6 +262,3 @@ def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tens
     bank = torch.stack([read, write]).unsqueeze(0).contiguous()
     params = torch.stack([i.params(i.strength) for i in interventions]).unsqueeze(0)
     return bank, params
-
-
-_SIDES = ("read", "write")

@@ -37,9 +37,9 @@ class Stage(NamedTuple):
     """How a stage is trained.
 
     ``noise`` is the standard deviation of the Gaussian noise on whatever a block writes into the
-    residual stream, in training alone. It has no direction, and it makes the model spread what it
-    knows over more of the stream: without it an addition as large as the mean difference throws the
-    answers off their rails ("i i i i") instead of turning them into refusals.
+    residual stream, in training alone. It is isotropic. It was found by trying, on the validation
+    split: without it an addition as large as the mean difference threw the answers off their rails
+    ("i i i i") instead of turning them into refusals.
     """
 
     steps: int

@@ -162,8 +162,7 @@ def scores_kernel(
         columns = start + tl.arange(0, BLOCK)
         mask = columns < hidden
         s = tl.load(h + row * h_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(read + columns[None, :], mask=slot_mask[:, None] & mask[None, :], other=0.0)
-        t += tl.sum(v * s[None, :], axis=1)
+        t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
     tl.store(out + row * slots + slot, tl.where(steered, t, 0.0), mask=slot_mask)
 
 
