@@ -1,0 +1,131 @@
+// The same for rows that no plan holds in registers (hidden above 16,384): every pass reads the row
+// again, mostly from L2. One kernel for all modes and slots.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace rk::cuda {
+
+constexpr int kLongThreads = 512;
+
+RK_DEVICE float* dynamic_shared() {
+#ifdef RK_CUDA_EMULATED
+  return emulated_dynamic_shared();
+#else
+  extern __shared__ float memory[];
+  return memory;
+#endif
+}
+
+template <class T>
+RK_DEVICE float element(const typename T::Element* row, int64_t j) {
+  if constexpr (T::kPack == 4) {
+    return __uint_as_float(row[j]);
+  } else {
+    float v[T::kPack];
+    T::unpack({row[j], 0, 0, 0}, v);
+    return v[0];
+  }
+}
+
+template <class T>
+RK_DEVICE void put(typename T::Element* row, int64_t j, float value) {
+  float v[T::kPack] = {value};
+  row[j] = static_cast<typename T::Element>(T::pack(v).x);
+}
+
+RK_DEVICE float gain_at(const Weight& weight, int64_t j) {
+  float w;
+  switch (weight.dtype) {
+    case Dtype::f32: w = static_cast<const float*>(weight.data)[j]; break;
+    case Dtype::bf16: w = element<BF16>(static_cast<const uint16_t*>(weight.data), j); break;
+    default: w = element<F16>(static_cast<const uint16_t*>(weight.data), j);
+  }
+  return w + weight.offset;
+}
+
+// dynamic shared memory: a float for every slot
+template <class T>
+__global__ void __launch_bounds__(kLongThreads)
+    steer_long_kernel(const SteerArgs args, const int64_t tokens) {
+  using Sum = TeamSum<kLongThreads, 2>;
+  __shared__ typename Sum::Buffers buffers;
+  Sum team_sum(buffers);
+  wait_for_the_kernel_before();
+  const int64_t row = blockIdx.x, hidden = args.hidden, slots = args.programs.slots;
+  const auto* x = row_of<T>(args.x, row);
+  const auto* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
+  const auto* h = args.h.data ? row_of<T>(args.h, row) : nullptr;
+  auto* out = args.out.data ? row_of<T>(args.out, row) : nullptr;
+  float* phis = dynamic_shared();
+
+  const auto sum_over_row = [&](auto term) {
+    float sums[1] = {0.0f};
+    for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) sums[0] += term(j);
+    team_sum(sums);
+    return sums[0];
+  };
+  float scale = 0.0f, pull = 0.0f;  // of the norm's adjoint
+  if (h) {
+    const float squares = sum_over_row([&](int64_t j) {
+      const float v = element<T>(h, j);
+      return v * v;
+    });
+    scale = rsqrtf(squares / hidden + args.weight.eps);
+    pull = scale * scale / hidden * sum_over_row([&](int64_t j) {
+             return element<T>(x, j) * gain_at(args.weight, j) * element<T>(h, j);
+           });
+  }
+  const auto s_at = [&](int64_t j) {
+    float s = element<T>(x, j);
+    if (h) s = scale * fmaf(-pull, element<T>(h, j), s * gain_at(args.weight, j));
+    return residual ? s + element<T>(residual, j) : s;
+  };
+
+  const int64_t program = program_of(args.programs, row);
+  const int64_t active = program < 0 ? 0 : slots;
+  const float* read = args.programs.bank + (program < 0 ? 0 : program) * 2 * slots * hidden;
+  const float* write = read + slots * hidden;
+  if (args.saved) {
+    const float* swap = read;
+    read = write, write = swap;
+  }
+  for (int64_t slot = 0; slot < slots; slot++) {
+    const float dot =
+        program < 0 ? 0.0f
+                    : sum_over_row([&](int64_t j) { return s_at(j) * read[slot * hidden + j]; });
+    if (threadIdx.x == 0) {
+      const int64_t at = row * slots + slot;
+      if (args.scores) args.scores[at] = dot;
+      if (program >= 0)
+        phis[slot] =
+            coefficient(args, at, args.programs.params + (program * slots + slot) * kParams, dot);
+    }
+  }
+  __syncthreads();
+  const auto h_at = [&](int64_t j) {
+    float value = s_at(j);
+    for (int64_t slot = 0; slot < active; slot++)
+      value = fmaf(phis[slot], write[slot * hidden + j], value);
+    return value;
+  };
+
+  // each thread reads only what it writes itself, so out may be x or residual
+  if (!args.normed.data) {
+    for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) put<T>(out, j, h_at(j));
+    return;
+  }
+  const float squares = sum_over_row([&](int64_t j) {
+    const float v = h_at(j);
+    return v * v;
+  });
+  const float norm = rsqrtf(squares / hidden + args.weight.eps);
+  auto* normed = row_of<T>(args.normed, row);
+  for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) {
+    const float v = h_at(j);
+    if (out) put<T>(out, j, v);
+    put<T>(normed, j, v * norm * gain_at(args.weight, j));
+  }
+}
+
+}  // namespace rk::cuda

@@ -1,0 +1,52 @@
+// Launch plans as data: how many threads share a row, and how much of it each keeps in registers.
+#pragma once
+
+#include <cstdint>
+
+namespace rk::cuda {
+
+struct Plan {
+  int team;            // threads of a row, before the split
+  int values;          // elements that each of them keeps, before the split
+  int split;           // threads that share what one would do: more threads for few tokens
+  int rows;            // rows of a block; above 1 a team is one warp
+  int64_t max_tokens;  // for calls of up to so many tokens
+
+  constexpr int hidden() const { return team * values; }    // the longest row
+  constexpr int threads() const { return team * split; }    // of a row
+  constexpr int block() const { return threads() * rows; }  // of a block
+};
+
+constexpr int64_t kAnyTokens = INT64_MAX;
+
+// The first plan that takes a row serves it. A plan and its split add up in the same order (see
+// reduce.cuh), so the number of tokens never changes a row's bits.
+//
+// The numbers come from arithmetic, not yet from a clock. An H100 needs about 40 KB in flight per
+// multiprocessor: 1,024 resident threads that each ask for two packs of x and two of the residual
+// ask for 64 KB. Up to 16 float32 values of s and as many of the write vector leave room for that;
+// 32 of each still fit 128 registers. With fewer rows than two per multiprocessor nothing hides
+// latency but threads, hence the splits.
+constexpr Plan kPlans[] = {
+    {32, 8, 1, 8, kAnyTokens},    // hidden to 256: a warp per row, no barrier
+    {32, 32, 1, 4, kAnyTokens},   // to 1,024
+    {128, 16, 2, 1, 264},         // to 2,048
+    {128, 16, 1, 1, kAnyTokens},  //
+    {256, 16, 2, 1, 264},         // to 4,096
+    {256, 16, 1, 1, kAnyTokens},  //
+    {512, 16, 2, 1, 132},         // to 8,192
+    {512, 16, 1, 1, kAnyTokens},  //
+    {512, 32, 1, 1, kAnyTokens},  // to 16,384 (1,024 threads would spill)
+};
+constexpr int kPlanCount = sizeof(kPlans) / sizeof(kPlans[0]);
+
+// The plan of a call, -1 for rows that none holds in registers. Only one slot takes the splits.
+constexpr int choose_plan(int64_t hidden, int64_t tokens, bool may_split) {
+  for (int i = 0; i < kPlanCount; i++)
+    if (hidden <= kPlans[i].hidden() && tokens <= kPlans[i].max_tokens &&
+        (may_split || kPlans[i].split == 1))
+      return i;
+  return -1;
+}
+
+}  // namespace rk::cuda

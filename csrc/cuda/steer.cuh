@@ -1,0 +1,215 @@
+// h = s + sum_j phi_j(v_j . s) u_j with s = x + residual, the norm of h, and the adjoints of both.
+//
+// A row is read once. Each thread keeps its part of s in float32 registers, the dot products are
+// one reduction over the row's threads, and the result is written: 3 bytes per byte of x (4 with
+// the norm), which is what the residual add alone would move but for the normed row.
+//
+// The norm needs no second reduction: with t = v.s and h = s + phi u,
+//     |h|^2 = s.s + 2 phi s.u + phi^2 u.u,
+// and all four dot products travel together. Where most of s is removed this cancels, so below
+// kTrusted of |s|^2 the squares of h are added up after all; the whole row takes that branch.
+#pragma once
+
+#include "plans.h"
+#include "reduce.cuh"
+
+namespace rk::cuda {
+
+enum class Mode { add, norm, through };  // see SteerArgs
+
+template <class T>
+constexpr float kTrusted = T::kPack == 4 ? 0.25f : 0.01f;  // of |s|^2: a float32 row shows more
+
+// What a thread holds of its row: packs of T at fixed offsets.
+template <class T, int kPlan>
+struct Slice {
+  static constexpr Plan kP = kPlans[kPlan];
+  static constexpr int kThreads = kP.threads(), kBlock = kP.block();
+  static constexpr int kPacks = kP.values / T::kPack / kP.split;
+  static constexpr int kValues = kPacks * T::kPack;
+  // A split adds the two halves of a thread's packs in two threads; one thread adds them apart too.
+  static constexpr int kHalves = kP.split == 1 && kPacks > 1 ? 2 : 1;
+  static_assert(kPacks >= 1, "less than a pack per thread");
+
+  int lane, hidden;
+  bool aligned;
+
+  RK_DEVICE int at(int pack) const {
+    return (((lane % kP.split) * kPacks + pack) * kP.team + lane / kP.split) * T::kPack;
+  }
+  // A load does not wait, its first use does: rows are fetched as raw packs, all of them before the
+  // first is unpacked.
+  using Raw = uint4[kPacks];
+  RK_DEVICE void fetch(const Rows& rows, int64_t row, Raw& raw) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; p++)
+      raw[p] = load_pack<T>(row_of<T>(rows, row), at(p), hidden, aligned, true);
+  }
+  static RK_DEVICE void unpack(const Raw& raw, float* v) {
+#pragma unroll
+    for (int p = 0; p < kPacks; p++) T::unpack(raw[p], v + p * T::kPack);
+  }
+  RK_DEVICE void write(const Rows& rows, int64_t row, const float* v) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; p++)
+      store_pack<T>(row_of<T>(rows, row), at(p), hidden, aligned, T::pack(v + p * T::kPack));
+  }
+  RK_DEVICE void read_vector(const float* vector, float* v) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; p++)
+      load_floats<T>(vector, at(p), hidden, aligned, v + p * T::kPack);
+  }
+  RK_DEVICE void read_gain(const Weight& weight, float* v) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; p++) load_gain<T>(weight, at(p), hidden, aligned, v + p * T::kPack);
+  }
+  static RK_DEVICE float dot(const float* a, const float* b) {
+    float halves[kHalves] = {};
+#pragma unroll
+    for (int i = 0; i < kValues; i++) {
+      float& sum = halves[i * kHalves / kValues];
+      sum = fmaf(a[i], b[i], sum);
+    }
+    return kHalves == 2 ? halves[0] + halves[kHalves - 1] : halves[0];
+  }
+};
+
+// kGroup slots are read per reduction: 1 for the usual single direction, else 4 at a time.
+template <class T, int kPlan, Mode kMode, int kGroup>
+__global__ void __launch_bounds__(kPlans[kPlan].block())
+    steer_kernel(const SteerArgs args, const int64_t tokens, const bool aligned) {
+  using S = Slice<T, kPlan>;
+  constexpr int kValues = S::kValues;
+  using Sum = TeamSum<S::kThreads, 4>;
+  __shared__ typename Sum::Buffers buffers;
+  Sum team_sum(buffers);
+
+  const int hidden = static_cast<int>(args.hidden);
+  const int64_t slots = args.programs.slots;
+  const int64_t row = int64_t{blockIdx.x} * S::kP.rows + threadIdx.x / S::kThreads;
+  const S slice{static_cast<int>(threadIdx.x % S::kThreads), hidden, aligned};
+
+  // what does not come from the kernel before is asked for while that one still runs
+  if (blockIdx.x == 0) {
+    if (!args.programs.route)
+      prefetch_bytes(args.programs.bank, 2 * slots * hidden * 4, threadIdx.x, S::kBlock);
+    if (kMode != Mode::add)
+      prefetch_bytes(args.weight.data, hidden * (args.weight.dtype == Dtype::f32 ? 4 : 2),
+                     threadIdx.x, S::kBlock);
+  }
+  wait_for_the_kernel_before();
+  let_the_next_kernel_start();
+  if (row >= tokens) return;  // only whole warps, and only where a team is one warp
+
+  typename S::Raw raw_x, raw_residual, raw_h;
+  slice.fetch(args.x, row, raw_x);
+  if (args.residual.data) slice.fetch(args.residual, row, raw_residual);
+  if constexpr (kMode == Mode::through) slice.fetch(args.h, row, raw_h);
+  const int64_t program = program_of(args.programs, row);
+  const float* v = args.programs.bank + (program < 0 ? 0 : program) * 2 * slots * hidden;
+  const float* u = v + slots * hidden;
+  const float* params = args.programs.params + program * slots * kParams;
+  if (args.saved) {  // the edit is its own adjoint, with the roles exchanged
+    const float* swap = v;
+    v = u, u = swap;
+  }
+  float vector[kValues], write[kValues];
+  constexpr bool kEarly = kGroup == 1 && kValues <= 16;  // the registers allow it
+  if (kEarly && program >= 0) {
+    slice.read_vector(v, vector);
+    slice.read_vector(u, write);
+  }
+
+  float s[kValues];
+  S::unpack(raw_x, s);
+  if constexpr (kMode == Mode::through) {
+    // the norm's adjoint: g = scale (w d - h scale^2 mean(w d h)), d being the gradient of normed
+    float h[kValues], gain[kValues];
+    S::unpack(raw_h, h);
+    slice.read_gain(args.weight, gain);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) s[i] *= gain[i];
+    float sums[2] = {S::dot(h, h), S::dot(s, h)};
+    team_sum(sums);
+    const float scale = rsqrtf(sums[0] / hidden + args.weight.eps);
+    const float pull = scale * scale * (sums[1] / hidden);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
+  }
+  if (args.residual.data) {
+    float residual[kValues];
+    S::unpack(raw_residual, residual);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) s[i] += residual[i];
+  }
+
+  float* scores = args.scores && slice.lane == 0 ? args.scores + row * slots : nullptr;
+  float squares = 0.0f, trusted = 0.0f;
+  if (program < 0) {  // the plain add, bit for bit
+    if (scores)
+      for (int64_t slot = 0; slot < slots; slot++) scores[slot] = 0.0f;
+  } else {
+    if constexpr (kGroup == 1) {
+      if (!kEarly) slice.read_vector(v, vector);
+      float phi;
+      if constexpr (kMode == Mode::norm) {
+        if (!kEarly) slice.read_vector(u, write);
+        float sums[4] = {S::dot(s, vector), S::dot(s, s), S::dot(s, write), S::dot(write, write)};
+        team_sum(sums);
+        if (scores) scores[0] = sums[0];
+        phi = coefficient(args, row, params, sums[0]);
+        squares = fmaf(phi, fmaf(phi, sums[3], 2.0f * sums[2]), sums[1]);
+        trusted = kTrusted<T> * sums[1];
+      } else {
+        float sums[1] = {S::dot(s, vector)};
+        if (!kEarly) slice.read_vector(u, write);
+        team_sum(sums);
+        if (scores) scores[0] = sums[0];
+        phi = coefficient(args, row, params, sums[0]);
+      }
+#pragma unroll
+      for (int i = 0; i < kValues; i++) s[i] = fmaf(phi, write[i], s[i]);
+    } else {
+      float change[kValues] = {};
+      for (int64_t first = 0; first < slots; first += kGroup) {
+        float sums[kGroup] = {};
+#pragma unroll
+        for (int k = 0; k < kGroup; k++) {
+          if (first + k >= slots) break;
+          slice.read_vector(v + (first + k) * hidden, vector);
+          sums[k] = S::dot(s, vector);
+        }
+        team_sum(sums);
+#pragma unroll
+        for (int k = 0; k < kGroup; k++) {
+          const int64_t slot = first + k;
+          if (slot >= slots) break;
+          if (scores) scores[slot] = sums[k];
+          const float phi = coefficient(args, row * slots + slot, params + slot * kParams, sums[k]);
+          slice.read_vector(u + slot * hidden, vector);
+#pragma unroll
+          for (int i = 0; i < kValues; i++) change[i] = fmaf(phi, vector[i], change[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kValues; i++) s[i] += change[i];
+    }
+  }
+  if (args.out.data) slice.write(args.out, row, s);
+
+  if constexpr (kMode == Mode::norm) {
+    if (kGroup != 1 || !(squares > trusted)) {  // also where it is NaN
+      float sums[1] = {S::dot(s, s)};
+      team_sum(sums);
+      squares = sums[0];
+    }
+    const float scale = rsqrtf(squares / hidden + args.weight.eps);
+    float gain[kValues];
+    slice.read_gain(args.weight, gain);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) s[i] = s[i] * scale * gain[i];
+    slice.write(args.normed, row, s);
+  }
+}
+
+}  // namespace rk::cuda
