@@ -61,7 +61,7 @@ sanitize: setup
 		&& tail -n 3 build/sanitize/$$isa.log || { cat build/sanitize/$$isa.log; exit 1; }; done
 
 bench: setup
-	@$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' \
+	@$(BIN)/python -m pytest benchmarks/bench_ops.py \
 		--benchmark-columns=median,iqr,rounds --benchmark-json=benchmarks/results/ops-cpu.json
 	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
 

@@ -5,11 +5,14 @@ chosen at load, so a wheel built here runs on any processor of the same architec
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.extension import Extension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest release whose stable ABI has it all
 
@@ -21,28 +24,56 @@ SANITIZE = (
 )
 
 
-def extension() -> CppExtension:
+# H100 and A100 by name, and PTX that later GPUs compile for themselves
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0a 10.0+PTX"
+
+
+def why_no_cuda() -> str | None:
+    """Return the reason why the CUDA kernels can not be built, or None."""
+    if os.environ.get("REFUSAL_KERNELS_CUDA") == "0":
+        return "REFUSAL_KERNELS_CUDA=0"
+    if SANITIZE:
+        return "the checkers are for the C++"
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if CUDA_HOME is None or not (shutil.which("nvcc") or Path(CUDA_HOME, "bin", "nvcc").exists()):
+        return "nvcc was not found"
+    return None
+
+
+def extension(cuda: bool) -> Extension:
     """Describe the one extension module."""
-    return CppExtension(
+    suffixes = "cpp|cu" if cuda else "cpp"
+    common = [
+        "-O3",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        '-DRK_TORCH_TARGET="2.10"',
+        f'-DRK_CUDA_ARCHITECTURES="{ARCHITECTURES if cuda else ""}"',
+    ]
+    cxx = [
+        *common,
+        "-fno-math-errno",
+        "-ffp-contract=fast",  # a*b+c may become one FMA; nothing else of -ffast-math
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        *SANITIZE,
+    ]
+    sources = (p for p in Path("csrc").rglob("*") if re.fullmatch(rf".*\.({suffixes})", p.name))
+    return (CUDAExtension if cuda else CppExtension)(
         "refusal_kernels._C",
-        sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.[hi]*")),
+        sources=sorted(map(str, sources)),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
         py_limited_api=False,  # pybind11 needs the full Python API; torch's side is ABI-stable
-        extra_compile_args=[
-            "-O3",
-            "-fno-math-errno",
-            "-ffp-contract=fast",  # a*b+c may become one FMA; nothing else of -ffast-math
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wno-psabi",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-            '-DRK_TORCH_TARGET="2.10"',
-            *SANITIZE,
-        ],
+        extra_compile_args={"cxx": cxx, "nvcc": [*common, "-DUSE_CUDA", "-std=c++20"]},
         extra_link_args=SANITIZE,
     )
 
 
-WHY = "this version has no CUDA kernels" if shutil.which("nvcc") else "nvcc was not found"
-print(f"refusal_kernels: building the CPU kernels only ({WHY})")
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+WHY = why_no_cuda()
+if WHY is None:
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
+    print(f"refusal_kernels: building the CPU and the CUDA kernels ({ARCHITECTURES})")
+else:
+    print(f"refusal_kernels: building the CPU kernels only ({WHY})")
+setup(ext_modules=[extension(WHY is None)], cmdclass={"build_ext": BuildExtension})

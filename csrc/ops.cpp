@@ -1,51 +1,18 @@
-// The ops' schemas, in one place, and the extension module `_C`, which never takes a tensor.
+// The ops' registration, and the extension module `_C`, which never takes a tensor.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "cpu/rows.h"
+#include "cuda/plans.h"
+#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(refusal_kernels, m) {
-  m.def(
-      "add_steer(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? route=None) -> "
-      "Tensor");
-  m.def(  // the same kernel without a gradient: see refusal_kernels/ops/autograd.py
-      "add_steer_inference(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? "
-      "route=None) "
-      "-> Tensor");
-  m.def(  // and what the edit read: v_j . s, before the edit
-      "add_steer_scores(Tensor x, Tensor? residual, Tensor bank, Tensor params, Tensor? "
-      "route=None) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "add_steer_backward(Tensor grad, Tensor scores, Tensor bank, Tensor params, Tensor? "
-      "route=None) -> Tensor");
-  m.def(
-      "add_steer_(Tensor x, Tensor(a!) residual, Tensor bank, Tensor params, Tensor? route=None) "
-      "-> ()");
-  m.def(
-      "add_steer_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor bank, "
-      "Tensor params, Tensor? route=None, float weight_offset=0.0) -> (Tensor, Tensor)");
-  m.def(
-      "add_steer_rms_norm_inference(Tensor x, Tensor? residual, Tensor weight, float eps, "
-      "Tensor bank, Tensor params, Tensor? route=None, float weight_offset=0.0) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "add_steer_rms_norm_scores(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor "
-      "bank, "
-      "Tensor params, Tensor? route=None, float weight_offset=0.0) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "add_steer_rms_norm_backward(Tensor grad_normed, Tensor? grad_h, Tensor h, Tensor scores, "
-      "Tensor weight, float eps, Tensor bank, Tensor params, Tensor? route=None, "
-      "float weight_offset=0.0) -> Tensor");
-  m.def("scores(Tensor h, Tensor bank, Tensor? route=None) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
-  m.def(
-      "moments_(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor activations, Tensor "
-      "index, "
-      "Tensor group) -> ()");
+  rk::define_schemas(m);
 }
+
+namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
@@ -54,9 +21,29 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return rk::kernels().name; },
       "The instruction set of the CPU kernels: avx512, avx2 or baseline.");
   m.def(
+      "cuda_architectures", [] { return std::string(RK_CUDA_ARCHITECTURES); },
+      "What the CUDA kernels were compiled for, as nvcc was told; empty in a build without them.");
+  m.def(
+      "cuda_launch_plans",
+      [] {
+        py::list plans;
+        for (const auto& plan : rk::cuda::kPlans) {
+          py::dict entry;
+          entry["hidden"] = plan.hidden();
+          entry["threads_per_row"] = plan.threads();
+          entry["rows_per_block"] = plan.rows;
+          if (plan.max_tokens != rk::cuda::kAnyTokens) entry["max_tokens"] = plan.max_tokens;
+          plans.append(entry);
+        }
+        return plans;
+      },
+      "The launch plans of the CUDA steering kernels, in the order in which they are tried.");
+  m.def(
       "build_summary",
       [] {
-        return std::string("CPU kernels (") + rk::kernels().name + " on this machine), compiler " +
+        const std::string cuda = RK_CUDA_ARCHITECTURES;
+        return std::string("CPU kernels (") + rk::kernels().name + " on this machine), " +
+               (cuda.empty() ? "no CUDA kernels" : "CUDA kernels (" + cuda + ")") + ", compiler " +
                __VERSION__ + ", torch " + RK_TORCH_TARGET + " or later";
       },
       "How the extension was built, in one line.");

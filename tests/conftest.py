@@ -1,22 +1,50 @@
 import os
+import sys
 
 import torch
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter.
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
+import emulated_cuda  # noqa: E402
+import pytest  # noqa: E402
 
-from refusal_kernels import _C
+from refusal_kernels import _C, ops  # noqa: E402
 
+EMULATED = sys.platform == "linux"
+# every backend that this machine can run, and where
+DEVICES = {"cpu": "cpu", "triton": "cuda" if GPU else "cpu", "reference": "cpu"}
+if EMULATED:
+    DEVICES[emulated_cuda.NAME] = "cpu"
+if _C.cuda_architectures() and GPU:
+    DEVICES["cuda"] = "cuda"
 EXERCISED: dict[str, int] = {}
+
+
+def pytest_sessionstart(session):
+    if EMULATED:
+        emulated_cuda.register()
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def backend(request, record_property):
+    """Run the test on every backend; tensors that it makes are on that backend's device."""
+    device = DEVICES[request.param]
+    why = ops.BACKENDS[request.param].why_not(device, torch.float32)
+    if why == "triton is not installed":
+        pytest.skip("there is no Triton for this platform")
+    assert why is None, f"{request.param} was built but can not be exercised: {why}"
+    record_property("backend", request.param)
+    with ops.use_backend(request.param), torch.device(device):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +62,29 @@ def pytest_runtest_logreport(report):
         EXERCISED[backend] = EXERCISED.get(backend, 0) + 1
 
 
-def pytest_terminal_summary(terminalreporter):
+def whole_suite(config):
+    """Whether nothing was left out by the command line."""
+    narrowed = any("::" in argument or argument.endswith(".py") for argument in config.args)
+    return not (narrowed or config.option.keyword or config.option.markexpr or config.option.lf)
+
+
+def missing(config):
+    """Return the backends that were built and not exercised."""
+    if not whole_suite(config):
+        return []
+    served = {n for n, d in DEVICES.items() if ops.BACKENDS[n].why_not(d, torch.float32) is None}
+    return sorted(served - set(EXERCISED))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if not exitstatus and missing(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
     if EXERCISED:
         counts = ", ".join(f"{name} {n}" for name, n in sorted(EXERCISED.items()))
         terminalreporter.write_line(f"op tests passed per backend: {counts}")
         terminalreporter.write_line(f"extension: {_C.__file__}")
+    for name in missing(config):
+        terminalreporter.write_line(f"FAILED: the backend {name} was built and not exercised")

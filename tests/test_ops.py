@@ -19,21 +19,6 @@ CPU_ONLY = settings(
 )
 
 
-def available():
-    return [name for name, b in ops.BACKENDS.items() if b.why_not("cpu", torch.float32) is None]
-
-
-@pytest.fixture(params=["cpu", "triton", "reference"])
-def backend(request, record_property):
-    why = ops.BACKENDS[request.param].why_not("cpu", torch.float32)
-    if why == "triton is not installed":
-        pytest.skip("there is no Triton for this platform")
-    assert why is None, f"{request.param} was built but can not be exercised: {why}"
-    record_property("backend", request.param)
-    with ops.use_backend(request.param):
-        yield request.param
-
-
 def rows(tokens, hidden, dtype=torch.float32):
     return torch.randn(tokens, hidden).to(dtype)
 
@@ -590,7 +575,7 @@ def test_use_backend_and_explain(monkeypatch):
     assert ops.explain(dtype=torch.float64).chosen == "reference"
     with ops.use_backend("reference"):
         assert ops.explain().chosen == "reference"
-    with pytest.raises(InputError, match=r"no backend 'tritn'.*cpu, triton, reference"):
+    with pytest.raises(InputError, match=r"no backend 'tritn'.*cpu, cuda, triton, reference"):
         ops.use_backend("tritn").__enter__()
     with ops.use_backend("cpu"), pytest.raises(InputError, match="float64"):
         ops.explain(dtype=torch.float64)

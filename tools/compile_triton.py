@@ -19,48 +19,81 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from refusal_kernels.ops import triton_kernels as kernels
-from refusal_kernels.ops.triton import plan
+from refusal_kernels.ops.triton import MOMENTS, plan
 
 DTYPES = ("fp32", "bf16", "fp16")
-POINTERS = {"bank": "fp32", "params": "fp32", "route": "i32", "count": "i64", "mean": "fp64"}
-POINTERS |= {"m2": "fp64", "order": "i64", "offsets": "i64"}
-# every variant that a launch can ask for differs in these
+POINTERS = {"bank": "fp32", "params": "fp32", "scores": "fp32", "route": "i32", "count": "i64"}
+POINTERS |= {"mean": "fp64", "m2": "fp64", "partial": "fp64", "order": "i64", "offsets": "i64"}
+IN_DTYPE = ("x", "residual", "h", "normed", "weight", "activations")
+
+
+def steer(
+    norm: bool, scores: bool, adjoint: bool, whole: bool, slots: int, residual: bool = True
+) -> dict[str, object]:
+    """One variant of the kernel that most ops share."""
+    return {
+        "HAS_RESIDUAL": residual,
+        "HAS_ROUTE": True,
+        "HAS_NORM": norm,
+        "HAS_SCORES": scores,
+        "ADJOINT": adjoint,
+        "WHOLE": whole,
+        "SLOTS": slots,
+        **plan(8192, slots),
+    }
+
+
+# Every variant that a launch can ask for differs in these. A route, a residual and scores only add
+# to what a thread holds, so what goes without them is compiled where the row is whole.
 VARIANTS = {
     "steer_kernel": [
-        {
-            "HAS_RESIDUAL": residual,
-            "HAS_ROUTE": True,
-            "HAS_NORM": norm,
-            "WHOLE": whole,
-            "SLOTS": slots,
-            **plan(8192, slots),
-        }
-        for residual in (True, False)
+        steer(norm, True, adjoint, whole, slots)
         for norm in (True, False)
+        for adjoint in (True, False)
         for whole in (True, False)
         for slots in (1, 16)
+    ]
+    + [
+        steer(norm, adjoint, adjoint, True, 1, residual)
+        for norm in (True, False)
+        for adjoint in (True, False)
+        for residual in (True, False)
+        if not (adjoint and residual)  # stands above
     ],
     "scores_kernel": [{"HAS_ROUTE": True, "SLOTS": s, **plan(8192, s)} for s in (1, 16)],
     "rms_norm_kernel": [plan(8192)],
-    "moments_kernel": [{"BLOCK": 128, "SPLIT": 32}],
+    "moments_kernel": [MOMENTS],
+    "merge_moments_kernel": [{"BLOCK": MOMENTS["BLOCK"], "ROWS": MOMENTS["ROWS"]}],
 }
 
 
-def signature(name: str, kernel: object, dtype: str, constants: dict[str, object]) -> dict:
-    """Triton's type of every argument of a kernel."""
-    types = {}
-    for argument in kernel.arg_names:
+def signature(
+    name: str, kernel: object, dtype: str, constants: dict[str, object], aligned: bool
+) -> tuple[dict[str, str], dict[str, object], dict]:
+    """Type every argument of a kernel as a launch would, with its constants and its promises.
+
+    A launch makes constants of integers that are 1, and promises the compiler which pointers and
+    integers are multiples of 16. Here the numbers of slots, programs and splits are 1 unless SLOTS
+    says otherwise, and either everything is promised or nothing.
+    """
+    one = ("slots", "programs", "splits") if constants.get("SLOTS", 1) == 1 else ()
+    constants = constants | {a: 1 for a in one if a in kernel.arg_names}
+    types, promises = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
             types[argument] = "constexpr"
-        elif argument in POINTERS:
+            continue
+        if argument in POINTERS:
             types[argument] = f"*{POINTERS[argument]}"
-        elif argument in ("x", "residual", "h", "normed", "weight", "activations"):
+        elif argument in IN_DTYPE:
             types[argument] = f"*{dtype}"
         elif argument == "out":
             types[argument] = "*fp32" if name == "scores_kernel" else f"*{dtype}"
         else:
             types[argument] = "fp32" if argument in ("eps", "weight_offset") else "i32"
-    return types
+        if aligned and types[argument] != "fp32":
+            promises[(position,)] = [["tt.divisibility", 16]]
+    return types, constants, promises
 
 
 def spills(cubin: bytes) -> tuple[int, int]:
@@ -80,29 +113,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     failures = compiled = 0
-    for target in parser.parse_args().targets:
-        for name, variants in VARIANTS.items():
-            kernel = getattr(kernels, name)
-            for variant in variants:
-                constants = {k: v for k, v in variant.items() if k != "num_warps"}
-                options = {"num_warps": variant.get("num_warps", 4)}
-                for dtype in DTYPES:
-                    source = ASTSource(
-                        fn=kernel,
-                        signature=signature(name, kernel, dtype, constants),
-                        constexprs=constants,
-                    )
-                    # sm_90 and later have architecture-specific variants: Triton picks sm_90a
-                    binary = triton.compile(
-                        source, target=GPUTarget("cuda", target, 32), options=options
-                    )
-                    registers, local = spills(binary.asm["cubin"])
-                    compiled += 1
-                    if local:
-                        failures += 1
-                    if local or dtype == "bf16":
-                        verdict = f"SPILLS {local} bytes" if local else "no spills"
-                        print(f"sm_{target} {name} {dtype} {variant}: {registers} regs, {verdict}")
+    every = [
+        (target, name, variant, aligned, dtype)
+        for target in parser.parse_args().targets
+        for name, variants in VARIANTS.items()
+        for variant in variants
+        # without alignment the loads are narrow: more addresses, but fewer values beside them
+        for aligned in ((True, False) if variant.get("SLOTS", 1) == 1 else (True,))
+        for dtype in DTYPES
+    ]
+    for target, name, variant, aligned, dtype in every:
+        kernel = getattr(kernels, name)
+        constants = {k: v for k, v in variant.items() if k != "num_warps"}
+        types, constants, promises = signature(name, kernel, dtype, constants, aligned)
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=promises)
+        # sm_90 and later have architecture-specific variants: Triton picks sm_90a
+        binary = triton.compile(
+            source,
+            target=GPUTarget("cuda", target, 32),
+            options={"num_warps": variant.get("num_warps", 4)},
+        )
+        registers, local = spills(binary.asm["cubin"])
+        compiled += 1
+        failures += local > 0
+        if local or dtype == "bf16":
+            verdict = f"SPILLS {local} bytes" if local else "no spills"
+            how = "aligned" if aligned else "unaligned"
+            print(f"sm_{target} {name} {dtype} {how} {variant}: {registers} regs, {verdict}")
     print(f"{compiled} kernels compiled, {failures} spill")
     return failures
 

@@ -10,6 +10,8 @@ The functions here pick a backend for every call (`explain`, `use_backend`). The
 ``torch.ops.refusal_kernels``, where the dispatcher picks by device.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,35 @@ __all__ = [
 ]
 
 
+@overload
 def add_steer(
-    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    residual: Tensor | None,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    *,
+    return_scores: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def add_steer(
+    x: Tensor,
+    residual: Tensor | None,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    *,
+    return_scores: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def add_steer(
+    x: Tensor,
+    residual: Tensor | None,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    *,
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Add the residual and steer: ``h = s + sum_j phi_j(v_j . s) u_j``, ``s = x + residual``.
 
     Parameters
@@ -46,18 +74,25 @@ def add_steer(
     route
         int32 [tokens] or None. A row with -1 is bit-identical to ``x + residual``. On a CPU a
         value out of range raises; on a GPU, where looking would wait for the device, it acts as -1.
+    return_scores
+        Also return what the edit read, at no further pass.
 
     Returns
     -------
-    Tensor
-        h, contiguous, in the shape and dtype of x.
+    h : Tensor
+        Contiguous, in the shape and dtype of x.
+    scores : Tensor
+        With ``return_scores``: float32 [tokens, slots], ``v_j . s`` before the edit, 0 where the
+        route is -1. Telemetry: no gradient flows through it (through `scores` it does).
 
     Raises
     ------
     RuntimeError
         If shapes, dtypes or devices do not fit; nothing has been computed then.
     """
-    return op_for("add_steer", x)(x, residual, bank, params, route)
+    op = op_for("add_steer_scores" if return_scores else "add_steer", x)
+    found: Tensor | tuple[Tensor, Tensor] = op(x, residual, bank, params, route)
+    return found
 
 
 def add_steer_(
@@ -76,6 +111,7 @@ def add_steer_(
     return residual
 
 
+@overload
 def add_steer_rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -85,12 +121,39 @@ def add_steer_rms_norm(
     params: Tensor,
     route: Tensor | None = None,
     weight_offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    *,
+    return_scores: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def add_steer_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    weight_offset: float = 0.0,
+    *,
+    return_scores: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def add_steer_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    weight_offset: float = 0.0,
+    *,
+    return_scores: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Add, steer, and normalise the steered row: what a pre-norm block does between two writers.
 
     Parameters
     ----------
-    x, residual, bank, params, route
+    x, residual, bank, params, route, return_scores
         As for `add_steer`.
     weight, eps, weight_offset
         As for `rms_norm`.
@@ -100,15 +163,17 @@ def add_steer_rms_norm(
     normed, h : Tensor
         Both contiguous, in the shape and dtype of x; h has the bits of `add_steer`. The norm reads
         h in float32, before it is rounded.
+    scores : Tensor
+        With ``return_scores``, as `add_steer` returns them.
 
     Raises
     ------
     RuntimeError
         As `add_steer`.
     """
-    op = op_for("add_steer_rms_norm", x)
-    normed, h = op(x, residual, weight, eps, bank, params, route, weight_offset)
-    return normed, h
+    op = op_for("add_steer_rms_norm_scores" if return_scores else "add_steer_rms_norm", x)
+    found: tuple[Tensor, Tensor] = op(x, residual, weight, eps, bank, params, route, weight_offset)
+    return tuple(found)  # type: ignore[return-value]
 
 
 def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:

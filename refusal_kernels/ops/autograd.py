@@ -19,11 +19,21 @@ except ImportError as error:
     ) from error
 from refusal_kernels.ops import reference
 
-PUBLIC = ("add_steer", "add_steer_", "add_steer_rms_norm", "scores", "rms_norm", "moments_")
-# The two that stand in every layer of a patched model exist without a gradient too: the same
-# kernel, registered twice, because the Python autograd layer costs 4 us a call even where no
-# gradient is wanted.
-INFERENCE = {f"{op}_inference": op for op in ("add_steer", "add_steer_rms_norm")}
+# The edits that stand in every layer of a patched model exist in two more forms. `_scores` also
+# returns what the edit read. `_inference` is the same kernel registered without a gradient, because
+# the Python autograd layer costs 4 us a call even where no gradient is wanted.
+EDITS = ("add_steer", "add_steer_rms_norm")
+SCORED = {op: f"{op}_scores" for op in EDITS}
+INFERENCE = {f"{op}_inference": op for op in EDITS}
+PUBLIC = (
+    *EDITS,
+    *SCORED.values(),
+    *(f"{op}_backward" for op in EDITS),
+    "add_steer_",
+    "scores",
+    "rms_norm",
+    "moments_",
+)
 OPS = (*PUBLIC, *INFERENCE)
 
 
@@ -39,6 +49,16 @@ def _fake_scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor
     return h.new_empty((h.shape[:-1].numel(), bank.shape[2]), dtype=torch.float32)
 
 
+def _fake_scored(x: Tensor, residual: Tensor | None, bank: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _fake_like_x(x), _fake_scores(x, bank)
+
+
+def _fake_normed_scored(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bank: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return _fake_like_x(x), _fake_like_x(x), _fake_scores(x, bank)
+
+
 def _fake_nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -46,17 +66,25 @@ def _fake_nothing(*_: Any, **__: Any) -> None:
 FAKES: dict[str, Callable[..., Any]] = {
     "add_steer": _fake_like_x,
     "add_steer_": _fake_nothing,
+    "add_steer_scores": _fake_scored,
+    "add_steer_backward": _fake_like_x,
     "add_steer_rms_norm": _fake_two_like_x,
+    "add_steer_rms_norm_scores": _fake_normed_scored,
+    "add_steer_rms_norm_backward": _fake_like_x,
     "scores": _fake_scores,
     "rms_norm": _fake_like_x,
     "moments_": _fake_nothing,
 }
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)))
-    ctx.tensor_at = [isinstance(i, Tensor) for i in inputs]
-    ctx.others = [i for i in inputs if not isinstance(i, Tensor)]
+def _save(ctx: Any, values: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*(v for v in values if isinstance(v, Tensor)))
+    ctx.tensor_at = [isinstance(v, Tensor) for v in values]
+    ctx.others = [v for v in values if not isinstance(v, Tensor)]
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save(ctx, inputs)
 
 
 def _saved(ctx: Any) -> list[Any]:
@@ -64,35 +92,67 @@ def _saved(ctx: Any) -> list[Any]:
     return [next(tensors) if tensor else next(others) for tensor in ctx.tensor_at]
 
 
-def _add_steer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, residual, bank, params, route = _saved(ctx)
-    needs = ctx.needs_input_grad
-    grad_s, grad_bank, grad_params = reference.add_steer_backward(
-        grad, x, residual, bank, params, route, (needs[0] or needs[1], needs[2], needs[3])
-    )
-    return grad_s, grad_s if residual is not None else None, grad_bank, grad_params, None
+class _Edit:
+    """The gradient of `add_steer_scores` and `add_steer_rms_norm_scores`.
 
+    With frozen vectors, as in training a model under an edit, the backward pass needs the incoming
+    gradient and the scores alone (and h after a norm, which the caller holds anyway): neither x nor
+    the residual is kept. The scores themselves are telemetry and carry no gradient; `scores` does.
+    """
 
-def _add_steer_rms_norm_backward(
-    ctx: Any, grad_normed: Tensor, grad_h: Tensor
-) -> tuple[Tensor | None, ...]:
-    x, residual, weight, eps, bank, params, route, weight_offset = _saved(ctx)
-    needs = ctx.needs_input_grad
-    grad_s, grad_weight, grad_bank, grad_params = reference.add_steer_rms_norm_backward(
-        grad_normed,
-        grad_h,
-        x,
-        residual,
-        weight,
-        eps,
-        bank,
-        params,
-        route,
-        weight_offset,
-        (needs[0] or needs[1], needs[4], needs[5]),
-    )
-    grad_residual = grad_s if residual is not None else None
-    return grad_s, grad_residual, grad_weight, None, grad_bank, grad_params, None, None
+    def __init__(self, namespace: str, normed: bool) -> None:
+        self.ops = getattr(torch.ops, namespace)
+        self.normed = normed
+
+    def setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+        norm, h = None, None
+        if self.normed:
+            x, residual, weight, eps, bank, params, route, offset = inputs
+            norm, h = (weight, eps, offset), output[1]
+        else:
+            x, residual, bank, params, route = inputs
+        program = slice(4, 6) if self.normed else slice(2, 4)  # bank and params
+        ctx.program_wanted = any(ctx.needs_input_grad[program])
+        kept = (x, residual) if ctx.program_wanted else (None, None)
+        ctx.has_residual = residual is not None
+        _save(ctx, (*kept, *(norm or (None,) * 3), h, output[-1], bank, params, route))
+
+    def backward(
+        self, ctx: Any, grad_normed: Tensor | None, grad_h: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of s, residual, weight, bank and params."""
+        x, residual, weight, eps, offset, h, scores, *program = _saved(ctx)
+        if grad_normed is None and grad_h is None:
+            return (None,) * 5
+        grad_weight: Tensor | None = None
+        grad_bank: Tensor | None = None
+        grad_params: Tensor | None = None
+        if grad_normed is None:
+            grad_s = self.ops.add_steer_backward(grad_h, scores, *program)
+        else:
+            norm = (weight, eps, *program, offset)
+            grad_s = self.ops.add_steer_rms_norm_backward(grad_normed, grad_h, h, scores, *norm)
+            if ctx.needs_input_grad[2]:
+                _, grad_weight = reference.rms_norm_backward(grad_normed, h, weight, eps, offset)
+        if ctx.program_wanted:
+            through = grad_h
+            if grad_normed is not None:
+                through = reference.grad_of_h(grad_normed, grad_h, h, weight, eps, offset)
+            assert through is not None
+            grad_bank, grad_params = reference.program_backward(through, x, residual, *program)
+        return grad_s, grad_s if ctx.has_residual else None, grad_weight, grad_bank, grad_params
+
+    def add(self, ctx: Any, grad_h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        grad_s, grad_residual, _, *program = self.backward(ctx, None, grad_h)
+        return grad_s, grad_residual, *program, None
+
+    def norm(
+        self, ctx: Any, grad_normed: Tensor | None, grad_h: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        grad_s, grad_residual, weight, *program = self.backward(ctx, grad_normed, grad_h)
+        return grad_s, grad_residual, weight, None, *program, None, None
 
 
 def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,22 +166,42 @@ def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*reference.rms_norm_backward(grad, x, weight, eps, weight_offset), None, None)
 
 
-BACKWARDS: dict[str, Callable[..., Any]] = {
-    "add_steer": _add_steer_backward,
-    "add_steer_rms_norm": _add_steer_rms_norm_backward,
-    "scores": _scores_backward,
-    "rms_norm": _rms_norm_backward,
-}
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError("the fused edits have no second derivative; use use_backend('reference')")
+
+
+def _through_scored(namespace: str, op: str) -> Callable[..., Any]:
+    """Serve an edit's Autograd key: by its `_scores` form where a gradient is wanted."""
+    own = getattr(getattr(torch.ops, namespace), op).default
+    scored = getattr(getattr(torch.ops, namespace), SCORED[op]).default
+
+    def call(*args: Any) -> Any:
+        wanted = any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if wanted and torch.is_grad_enabled():
+            *outputs, _ = scored(*args)
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return own(*args)
+
+    return call
 
 
 def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
     """Give the ops of one namespace their fake implementations and gradients."""
     for op in ops:
         torch.library.register_fake(f"{namespace}::{op}", FAKES[INFERENCE.get(op, op)])
-        if op in BACKWARDS:
-            torch.library.register_autograd(
-                f"{namespace}::{op}", BACKWARDS[op], setup_context=_save
-            )
+    add, norm = _Edit(namespace, normed=False), _Edit(namespace, normed=True)
+    for op, backward, setup in (
+        ("add_steer_scores", add.add, add.setup),
+        ("add_steer_rms_norm_scores", norm.norm, norm.setup),
+        ("add_steer_backward", _no_second_derivative, None),
+        ("add_steer_rms_norm_backward", _no_second_derivative, None),
+        ("scores", _scores_backward, _save_inputs),
+        ("rms_norm", _rms_norm_backward, _save_inputs),
+    ):
+        torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup)
+    for op in EDITS:
+        torch.library.impl(f"{namespace}::{op}", "Autograd", _through_scored(namespace, op))
 
 
 def register_kernels(key: str, kernels: dict[str, Callable[..., Any]]) -> None:

@@ -53,13 +53,21 @@ def add_steer(
     x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None
 ) -> Tensor:
     """``h = s + sum_j phi_j(v_j . s) u_j`` with ``s = x + residual`` (``s = x`` without one)."""
-    return _steered_rows(x, residual, bank, params, route).to(x.dtype).reshape(x.shape)
+    return add_steer_scores(x, residual, bank, params, route)[0]
+
+
+def add_steer_scores(
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(h, t): `add_steer`, and what it read, ``t_j = v_j . s``; 0 where the route is -1."""
+    rows, t = _steered_rows(x, residual, bank, params, route)
+    return rows.to(x.dtype).reshape(x.shape), t
 
 
 def _steered_rows(
     x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None
-) -> Tensor:
-    """Return h before it is rounded, [tokens, hidden]."""
+) -> tuple[Tensor, Tensor]:
+    """Return h before it is rounded, [tokens, hidden], and the scores, [tokens, slots]."""
     rows = _sum(x, residual)
     read, write, p = _programs(bank, params, route, rows.dtype)
     a, c, b, low, high = p.unbind(-1)  # [tokens or 1, slots]
@@ -67,8 +75,8 @@ def _steered_rows(
     phi = a * t + c * torch.minimum(torch.maximum(t, low), high) + b
     h = rows + (phi.unsqueeze(-1) * write).sum(1)
     if (plain := _plain(route)) is not None:
-        h = torch.where(plain, rows, h)
-    return h
+        h, t = torch.where(plain, rows, h), t.masked_fill(plain, 0.0)
+    return h, t
 
 
 def add_steer_rms_norm(
@@ -82,9 +90,25 @@ def add_steer_rms_norm(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm` of h, h), where h is that of `add_steer`; the norm reads h before rounding."""
-    rows = _steered_rows(x, residual, bank, params, route)
+    return add_steer_rms_norm_scores(x, residual, weight, eps, bank, params, route, weight_offset)[
+        :2
+    ]
+
+
+def add_steer_rms_norm_scores(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, h, t): `add_steer_rms_norm` and the scores of `add_steer_scores`."""
+    rows, t = _steered_rows(x, residual, bank, params, route)
     normed = _normed(rows, weight, eps, weight_offset)
-    return normed.to(x.dtype).reshape(x.shape), rows.to(x.dtype).reshape(x.shape)
+    return normed.to(x.dtype).reshape(x.shape), rows.to(x.dtype).reshape(x.shape), t
 
 
 def add_steer_(
@@ -150,36 +174,81 @@ def moments_(
 
 
 def add_steer_backward(
+    grad: Tensor, scores: Tensor, bank: Tensor, params: Tensor, route: Tensor | None = None
+) -> Tensor:
+    """Gradient of s, from that of h and the scores that the forward pass read.
+
+    The edit is its own adjoint with the roles of the vectors exchanged::
+
+        g + sum_j phi_j'(t_j) (u_j . g) v_j        phi'(t) = a + c [low <= t <= high]
+    """
+    g = _rows(grad)
+    push, read = _push(g, scores, bank, params, route)
+    return (g + (push.unsqueeze(-1) * read).sum(1)).to(grad.dtype).reshape(grad.shape)
+
+
+def _push(
+    g: Tensor, scores: Tensor, bank: Tensor, params: Tensor, route: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``phi_j'(t_j) (u_j . g)``, [tokens, slots], and the read vectors that it multiplies."""
+    read, write, p = _programs(bank, params, route, g.dtype)
+    a, c, _, low, high = p.unbind(-1)
+    push = (a + c * ~((scores < low) | (scores > high))) * _dot(g, write)
+    if (plain := _plain(route)) is not None:
+        push = push.masked_fill(plain, 0.0)
+    return push, read
+
+
+def add_steer_rms_norm_backward(
+    grad_normed: Tensor,
+    grad_h: Tensor | None,
+    h: Tensor,
+    scores: Tensor,
+    weight: Tensor,
+    eps: float,
+    bank: Tensor,
+    params: Tensor,
+    route: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    """Gradient of s: the norm's adjoint, plus ``grad_h``, then the edit's; rounded once."""
+    g = grad_of_h(grad_normed, grad_h, h, weight, eps, weight_offset)
+    return add_steer_backward(g, scores, bank, params, route).to(h.dtype).reshape(h.shape)
+
+
+def grad_of_h(
+    grad_normed: Tensor,
+    grad_h: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+) -> Tensor:
+    """All of the gradient of h, through the norm and beside it: [tokens, hidden], not rounded."""
+    g, _ = rms_norm_backward(_rows(grad_normed), _rows(h), weight, eps, weight_offset)
+    return g if grad_h is None else g + _rows(grad_h)
+
+
+def program_backward(
     grad: Tensor,
     x: Tensor,
     residual: Tensor | None,
     bank: Tensor,
     params: Tensor,
     route: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of s (= of x and of residual), bank and params.
-
-    With ``slope_j = a_j + c_j [low_j <= t_j <= high_j]`` the Jacobian is
-    ``I + sum_j slope_j u_j v_j^T``, so the adjoint of a projection is that projection.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Gradients of bank and params, from that of h; here x and residual are needed again."""
     rows, g = _sum(x, residual), _rows(grad)
     read, write, p = _programs(bank, params, route, rows.dtype)
     a, c, b, low, high = p.unbind(-1)
     t = _dot(rows, read)
     below, above = t < low, t > high
     gu = _dot(g, write)  # [tokens, slots]
-    if (plain := _plain(route)) is not None:
-        gu = gu.masked_fill(plain, 0.0)
-    push = (a + c * ~(below | above)) * gu
-    grad_s = (g + (push.unsqueeze(-1) * read).sum(1)).to(x.dtype).reshape(x.shape)
-    if not any(needs[1:]):
-        return grad_s, None, None
-
     clamped = torch.minimum(torch.maximum(t, low), high)
     phi = a * t + c * clamped + b
-    if plain is not None:
-        phi = phi.masked_fill(plain, 0.0)
+    if (plain := _plain(route)) is not None:
+        gu, phi = gu.masked_fill(plain, 0.0), phi.masked_fill(plain, 0.0)
+    push = (a + c * ~(below | above)) * gu
     per_params = torch.stack(
         [t * gu, clamped * gu, gu, c * below * gu, c * (above & ~below) * gu], dim=-1
     )
@@ -191,31 +260,7 @@ def add_steer_backward(
         program = route.clamp(min=0).long()
     grad_bank = torch.zeros_like(bank, dtype=rows.dtype).index_add(0, program, per_bank)
     grad_params = torch.zeros_like(params, dtype=rows.dtype).index_add(0, program, per_params)
-    return grad_s, grad_bank.to(bank.dtype), grad_params.to(params.dtype)
-
-
-def add_steer_rms_norm_backward(
-    grad_normed: Tensor,
-    grad_h: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None,
-    weight_offset: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of s, weight, bank and params: the norm's adjoint, then the edit's."""
-    h = _steered_rows(x, residual, bank, params, route)
-    through_norm, grad_weight = rms_norm_backward(_rows(grad_normed), h, weight, eps, weight_offset)
-    # still in float32: the sum is rounded once, at the end
-    grad = (through_norm + _rows(grad_h)).reshape(x.shape)
-    grad_s, grad_bank, grad_params = add_steer_backward(
-        grad, x, residual, bank, params, route, needs
-    )
-    return grad_s, grad_weight, grad_bank, grad_params
+    return grad_bank.to(bank.dtype), grad_params.to(params.dtype)
 
 
 def scores_backward(

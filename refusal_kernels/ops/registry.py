@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from refusal_kernels import _C
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops import autograd, reference
 from refusal_kernels.ops.triton import KERNELS as TRITON_KERNELS
@@ -32,7 +33,7 @@ class Backend:
     Attributes
     ----------
     name
-        ``cpu``, ``triton`` or ``reference``.
+        ``cpu``, ``cuda``, ``triton`` or ``reference``.
     ops
         Op name to callable.
     why_not
@@ -44,12 +45,24 @@ class Backend:
     why_not: Callable[[str, torch.dtype], str | None]
 
 
+def _dtype_why_not(dtype: torch.dtype) -> str | None:
+    if dtype in HALF_AND_SINGLE:
+        return None
+    return f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+
+
 def _cpu_why_not(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"takes CPU tensors, not {device}"
-    if dtype not in HALF_AND_SINGLE:
-        return f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
+    return _dtype_why_not(dtype)
+
+
+def _cuda_why_not(device: str, dtype: torch.dtype) -> str | None:
+    if not _C.cuda_architectures():
+        return "this build has no CUDA kernels"
+    if device != "cuda":
+        return f"takes CUDA tensors, not {device}"
+    return _dtype_why_not(dtype)
 
 
 _COMPILED = {op: getattr(torch.ops.refusal_kernels, op).default for op in autograd.OPS}
@@ -60,6 +73,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", MappingProxyType(_COMPILED), _cpu_why_not),
+        Backend("cuda", MappingProxyType(_COMPILED), _cuda_why_not),
         Backend("triton", MappingProxyType(TRITON_OPS), triton_why_not),
         Backend("reference", MappingProxyType(_REFERENCE), lambda device, dtype: None),
     )
@@ -67,7 +81,7 @@ BACKENDS = {
 
 # The public ops on devices without compiled kernels.
 autograd.register_kernels("CompositeExplicitAutograd", _REFERENCE)
-if TRITON_OPS:
+if TRITON_OPS and not _C.cuda_architectures():
     autograd.register_kernels("CUDA", TRITON_KERNELS)
 
 _forced: ContextVar[str | None] = ContextVar("refusal_kernels_backend", default=None)
@@ -86,7 +100,7 @@ def use_backend(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        ``cpu``, ``triton`` or ``reference``.
+        ``cpu``, ``cuda``, ``triton`` or ``reference``.
 
     Raises
     ------

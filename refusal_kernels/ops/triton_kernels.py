@@ -1,4 +1,4 @@
-"""Triton's kernels: one program instance per row, or per slot and block of channels.
+"""Triton's kernels: one program instance per row; for moments one per slot, channels and rows.
 
 A row is read in blocks. Where it fits one block it stays in registers; otherwise each pass reads it
 again, from L1 or L2. The launchers stand in `refusal_kernels.ops.triton`.
@@ -13,11 +13,17 @@ TRUNCATES: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL: tl.constexpr):  # -> float32 [BLOCK]
-    s = tl.load(x_row + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        s += tl.load(residual_row + columns, mask=mask, other=0.0).to(tl.float32)
-    return s
+def _load(row, columns, mask):  # -> float32 [BLOCK]
+    return tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _program(route, row, programs, HAS_ROUTE: tl.constexpr):  # -> whether it steers, which one
+    program = tl.full((), 0, tl.int64)
+    if HAS_ROUTE:
+        program = tl.load(route + row).to(tl.int64)
+    steered = (program >= 0) & (program < programs)
+    return steered, tl.where(steered, program, 0)
 
 
 @triton.jit
@@ -35,17 +41,35 @@ def _vectors(pointer, slot_mask, columns, mask):  # -> float32 [SLOTS, BLOCK]
 
 
 @triton.jit
+def _load_sum(
+    x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
+    HAS_RESIDUAL: tl.constexpr, THROUGH_NORM: tl.constexpr,
+):  # -> float32 [BLOCK]  # fmt: skip
+    """What the edit acts on: s, or in the adjoint the gradient of h."""
+    s = _load(x_row, columns, mask)
+    if THROUGH_NORM:
+        gained = s * (_load(weight, columns, mask) + weight_offset)
+        s = scale * (gained - _load(h_row, columns, mask) * pull)
+    if HAS_RESIDUAL:
+        s += _load(residual_row, columns, mask)
+    return s
+
+
+@triton.jit
 def steer_kernel(
     x,
     residual,
+    h,
     out,
     normed,
+    scores,
     weight,
     bank,
     params,
     route,
     x_stride,
     residual_stride,
+    h_stride,
     out_stride,
     hidden,
     slots,
@@ -55,82 +79,109 @@ def steer_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_ROUTE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    ADJOINT: tl.constexpr,
     WHOLE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of add_steer or add_steer_rms_norm.
+    """One row of the edit, with or without the norm behind it, or of the adjoint of either.
 
-    SLOTS is slots rounded up to a power of two. With WHOLE the row is one block and stays in
-    registers; otherwise each pass reads it again, from L1 or L2.
+    The edit adds multiples of the write vectors by what the read vectors see. Its adjoint is the
+    same with the two exchanged; how far a slot answers follows there from the score that the edit
+    saved. The adjoint of the norm comes before that of the edit: x and residual are then the
+    gradients of normed and h, and h is read.
+
+    SLOTS is slots rounded up to a power of two. With WHOLE the row is one block: every loop runs
+    once, and the compiler unrolls it and merges the equal loads, so the row stays in registers.
+    For that nothing is stored before the last pass.
     """
     row = tl.program_id(0).to(tl.int64)  # rows * hidden may exceed 2^31
     x_row = x + row * x_stride
     residual_row = residual + row * residual_stride
+    h_row = h + row * h_stride
     out_row = out + row * out_stride
-    program = tl.full((), 0, tl.int64)
-    if HAS_ROUTE:
-        program = tl.load(route + row).to(tl.int64)
-    steered = (program >= 0) & (program < programs)
-    program = tl.where(steered, program, 0)
+    normed_row = normed + row * hidden
+    steered, program = _program(route, row, programs, HAS_ROUTE)
+    THROUGH_NORM: tl.constexpr = HAS_NORM and ADJOINT
+    end = BLOCK if WHOLE else hidden
 
     slot = tl.arange(0, SLOTS)
     slot_mask = slot < slots
-    read = bank + program * 2 * slots * hidden + slot[:, None].to(tl.int64) * hidden
-    write = read + slots.to(tl.int64) * hidden
+    read = bank + (program * 2 * slots + slot[:, None]) * hidden  # program is int64
+    write = bank + ((program * 2 + 1) * slots + slot[:, None]) * hidden
+    if ADJOINT:
+        read, write = write, read
 
-    columns = tl.arange(0, BLOCK)
-    mask = columns < hidden
-    s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
-    t = tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
-    if not WHOLE:
-        for start in range(BLOCK, hidden, BLOCK):
+    scale = 0.0
+    pull = 0.0
+    if THROUGH_NORM:
+        squares = tl.zeros([BLOCK], tl.float32)
+        products = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
-            s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
-            t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
+            gained = _load(x_row, columns, mask) * (_load(weight, columns, mask) + weight_offset)
+            saved = _load(h_row, columns, mask)
+            squares += saved * saved
+            products += gained * saved
+        scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
+        pull = scale * scale * (tl.sum(products) / hidden)
+
+    t = tl.zeros([SLOTS], tl.float32)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < hidden
+        s = _load_sum(
+            x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
+            HAS_RESIDUAL, THROUGH_NORM,
+        )  # fmt: skip
+        t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
 
     p = params + (program * slots + slot) * 5
     a = tl.load(p, mask=slot_mask, other=0.0)
     c = tl.load(p + 1, mask=slot_mask, other=0.0)
-    b = tl.load(p + 2, mask=slot_mask, other=0.0)
     low = tl.load(p + 3, mask=slot_mask, other=0.0)
     high = tl.load(p + 4, mask=slot_mask, other=0.0)
-    clamped = tl.where(t < low, low, t)  # comparisons, not minimum: a NaN stays a NaN
-    clamped = tl.where(clamped > high, high, clamped)
-    phi = a * t + c * clamped + b
-
-    squares = tl.zeros([BLOCK], tl.float32)
-    if WHOLE:
-        u = _vectors(write, slot_mask, columns, mask)
-        h = tl.where(steered, s + tl.sum(u * phi[:, None], axis=0), s)
-        _store(out_row + columns, h, mask)
-        if HAS_NORM:
-            scale = 1.0 / tl.sqrt_rn(tl.sum(h * h) / hidden + eps)
-            gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-            _store(normed + row * hidden + columns, h * scale * (gain + weight_offset), mask)
+    score = scores + row * slots + slot
+    if ADJOINT:
+        seen = tl.load(score, mask=slot_mask, other=0.0)
+        push = tl.where((seen < low) | (seen > high), a, a + c) * t
     else:
-        for start in range(0, hidden, BLOCK):
+        b = tl.load(p + 2, mask=slot_mask, other=0.0)
+        clamped = tl.where(t < low, low, t)  # comparisons, not minimum: a NaN stays a NaN
+        clamped = tl.where(clamped > high, high, clamped)
+        push = a * t + c * clamped + b
+
+    if HAS_NORM and not ADJOINT:
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
-            s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
+            s = _load_sum(
+                x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
+                HAS_RESIDUAL, THROUGH_NORM,
+            )  # fmt: skip
             u = _vectors(write, slot_mask, columns, mask)
-            h = tl.where(steered, s + tl.sum(u * phi[:, None], axis=0), s)
-            if HAS_NORM:
-                squares += h * h
-            else:  # with the norm h is written in the last pass: out may be residual
-                _store(out_row + columns, h, mask)
-        if HAS_NORM:
-            scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
-            for start in range(0, hidden, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                mask = columns < hidden
-                s = _load_sum(x_row, residual_row, columns, mask, HAS_RESIDUAL)
-                u = _vectors(write, slot_mask, columns, mask)
-                h = tl.where(steered, s + tl.sum(u * phi[:, None], axis=0), s)
-                _store(out_row + columns, h, mask)
-                gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-                _store(normed + row * hidden + columns, h * scale * (gain + weight_offset), mask)
+            edited = tl.where(steered, s + tl.sum(u * push[:, None], axis=0), s)
+            squares += edited * edited
+        scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
+
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < hidden
+        s = _load_sum(
+            x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
+            HAS_RESIDUAL, THROUGH_NORM,
+        )  # fmt: skip
+        u = _vectors(write, slot_mask, columns, mask)
+        edited = tl.where(steered, s + tl.sum(u * push[:, None], axis=0), s)
+        if HAS_NORM and not ADJOINT:
+            gain = _load(weight, columns, mask) + weight_offset
+            _store(normed_row + columns, edited * scale * gain, mask)
+        _store(out_row + columns, edited, mask)
+    if HAS_SCORES and not ADJOINT:
+        tl.store(score, tl.where(steered, t, 0.0), mask=slot_mask)
 
 
 @triton.jit
@@ -149,19 +200,15 @@ def scores_kernel(
 ):
     """One row of scores."""
     row = tl.program_id(0).to(tl.int64)
-    program = tl.full((), 0, tl.int64)
-    if HAS_ROUTE:
-        program = tl.load(route + row).to(tl.int64)
-    steered = (program >= 0) & (program < programs)
-    program = tl.where(steered, program, 0)
+    steered, program = _program(route, row, programs, HAS_ROUTE)
     slot = tl.arange(0, SLOTS)
     slot_mask = slot < slots
-    read = bank + program * 2 * slots * hidden + slot[:, None].to(tl.int64) * hidden
+    read = bank + (program * 2 * slots + slot[:, None]) * hidden
     t = tl.zeros([SLOTS], tl.float32)
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < hidden
-        s = tl.load(h + row * h_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        s = _load(h + row * h_stride, columns, mask)
         t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
     tl.store(out + row * slots + slot, tl.where(steered, t, 0.0), mask=slot_mask)
 
@@ -173,15 +220,38 @@ def rms_norm_kernel(x, weight, out, x_stride, hidden, eps, weight_offset, BLOCK:
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        v = tl.load(x + row * x_stride + columns, mask=columns < hidden, other=0.0)
-        squares += v.to(tl.float32) * v.to(tl.float32)
+        v = _load(x + row * x_stride, columns, columns < hidden)
+        squares += v * v
     scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
     for start in range(0, hidden, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < hidden
-        v = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32) + weight_offset
+        v = _load(x + row * x_stride, columns, mask)
+        gain = _load(weight, columns, mask) + weight_offset
         _store(out + row * hidden + columns, v * scale * gain, mask)
+
+
+@triton.jit
+def _rows_of(offsets, slot, splits, ROWS: tl.constexpr):  # -> first, past the last, rows a split
+    begin = tl.load(offsets + slot)
+    end = tl.load(offsets + slot + 1)
+    return begin, end, tl.cdiv(tl.cdiv(end - begin, splits), ROWS) * ROWS
+
+
+@triton.jit
+def _source(row, tokens, batch_stride, token_stride):  # -> int64, in elements
+    row = row.to(tl.int32)  # a division in 64 bits would branch, and keep loads from overlapping
+    return (row // tokens).to(tl.int64) * batch_stride + (row % tokens).to(tl.int64) * token_stride
+
+
+@triton.jit
+def _sum_rows(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # [ROWS, BLOCK] -> [BLOCK]
+    """Add halves to halves, ROWS = 8: the order of tl.sum would depend on the alignment."""
+    tl.static_assert(ROWS == 8)
+    upper, lower = tl.split(tl.permute(tl.reshape(tile, [2, 4, BLOCK]), (1, 2, 0)))
+    upper, lower = tl.split(tl.permute(tl.reshape(upper + lower, [2, 2, BLOCK]), (1, 2, 0)))
+    upper, lower = tl.split(tl.permute(upper + lower, (1, 0)))
+    return upper + lower
 
 
 @triton.jit
@@ -189,53 +259,93 @@ def moments_kernel(
     activations,
     order,
     offsets,
-    count,
-    mean,
-    m2,
+    partial,
     batch_stride,
     token_stride,
     tokens,
     hidden,
+    slots,
+    splits,
     BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """One slot and one block of channels: float32 inside a split of rows, float64 outside.
+    """Mean and sum of squared deviations over one split of a slot's rows, in a block of channels.
 
-    ``order`` lists the rows by slot and ``offsets`` says where each slot's begin, so the order
-    of summation is fixed. Values are shifted by the slot's first row against cancellation.
+    ``order`` lists the rows by slot and ``offsets`` says where each slot's begin. A step takes
+    ROWS rows; STEPS of them are loaded at once and added in float32, the rest is float64. Values
+    are shifted by the split's first row against cancellation.
     """
     slot = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < hidden
-    begin = tl.load(offsets + slot)
-    end = tl.load(offsets + slot + 1)
+    split = tl.program_id(2).to(tl.int64)
+    begin, end, share = _rows_of(offsets, slot, splits, ROWS)
+    begin += split * share
+    end = tl.minimum(begin + share, end)
     if begin < end:
-        row = tl.load(order + begin)
-        source = activations + (row // tokens) * batch_stride + (row % tokens) * token_stride
-        shift = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
-        first = tl.zeros([BLOCK], tl.float64)
-        second = tl.zeros([BLOCK], tl.float64)
-        for split in range(begin, end, SPLIT):
-            part_first = tl.zeros([BLOCK], tl.float32)
-            part_second = tl.zeros([BLOCK], tl.float32)
-            for k in range(split, min(split + SPLIT, end)):
-                row = tl.load(order + k)
-                source = (
-                    activations + (row // tokens) * batch_stride + (row % tokens) * token_stride
-                )
-                v = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
-                d = v - shift
-                part_first += d
-                part_second += d * d
-            first += part_first.to(tl.float64)
-            second += part_second.to(tl.float64)
+        first_row = _source(tl.load(order + begin), tokens, batch_stride, token_stride)
+        shift = _load(activations + first_row, columns, mask)
+        total = tl.zeros([ROWS, BLOCK], tl.float64)
+        squares = tl.zeros([ROWS, BLOCK], tl.float64)
+        for start in range(begin, end, ROWS * STEPS):
+            part_total = tl.zeros([ROWS, BLOCK], tl.float32)
+            part_squares = tl.zeros([ROWS, BLOCK], tl.float32)
+            for step in tl.static_range(STEPS):
+                place = start + step * ROWS + tl.arange(0, ROWS)
+                row = tl.load(order + place, mask=place < end, other=0)
+                source = activations + _source(row, tokens, batch_stride, token_stride)
+                named = (place < end)[:, None] & mask[None, :]  # other rows may hold NaN
+                v = _load(source[:, None], columns[None, :], named)
+                d = tl.where(named, v - shift[None, :], 0.0)
+                part_total += d
+                part_squares += d * d
+            total += part_total.to(tl.float64)
+            squares += part_squares.to(tl.float64)
 
         n = (end - begin).to(tl.float64)
-        before = tl.load(count + slot).to(tl.float64)
-        after = before + n
+        first = _sum_rows(total, ROWS, BLOCK)
+        second = _sum_rows(squares, ROWS, BLOCK)
+        out = partial + (slot * splits + split) * hidden + columns
+        tl.store(out, shift.to(tl.float64) + first / n, mask=mask)
+        out = partial + ((slot + slots) * splits + split) * hidden + columns
+        tl.store(out, second - first * first / n, mask=mask)
+
+
+@triton.jit
+def merge_moments_kernel(
+    partial,
+    offsets,
+    count,
+    mean,
+    m2,
+    hidden,
+    slots,
+    splits,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Fold the splits of one slot into its mean and m2, one after another (Chan)."""
+    slot = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < hidden
+    begin, end, share = _rows_of(offsets, slot, splits, ROWS)
+    if begin < end:  # a slot without rows stays as it is, bit for bit
         state = slot * hidden + columns
-        old = tl.load(mean + state, mask=mask, other=0.0)
-        delta = shift.to(tl.float64) + first / n - old
-        grown = second - first * first / n + delta * delta * (before * n / after)
-        tl.store(mean + state, old + delta * (n / after), mask=mask)
-        tl.store(m2 + state, tl.load(m2 + state, mask=mask, other=0.0) + grown, mask=mask)
+        centre = tl.load(mean + state, mask=mask, other=0.0)
+        squares = tl.load(m2 + state, mask=mask, other=0.0)
+        before = tl.load(count + slot).to(tl.float64)
+        from_mean = partial + slot * splits * hidden + columns
+        from_squares = partial + (slot + slots) * splits * hidden + columns
+        for start in tl.range(begin, end, share, loop_unroll_factor=4):
+            n = tl.minimum(share, end - start).to(tl.float64)
+            after = before + n
+            delta = tl.load(from_mean, mask=mask, other=0.0) - centre
+            squares += tl.load(from_squares, mask=mask, other=0.0)
+            squares += delta * delta * (before * n / after)
+            centre += delta * (n / after)
+            before = after
+            from_mean += hidden
+            from_squares += hidden
+        tl.store(mean + state, centre, mask=mask)
+        tl.store(m2 + state, squares, mask=mask)

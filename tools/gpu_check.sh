@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Builds, tests, checks and times the kernels on a machine with an NVIDIA GPU, in one go.
+#
+#     OUT=out/gpu tools/gpu_check.sh
+#
+# Needs nvcc, compute-sanitizer, and a Python with torch, triton, pytest, hypothesis, pybind11 and
+# ninja; installs and downloads nothing, and leaves the GPU's settings alone. Runs every step even
+# if one before it failed, all of them in about nine minutes, and fails at the end if one did.
+# Leaves five files in $OUT: ops-cuda.csv, .json, .png (the benchmark), logs.tar.gz, summary.txt.
+#
+# DEADLINE_S changes the nine minutes, DRY_RUN=1 prints the commands instead of running them.
+#
+# shellcheck disable=SC2329  # machine and sanitize are called through bash -c, under a time limit
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-out/gpu}
+DEADLINE_S=${DEADLINE_S:-540}
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+: > "$OUT/summary.txt"
+FAILED=0
+
+say() { printf '%s\n' "$*" | tee -a "$OUT/summary.txt"; }
+
+# step NAME LIMIT_S COMMAND...: its output in a log of its own, its verdict in the summary
+step() {
+  local name=$1 limit=$2 started=$SECONDS left=$((DEADLINE_S - SECONDS)) code=0
+  shift 2
+  if ((left < 10)); then
+    say "$(printf '%-12s %-14s no time was left' "$name" 'NOT RUN')"
+    FAILED=1
+    return 0
+  fi
+  [[ -z ${DRY_RUN:-} ]] || set -- echo "$@"
+  echo "== $name (at most $((limit < left ? limit : left)) s)"
+  timeout --kill-after=10 "$((limit < left ? limit : left))" "$@" > "$LOGS/$name.log" 2>&1 || code=$?
+  case $code in
+    0) say "$(printf '%-12s %-14s %4d s' "$name" passed $((SECONDS - started)))" ;;
+    124 | 137) say "$(printf '%-12s %-14s %4d s' "$name" 'TIMED OUT' $((SECONDS - started)))" ;;
+    *) say "$(printf '%-12s %-14s %4d s' "$name" "FAILED ($code)" $((SECONDS - started)))" ;;
+  esac
+  if ((code != 0)); then
+    FAILED=1
+    tail -n 25 "$LOGS/$name.log"
+  fi
+  # after every step, so that a run that is cut short leaves its logs too
+  tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
+}
+
+machine() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+  nvcc --version | tail -n 2
+  "$PYTHON" - << 'EOF'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+print("python", sys.version.split()[0])
+for name in ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "ninja"):
+    try:
+        print(name, version(name))
+    except PackageNotFoundError:
+        print(name, "not installed")
+print("device", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+EOF
+}
+
+# only for the GPU that is here: other targets would cost build time and prove nothing
+capability() {
+  "$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))'
+}
+
+sanitize() { # TOOL: without the caching allocator every tensor has bounds of its own
+  env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 \
+    --print-limit 20 "$PYTHON" -m pytest tests/test_ops.py -x -p no:cacheprovider \
+    -k "sanitizer_subset or test_route"
+}
+export -f machine sanitize
+export PYTHON
+
+step machine 60 bash -c machine
+if [[ -z ${DRY_RUN:-} ]]; then
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(capability || true)}
+  export TORCH_CUDA_ARCH_LIST
+fi
+step build 200 "$PYTHON" setup.py build_ext --inplace
+step extension 60 "$PYTHON" -c \
+  'from refusal_kernels import _C, ops; print(_C.build_summary()); print(ops.explain(device="cuda"))'
+step tests 200 "$PYTHON" -m pytest tests/test_ops.py tests/test_moments.py tests/test_patching.py \
+  -p no:cacheprovider --durations=10
+step bench 260 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 180
+step memcheck 90 bash -c 'sanitize memcheck'
+step racecheck 90 bash -c 'sanitize racecheck'
+
+echo
+echo "===== summary ====="
+{
+  head -n 2 "$LOGS/machine.log" 2> /dev/null | tail -n 1
+  cat "$LOGS/extension.log" 2> /dev/null
+  grep -E '(passed|failed|error).* in |op tests passed' "$LOGS/tests.log" 2> /dev/null
+  for tool in memcheck racecheck; do
+    grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY|(passed|failed).* in ' "$LOGS/$tool.log" 2> /dev/null |
+      sed "s/^/$tool: /"
+  done
+  if [[ -f $OUT/ops-cuda.json ]]; then
+    "$PYTHON" - "$OUT/ops-cuda.json" << 'EOF'
+import json
+import sys
+
+for bar in json.load(open(sys.argv[1]))["bars"]:
+    value = "" if bar["value"] is None else f"{bar['value']:.3f}"
+    print(f"{bar['verdict']:<13}{value:>7} {bar['target']:>8}  {bar['name']}")
+EOF
+  fi
+} > "$LOGS/summary" || true # a line that is missing is no failure of its own
+cat "$OUT/summary.txt" "$LOGS/summary"
+cat "$LOGS/summary" >> "$OUT/summary.txt"
+tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
+ls -l "$OUT"
+exit "$FAILED"
