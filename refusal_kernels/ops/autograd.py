@@ -145,14 +145,14 @@ class _Edit:
         return grad_s, grad_s if ctx.has_residual else None, grad_weight, grad_bank, grad_params
 
     def add(self, ctx: Any, grad_h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        grad_s, grad_residual, _, *program = self.backward(ctx, None, grad_h)
-        return grad_s, grad_residual, *program, None
+        grads = self.backward(ctx, None, grad_h)
+        return *grads[:2], *grads[3:], None
 
     def norm(
         self, ctx: Any, grad_normed: Tensor | None, grad_h: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        grad_s, grad_residual, weight, *program = self.backward(ctx, grad_normed, grad_h)
-        return grad_s, grad_residual, weight, None, *program, None, None
+        grads = self.backward(ctx, grad_normed, grad_h)
+        return *grads[:3], None, *grads[3:], None, None
 
 
 def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
