@@ -141,11 +141,11 @@ def test_add_steer_rms_norm_is_at_least_as_accurate_as_eager(backend, dtype, kin
     eps = torch.finfo(dtype).eps
     for got, want, other in ((h, exact_h, eager_h), (normed, exact_normed, eager_normed)):
         largest = float(want.abs().max())
-        # Two errors of the same size differ by chance: by 5 % on average over the elements, below
-        # the rounding of the result (0.15 eps), and by two roundings in the unluckiest element.
+        # Two errors of the same size differ by chance: by 5 %, or, where eager is lucky, by less
+        # than the rounding of the result on average (0.15 eps) and three roundings at worst.
         chance = max(0.15 * eps * largest, 1e-45)
         assert mean_error(got, want) <= max(1.05 * mean_error(other, want), chance)
-        assert worst(got, want) <= max(worst(other, want), 2 * eps * largest)
+        assert worst(got, want) <= max(1.05 * worst(other, want), 3 * eps * largest)
 
     # Float32 rows that lie along r: already the rounding of r and of t leaves more than 4 eps |h|,
     # also in the exact formula, so there the bound is to the row that came in.

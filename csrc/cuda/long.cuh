@@ -1,5 +1,6 @@
-// The same for rows that no plan holds in registers (hidden above 16,384): every pass reads the row
-// again, mostly from L2. One kernel for all modes and slots.
+// The same for rows that no plan holds in registers (hidden above 16,384, or above 8,192 with
+// several slots): every pass reads the row again, mostly from L2. One kernel for all modes and
+// slots.
 #pragma once
 
 #include "reduce.cuh"
@@ -46,7 +47,7 @@ RK_DEVICE float gain_at(const Weight& weight, int64_t j) {
 
 // dynamic shared memory: a float for every slot
 template <class T>
-__global__ void __launch_bounds__(kLongThreads)
+__global__ void __launch_bounds__(kLongThreads, 1)
     steer_long_kernel(const SteerArgs args, const int64_t tokens) {
   using Sum = TeamSum<kLongThreads, 2>;
   __shared__ typename Sum::Buffers buffers;

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kTile)
 }
 
 // Chan's merge of the stretches, in order, into the running state: a thread per channel.
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256, 1)
     moments_merge_kernel(const MomentsArgs args, const Partial partial) {
   const int64_t blocks = (args.hidden + 255) / 256;
   const int64_t slot = blockIdx.x / blocks;

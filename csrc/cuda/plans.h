@@ -22,11 +22,11 @@ constexpr int64_t kAnyTokens = INT64_MAX;
 // The first plan that takes a row serves it. A plan and its split add up in the same order (see
 // reduce.cuh), so the number of tokens never changes a row's bits.
 //
-// The numbers come from arithmetic, not yet from a clock. An H100 needs about 40 KB in flight per
-// multiprocessor: 1,024 resident threads that each ask for two packs of x and two of the residual
-// ask for 64 KB. Up to 16 float32 values of s and as many of the write vector leave room for that;
-// 32 of each still fit 128 registers. With fewer rows than two per multiprocessor nothing hides
-// latency but threads, hence the splits.
+// The numbers come from arithmetic and the compiler's report, not yet from a clock. An H100 needs
+// about 40 KB in flight per multiprocessor: 768 resident threads that each ask for two packs of x
+// and two of the residual ask for 48 KB. Up to 16 float32 values of s and as many of the write
+// vector leave room for three blocks of 256; 32 of each still fit 128 registers. With fewer rows
+// than two per multiprocessor nothing hides latency but threads, hence the splits.
 constexpr Plan kPlans[] = {
     {32, 8, 1, 8, kAnyTokens},    // hidden to 256: a warp per row, no barrier
     {32, 32, 1, 4, kAnyTokens},   // to 1,024
@@ -40,11 +40,17 @@ constexpr Plan kPlans[] = {
 };
 constexpr int kPlanCount = sizeof(kPlans) / sizeof(kPlans[0]);
 
-// The plan of a call, -1 for rows that none holds in registers. Only one slot takes the splits.
-constexpr int choose_plan(int64_t hidden, int64_t tokens, bool may_split) {
+// Whether a plan has a kernel for one slot or several, and for the norm's adjoint (`through`).
+// Several slots keep the change beside s: 512 threads have no registers for 32 values of both.
+constexpr bool serves(const Plan& plan, bool one_slot, bool through) {
+  return (plan.split == 1 || (one_slot && !through)) && (one_slot || plan.hidden() <= 8192);
+}
+
+// The plan of a call, -1 for rows that none holds in registers.
+constexpr int choose_plan(int64_t hidden, int64_t tokens, bool one_slot, bool through) {
   for (int i = 0; i < kPlanCount; i++)
     if (hidden <= kPlans[i].hidden() && tokens <= kPlans[i].max_tokens &&
-        (may_split || kPlans[i].split == 1))
+        serves(kPlans[i], one_slot, through))
       return i;
   return -1;
 }

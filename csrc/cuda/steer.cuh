@@ -59,9 +59,14 @@ struct Slice {
     for (int p = 0; p < kPacks; p++)
       load_floats<T>(vector, at(p), hidden, aligned, v + p * T::kPack);
   }
-  RK_DEVICE void read_gain(const Weight& weight, float* v) const {
+  RK_DEVICE void multiply_gain(const Weight& weight, float* a) const {
 #pragma unroll
-    for (int p = 0; p < kPacks; p++) load_gain<T>(weight, at(p), hidden, aligned, v + p * T::kPack);
+    for (int p = 0; p < kPacks; p++) {
+      float v[T::kPack];
+      load_gain<T>(weight, at(p), hidden, aligned, v);
+#pragma unroll
+      for (int e = 0; e < T::kPack; e++) a[p * T::kPack + e] *= v[e];
+    }
   }
   static RK_DEVICE float dot(const float* a, const float* b) {
     float halves[kHalves] = {};
@@ -74,9 +79,17 @@ struct Slice {
   }
 };
 
+// Blocks that a multiprocessor must hold at least. Where memory traffic is what counts, 768
+// threads; elsewhere 1, or ptxas spills a few bytes for an occupancy that nobody asked for.
+template <class T, int kPlan, Mode kMode, int kGroup>
+constexpr int kResident = T::kPack == 8 && kMode != Mode::through && kGroup == 1 &&
+                                  kPlans[kPlan].values <= 16 && kPlans[kPlan].block() <= 256
+                              ? 768 / kPlans[kPlan].block()
+                              : 1;
+
 // kGroup slots are read per reduction: 1 for the usual single direction, else 4 at a time.
 template <class T, int kPlan, Mode kMode, int kGroup>
-__global__ void __launch_bounds__(kPlans[kPlan].block())
+__global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kMode, kGroup>))
     steer_kernel(const SteerArgs args, const int64_t tokens, const bool aligned) {
   using S = Slice<T, kPlan>;
   constexpr int kValues = S::kValues;
@@ -103,7 +116,9 @@ __global__ void __launch_bounds__(kPlans[kPlan].block())
 
   typename S::Raw raw_x, raw_residual, raw_h;
   slice.fetch(args.x, row, raw_x);
-  if (args.residual.data) slice.fetch(args.residual, row, raw_residual);
+  // three raw rows of 32 float32 values would leave no registers for anything else
+  constexpr bool kLate = kMode == Mode::through && S::kPacks > 4;
+  if (!kLate && args.residual.data) slice.fetch(args.residual, row, raw_residual);
   if constexpr (kMode == Mode::through) slice.fetch(args.h, row, raw_h);
   const int64_t program = program_of(args.programs, row);
   const float* v = args.programs.bank + (program < 0 ? 0 : program) * 2 * slots * hidden;
@@ -124,11 +139,9 @@ __global__ void __launch_bounds__(kPlans[kPlan].block())
   S::unpack(raw_x, s);
   if constexpr (kMode == Mode::through) {
     // the norm's adjoint: g = scale (w d - h scale^2 mean(w d h)), d being the gradient of normed
-    float h[kValues], gain[kValues];
+    float h[kValues];
     S::unpack(raw_h, h);
-    slice.read_gain(args.weight, gain);
-#pragma unroll
-    for (int i = 0; i < kValues; i++) s[i] *= gain[i];
+    slice.multiply_gain(args.weight, s);
     float sums[2] = {S::dot(h, h), S::dot(s, h)};
     team_sum(sums);
     const float scale = rsqrtf(sums[0] / hidden + args.weight.eps);
@@ -137,6 +150,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block())
     for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
   }
   if (args.residual.data) {
+    if (kLate) slice.fetch(args.residual, row, raw_residual);
     float residual[kValues];
     S::unpack(raw_residual, residual);
 #pragma unroll
@@ -204,10 +218,9 @@ __global__ void __launch_bounds__(kPlans[kPlan].block())
       squares = sums[0];
     }
     const float scale = rsqrtf(squares / hidden + args.weight.eps);
-    float gain[kValues];
-    slice.read_gain(args.weight, gain);
 #pragma unroll
-    for (int i = 0; i < kValues; i++) s[i] = s[i] * scale * gain[i];
+    for (int i = 0; i < kValues; i++) s[i] *= scale;
+    slice.multiply_gain(args.weight, s);
     slice.write(args.normed, row, s);
   }
 }

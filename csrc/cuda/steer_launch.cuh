@@ -14,7 +14,7 @@ template <class T, int kPlan, Mode kMode, int kGroup>
 void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t tokens,
                  bool aligned) {
   constexpr Plan plan = kPlans[kPlan];
-  if constexpr (plan.split == 1 || (kGroup == 1 && kMode != Mode::through))
+  if constexpr (serves(plan, kGroup == 1, kMode == Mode::through))
     launch(op, device, steer_kernel<T, kPlan, kMode, kGroup>, (tokens + plan.rows - 1) / plan.rows,
            plan.block(), 0, args, tokens, aligned);
 }
@@ -33,7 +33,7 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   const int64_t size = sizeof(typename T::Element);
   const Mode mode = args.h.data ? Mode::through : args.normed.data ? Mode::norm : Mode::add;
   const bool one = args.programs.slots <= 1;
-  const int plan = choose_plan(args.hidden, tokens, one && mode != Mode::through);
+  const int plan = choose_plan(args.hidden, tokens, one, mode == Mode::through);
   if (plan < 0) {
     launch(op, device, steer_long_kernel<T>, tokens, kLongThreads, args.programs.slots * 4, args,
            tokens);
