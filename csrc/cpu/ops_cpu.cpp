@@ -9,10 +9,11 @@ namespace rk {
 namespace {
 
 struct Cpu {
-  // Tasks below about 32k elements cost more to hand out than to do: one row never wakes the pool.
+  // Tasks below about 8k elements cost more to hand out than to do (4 rows of 4096: 8.4 us in two
+  // tasks, 9.4 in one). One row is one task, so it never wakes the pool.
   template <class Body>
   static void for_tokens(int64_t tokens, int64_t per_row, const Body& body) {
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, per_row));
+    const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, per_row));
     if (tokens <= grain)
       body(0, tokens);
     else
