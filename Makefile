@@ -50,17 +50,20 @@ lint: setup
 	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 	@echo "lint: clean"
 
-# a second build of the C++ under AddressSanitizer and UBSan, in build/; every instruction set
+# a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set, and
+# the CUDA kernels in the tests' emulator
+SANITIZED := tests/test_ops.py tests/test_accuracy.py tests/test_moments_op.py tests/test_gradients.py
 sanitize: setup
-	@REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/sanitize
-	@for isa in avx512 avx2 baseline; do \
-		echo "== $$isa under ASan and UBSan"; \
-		ASAN_OPTIONS=detect_leaks=0 REFUSAL_KERNELS_CPU_CAPABILITY=$$isa \
+	@mkdir -p build/sanitize && REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize > build/sanitize/build.log 2>&1 \
+		|| { cat build/sanitize/build.log; exit 1; }
+	@for run in avx512:cpu avx2:cpu baseline:cpu avx512:cuda_emulated; do \
+		echo "== $$run under ASan and UBSan"; log=build/sanitize/$$run.log; \
+		REFUSAL_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 REFUSAL_KERNELS_CPU_CAPABILITY=$${run%:*} \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-		PYTHONPATH=$$(echo build/sanitize/lib*) $(BIN)/pytest -k "cpu and not 31" tests/test_ops.py tests/test_accuracy.py \
-		tests/test_moments_op.py tests/test_gradients.py \
-		> build/sanitize/$$isa.log 2>&1 && grep -q 'extension: .*build/sanitize' build/sanitize/$$isa.log \
-		&& tail -n 3 build/sanitize/$$isa.log || { cat build/sanitize/$$isa.log; exit 1; }; done
+		PYTHONPATH=$$(echo build/sanitize/lib*) $(BIN)/pytest -k "$${run#*:} and not 31" $(SANITIZED) \
+		> $$log 2>&1 && grep -q 'extension: .*build/sanitize' $$log && tail -n 3 $$log \
+		|| { cat $$log; exit 1; }; done
 
 # compiled, inspected and thrown away; registers per kernel, and a failure where one spills
 cuda: setup

@@ -18,7 +18,12 @@ TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest release whose stab
 
 # `make sanitize` builds a second copy, never installed, with the compiler's own checkers
 SANITIZE = (
-    ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+        "-O1",
+    ]  # at -O3 the compiler takes minutes over the checks
     if os.environ.get("REFUSAL_KERNELS_SANITIZE")
     else []
 )

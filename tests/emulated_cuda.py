@@ -26,13 +26,15 @@ FLAGS = [
     "-Wno-psabi", f"-I{EMULATOR}", *(f"-I{p}" for p in include_paths()),
     "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DRK_CUDA_EMULATED={NAMESPACE}",
 ]  # fmt: skip
+# `make sanitize`: what memcheck does on a GPU
+SANITIZE = ["-fsanitize=address"] if os.environ.get("REFUSAL_KERNELS_SANITIZE") else []
 
 
 def build() -> Path:
     """Compile, unless nothing has changed since the last time, and return the library."""
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATOR / "schemas.cpp"]
     inputs = [p for d in (ROOT / "csrc", EMULATOR) for p in sorted(d.rglob("*.*"))]
-    digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS]).encode())
+    digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS, *SANITIZE]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / f"cuda_emulator-{digest.hexdigest()[:16]}"
@@ -42,8 +44,12 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++")
 
+    # the checkers are preloaded for this process, not for the compiler
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+
     def run(*arguments: str | Path) -> None:
-        done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True)
+        command = [compiler, *SANITIZE, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
 
     objects = [folder / f"{source.name}.o" for source in sources]

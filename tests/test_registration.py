@@ -1,55 +1,120 @@
 """What the dispatcher and the compiler see, and which backend serves a call."""
 
+import emulated_cuda
 import pytest
 import torch
+from conftest import DEVICES
 from programs import ablation, random_program, rows, state
 
 from refusal_kernels import ops
 from refusal_kernels.errors import InputError
 
+NAMESPACES = {"cpu": "refusal_kernels", "cuda": "refusal_kernels"}
+NAMESPACES[emulated_cuda.NAME] = emulated_cuda.NAMESPACE
+if DEVICES["triton"] == "cuda":  # the interpreter can not be traced
+    NAMESPACES["triton"] = "refusal_kernels_triton"
 
-def test_opcheck():
-    bank, params = random_program(24)
-    x, residual = rows(6, 24), rows(6, 24)
-    route = torch.tensor([0, 1, -1, 0, 1, 1], dtype=torch.int32)
-    namespace = torch.ops.refusal_kernels
+
+@pytest.mark.parametrize("backend_name", [b for b in DEVICES if b in NAMESPACES])
+def test_opcheck(backend_name):
+    namespace = getattr(torch.ops, NAMESPACES[backend_name])
+    check = torch.library.opcheck
+    with torch.device(DEVICES[backend_name]):
+        bank, params = random_program(24)
+        x, residual = rows(6, 24), rows(6, 24)
+        route = torch.tensor([0, 1, -1, 0, 1, 1], dtype=torch.int32)
+        weight, index = torch.randn(24), torch.randint(-1, 3, (2, 3), dtype=torch.int32)
+        group, moments = torch.tensor([0, 1], dtype=torch.int32), state(2, 3, 24)
     for grad in (False, True):
-        args = [t.clone().requires_grad_(grad) for t in (x, residual, bank, params)]
-        for r in (None, route):
-            torch.library.opcheck(namespace.add_steer.default, (*args, r))
-            torch.library.opcheck(namespace.scores.default, (args[0], args[2], r))
-        weight = torch.randn(24, requires_grad=grad)
-        torch.library.opcheck(namespace.rms_norm.default, (args[0], weight, 1e-6, 1.0))
-        torch.library.opcheck(
-            namespace.add_steer_rms_norm.default,
-            (args[0], args[1], weight, 1e-6, args[2], args[3], route, 1.0),
+        x, residual, bank, params, weight = (
+            t.detach().clone().requires_grad_(grad) for t in (x, residual, bank, params, weight)
         )
-    torch.library.opcheck(namespace.add_steer_inference.default, (x, residual, bank, params, route))
-    torch.library.opcheck(namespace.add_steer_.default, (x, residual, bank, params, route))
-    index = torch.randint(-1, 3, (2, 3), dtype=torch.int32)
-    group = torch.tensor([0, 1], dtype=torch.int32)
-    torch.library.opcheck(
-        namespace.moments_.default, (*state(2, 3, 24), x.view(2, 3, 24), index, group)
-    )
+        program = (bank, params, route)
+        check(namespace.add_steer.default, (x, residual, bank, params, None))
+        for op in ("add_steer", "add_steer_scores"):
+            check(getattr(namespace, op).default, (x, residual, *program))
+        for op in ("add_steer_rms_norm", "add_steer_rms_norm_scores"):
+            check(getattr(namespace, op).default, (x, residual, weight, 1e-6, *program, 1.0))
+        check(namespace.scores.default, (x, bank, route))
+        check(namespace.rms_norm.default, (x, weight, 1e-6, 1.0))
+    x, residual, bank, params, weight = (t.detach() for t in (x, residual, bank, params, weight))
+    program, t = (bank, params, route), x[:, :2].contiguous()
+    check(namespace.add_steer_backward.default, (x, t, *program))
+    for grad_h in (residual, None):
+        check(
+            namespace.add_steer_rms_norm_backward.default,
+            (x, grad_h, x, t, weight, 1e-6, *program, 1.0),
+        )
+    check(namespace.add_steer_.default, (x, residual, *program))
+    check(namespace.moments_.default, (*moments, x.view(2, 3, 24), index, group))
+    if backend_name != "triton":  # Triton's own namespace has no forms without a gradient
+        check(namespace.add_steer_inference.default, (x, residual, *program))
+        check(
+            namespace.add_steer_rms_norm_inference.default,
+            (x, residual, weight, 1e-6, *program, 1.0),
+        )
 
 
-def test_compiled_without_a_graph_break_and_dials_stay_live():
-    _, bank, params = ablation(32)
-    x, residual = rows(4, 32), rows(4, 32)
-
-    @torch.compile(fullgraph=True)
-    def block(x, residual, bank, params):
-        h = ops.add_steer(x * 2, residual, bank, params)
-        return ops.rms_norm(h, torch.ones(32), 1e-6) + ops.scores(h, bank)
+@pytest.mark.parametrize("device", sorted({d for b, d in DEVICES.items() if b in NAMESPACES}))
+def test_compiled_without_a_graph_break_and_dials_stay_live(device):
+    with torch.device(device):
+        _, bank, params = ablation(32)
+        x, residual, weight = rows(4, 32), rows(4, 32), torch.ones(32)
 
     def plain(x, residual, bank, params):
-        h = ops.add_steer(x * 2, residual, bank, params)
-        return ops.rms_norm(h, torch.ones(32), 1e-6) + ops.scores(h, bank)
+        h, t = ops.add_steer(x * 2, residual, bank, params, return_scores=True)
+        normed, k = ops.add_steer_rms_norm(h, x, weight, 1e-6, bank, params)
+        return ops.rms_norm(h, weight, 1e-6) + ops.scores(h, bank) + normed + k + t
 
+    torch._dynamo.reset()
+    block = torch.compile(plain, fullgraph=True)
     args = (x, residual, bank, params)
-    assert torch.allclose(block(*args), plain(*args), atol=1e-6)
+    assert torch.allclose(block(*args), plain(*args), atol=1e-5)
     params[..., 0] = -0.25  # what a compiled model must follow
-    assert torch.allclose(block(*args), plain(*args), atol=1e-6)
+    assert torch.allclose(block(*args), plain(*args), atol=1e-5)
+
+    gradients = []
+    for function in (block, plain):
+        leaf = x.clone().requires_grad_()
+        function(leaf, residual, bank, params).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_captured_graph_follows_the_dials(name):
+    if name not in DEVICES:
+        pytest.skip("this build has no CUDA kernels")
+    with torch.device("cuda"), ops.use_backend(name):
+        bank, params = random_program(4096, slots=1)
+        x, residual = rows(16, 4096, torch.bfloat16), rows(16, 4096, torch.bfloat16)
+        weight, route = torch.randn(4096).bfloat16(), torch.zeros(16, dtype=torch.int32)
+        count, mean, m2 = state(1, 1, 4096)
+        index, group = torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+
+        def step():
+            args = (x, residual, weight, 1e-6, bank, params, route)
+            ops.moments_(count, mean, m2, x.view(4, 4, 4096), index, group)
+            return (*ops.add_steer_rms_norm(*args, return_scores=True), ops.scores(x, bank))
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for change in (lambda: params.mul_(0.5), lambda: route.fill_(-1), lambda: x.neg_()):
+            change()
+            count.zero_(), mean.zero_(), m2.zero_()
+            graph.replay()
+            moments = mean.clone()
+            count.zero_(), mean.zero_(), m2.zero_()
+            for got, want in zip((*captured, moments), (*step(), mean), strict=True):
+                assert torch.equal(got, want)
 
 
 def test_use_backend_and_explain(monkeypatch):
