@@ -78,7 +78,7 @@ capability() {
 sanitize() { # TOOL: without the caching allocator every tensor has bounds of its own
   env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 \
     --print-limit 20 "$PYTHON" -m pytest tests/test_ops.py -x -p no:cacheprovider \
-    -k "sanitizer_subset or test_route"
+    -k "test_route or test_scores_come"
 }
 export -f machine sanitize
 export PYTHON
@@ -91,7 +91,8 @@ fi
 step build 200 "$PYTHON" setup.py build_ext --inplace
 step extension 60 "$PYTHON" -c \
   'from refusal_kernels import _C, ops; print(_C.build_summary()); print(ops.explain(device="cuda"))'
-step tests 200 "$PYTHON" -m pytest tests/test_ops.py tests/test_moments.py tests/test_patching.py \
+step tests 200 "$PYTHON" -m pytest tests/test_ops.py tests/test_accuracy.py tests/test_gradients.py \
+  tests/test_moments_op.py tests/test_registration.py tests/test_patching.py \
   -p no:cacheprovider --durations=10
 step bench 260 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 180
 step memcheck 90 bash -c 'sanitize memcheck'
