@@ -47,7 +47,7 @@ test: setup
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	@$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -type f)
 	@echo "lint: clean"
 
 # a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set, and
@@ -72,6 +72,10 @@ cuda: setup
 bench: setup
 	@$(BIN)/python -m pytest benchmarks/bench_ops.py \
 		--benchmark-columns=median,iqr,rounds --benchmark-json=benchmarks/results/ops-cpu.json
+	@# the same without the clearing of fresh pages: the allocator keeps what it has
+	@MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 \
+		MALLOC_TOP_PAD_=268435456 $(BIN)/python -m pytest benchmarks/bench_ops.py \
+		--benchmark-columns=median --benchmark-json=benchmarks/results/ops-cpu-kept-memory.json
 	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
 
 clean:

@@ -16,18 +16,12 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest release whose stable ABI has it all
 
-# `make sanitize` builds a second copy, never installed, with the compiler's own checkers
-SANITIZE = (
-    [
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=undefined",
-        "-fno-omit-frame-pointer",
-        "-O1",
-    ]  # at -O3 the compiler takes minutes over the checks
-    if os.environ.get("REFUSAL_KERNELS_SANITIZE")
-    else []
+# `make sanitize` builds a second copy, never installed, with the compiler's own checkers; at -O3 it
+# would spend minutes on the checks
+CHECKERS = (
+    "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 )
-
+SANITIZE = CHECKERS.split() if os.environ.get("REFUSAL_KERNELS_SANITIZE") else []
 
 # H100 and A100 by name, and PTX that later GPUs compile for themselves
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0a 10.0+PTX"

@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kTile)
   const int64_t slot = blockIdx.x / blocks / partial.stretches;
   const int32_t group = static_cast<int32_t>(slot / args.positions);
   const int32_t position = static_cast<int32_t>(slot % args.positions);
-  const int first_channel = static_cast<int>(channel_block) * kChannels<T>;
-  const int channel = first_channel + lane * kPack;
+  const int channel = static_cast<int>(channel_block) * kChannels<T> + lane * kPack;
   const int64_t all = args.batch * args.tokens;
   const int64_t begin = stretch * partial.stretch;
   const int64_t end = begin + partial.stretch < all ? begin + partial.stretch : all;
@@ -105,8 +104,7 @@ __global__ void __launch_bounds__(kTile)
     partial.n[at] = n;
     if (stretch == 0) partial.before[slot] = args.count[slot];
   }
-  if (n == 0) return;
-  if (warp != 0) return;  // the last barrier of the loop has passed
+  if (n == 0 || warp != 0) return;  // the last barrier of the loop has passed
 #pragma unroll
   for (int e = 0; e < kPack; e++) {
     if (channel + e >= hidden) break;

@@ -90,9 +90,9 @@ def add_steer_rms_norm(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm` of h, h), where h is that of `add_steer`; the norm reads h before rounding."""
-    return add_steer_rms_norm_scores(x, residual, weight, eps, bank, params, route, weight_offset)[
-        :2
-    ]
+    args = (x, residual, weight, eps, bank, params, route, weight_offset)
+    normed, h, _ = add_steer_rms_norm_scores(*args)
+    return normed, h
 
 
 def add_steer_rms_norm_scores(
@@ -183,20 +183,16 @@ def add_steer_backward(
         g + sum_j phi_j'(t_j) (u_j . g) v_j        phi'(t) = a + c [low <= t <= high]
     """
     g = _rows(grad)
-    push, read = _push(g, scores, bank, params, route)
+    read, write, p = _programs(bank, params, route, g.dtype)
+    push = _push(scores, _dot(g, write), p, route)
     return (g + (push.unsqueeze(-1) * read).sum(1)).to(grad.dtype).reshape(grad.shape)
 
 
-def _push(
-    g: Tensor, scores: Tensor, bank: Tensor, params: Tensor, route: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``phi_j'(t_j) (u_j . g)``, [tokens, slots], and the read vectors that it multiplies."""
-    read, write, p = _programs(bank, params, route, g.dtype)
-    a, c, _, low, high = p.unbind(-1)
-    push = (a + c * ~((scores < low) | (scores > high))) * _dot(g, write)
-    if (plain := _plain(route)) is not None:
-        push = push.masked_fill(plain, 0.0)
-    return push, read
+def _push(t: Tensor, gu: Tensor, params: Tensor, route: Tensor | None) -> Tensor:
+    """``phi_j'(t_j) (u_j . g)``, [tokens, slots], from the scores and ``gu = u_j . g``."""
+    a, c, _, low, high = params.unbind(-1)
+    push = (a + c * ~((t < low) | (t > high))) * gu
+    return push if (plain := _plain(route)) is None else push.masked_fill(plain, 0.0)
 
 
 def add_steer_rms_norm_backward(
@@ -248,7 +244,7 @@ def program_backward(
     phi = a * t + c * clamped + b
     if (plain := _plain(route)) is not None:
         gu, phi = gu.masked_fill(plain, 0.0), phi.masked_fill(plain, 0.0)
-    push = (a + c * ~(below | above)) * gu
+    push = _push(t, gu, p, route)
     per_params = torch.stack(
         [t * gu, clamped * gu, gu, c * below * gu, c * (above & ~below) * gu], dim=-1
     )
