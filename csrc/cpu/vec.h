@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "rows.h"
 
@@ -164,6 +165,20 @@ RK_INLINE void for_row(int64_t hidden, Body body) {
   }
   for (; j + kLanes <= hidden; j += kLanes) body(j, kLanes, 0);
   if (j < hidden) body(j, hidden - j, 1);
+}
+
+// The same vectors from the last to the first.
+template <class Body>
+RK_INLINE void for_row_backward(int64_t hidden, Body body) {
+  int64_t j = hidden / kLanes * kLanes;
+  if (j < hidden) body(j, hidden - j);
+  for (; j % (4 * kLanes) != 0; j -= kLanes) body(j - kLanes, kLanes);
+  for (; j > 0; j -= 4 * kLanes) {
+    body(j - kLanes, kLanes);
+    body(j - 2 * kLanes, kLanes);
+    body(j - 3 * kLanes, kLanes);
+    body(j - 4 * kLanes, kLanes);
+  }
 }
 
 }  // namespace

@@ -15,7 +15,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from refusal_kernels.ops.registry import BACKENDS, Explanation, explain, op_for, use_backend
+from refusal_kernels.ops.registry import (
+    BACKENDS,
+    Explanation,
+    edit_for,
+    explain,
+    op_for,
+    use_backend,
+)
 
 __all__ = [
     "BACKENDS",
@@ -90,7 +97,7 @@ def add_steer(
     RuntimeError
         If shapes, dtypes or devices do not fit; nothing has been computed then.
     """
-    op = op_for("add_steer_scores" if return_scores else "add_steer", x)
+    op = edit_for("add_steer_scores" if return_scores else "add_steer", x, residual, bank, params)
     found: Tensor | tuple[Tensor, Tensor] = op(x, residual, bank, params, route)
     return found
 
@@ -171,9 +178,12 @@ def add_steer_rms_norm(
     RuntimeError
         As `add_steer`.
     """
-    op = op_for("add_steer_rms_norm_scores" if return_scores else "add_steer_rms_norm", x)
-    found: tuple[Tensor, Tensor] = op(x, residual, weight, eps, bank, params, route, weight_offset)
-    return tuple(found)  # type: ignore[return-value]
+    op = "add_steer_rms_norm_scores" if return_scores else "add_steer_rms_norm"
+    serve = edit_for(op, x, residual, weight, bank, params)
+    found: tuple[Tensor, Tensor] = serve(
+        x, residual, weight, eps, bank, params, route, weight_offset
+    )
+    return found
 
 
 def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from refusal_kernels.ops import reference
 EDITS = ("add_steer", "add_steer_rms_norm")
 SCORED = {op: f"{op}_scores" for op in EDITS}
 INFERENCE = {f"{op}_inference": op for op in EDITS}
+FORWARD = {op: inference for inference, op in INFERENCE.items()}
 PUBLIC = (
     *EDITS,
     *SCORED.values(),

@@ -170,17 +170,32 @@ def explain(
 
 
 @functools.lru_cache(maxsize=256)
-def _chosen(device_type: str, dtype: torch.dtype, forced: str | None, variable: str | None) -> str:
+def _chosen(device_type: str, dtype: torch.dtype, forced: str | None, variable: Any) -> str:
     """`explain` once for every way to ask: looking costs 4 us, a third of a small call."""
     return explain(device=device_type, dtype=dtype).chosen
+
+
+# What os.environ holds: asked for a name that is not there, it raises and catches a KeyError, which
+# costs half a microsecond a call.
+_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+_variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 @torch.compiler.assume_constant_result
 def backend_name(device_type: str, dtype: torch.dtype) -> str:
     """Name the backend that serves a call; a compiled graph keeps what held when it was traced."""
-    return _chosen(device_type, dtype, _forced.get(), os.environ.get(ENVIRONMENT_VARIABLE))
+    return _chosen(device_type, dtype, _forced.get(), _environment.get(_variable))
 
 
 def op_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """Return the callable that serves ``op`` for tensors like x."""
     return BACKENDS[backend_name(x.device.type, x.dtype)].ops[op]
+
+
+def edit_for(op: str, *tensors: torch.Tensor | None) -> Callable[..., Any]:
+    """Return the callable for an edit of tensors[0]: without the autograd layer where none asks."""
+    x = tensors[0]
+    assert x is not None
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        op = autograd.FORWARD.get(op, op)
+    return op_for(op, x)
