@@ -18,6 +18,9 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 
 INF = math.inf
+PROMPT, GENERATED, LAST = "prompt", "generated", "last"
+POSITIONS = ("all", PROMPT, GENERATED, LAST)
+SITES = ("embed", "block_input", "attn", "mlp")
 
 
 class Intervention(ABC):
@@ -28,11 +31,23 @@ class Intervention(ABC):
     strength
         Multiplies the edit: 0 leaves the model as it is, 1 is the edit as defined.
     layer
-        Act at the input of this block alone; None: at every residual add and at the embedding.
+        Act at the input of this block alone; None: wherever the next two say.
+    layers
+        Act in these blocks alone. None: everywhere, the embedding included.
+    sites
+        Act at these kinds of places alone: "attn" and "mlp", the adds of what attention (or what
+        stands in its place) and MLP write; "block_input", the input of a block; "embed", the input
+        of the first. None: at every residual add.
+    positions
+        Which tokens: "all"; "prompt", those of a pass without a cache behind it; "generated", all
+        others; "last", the last of every row (the last that is no padding).
     """
 
     strength: float
     layer: int | None
+    layers: Sequence[int] | None
+    sites: Sequence[str] | None
+    positions: str
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -45,6 +60,55 @@ class Intervention(ABC):
                 f"{type(self).__name__}: layer is {self.layer}; expected 0 or more, "
                 "the number of the block at whose input to act"
             )
+        name = type(self).__name__
+        if self.layer is not None and (self.layers is not None or self.sites is not None):
+            raise InputError(f"{name}: give layer, or layers and sites; not both")
+        if self.positions not in POSITIONS:
+            raise InputError(
+                f"{name}: positions is {self.positions!r}; expected {', '.join(POSITIONS)}"
+            )
+        for site in self.sites or ():
+            if site not in SITES:
+                raise InputError(f"{name}: no site {site!r}; there are {', '.join(SITES)}")
+
+    def meets(self, block: int | None, writers: frozenset[str], feeds: int | None) -> bool:
+        """Whether it acts at a place of the stream.
+
+        Parameters
+        ----------
+        block
+            The number of the block that adds there; None for the embedding.
+        writers
+            What is added there: "attn", "mlp" or both.
+        feeds
+            The number of the block whose input this is, or None.
+
+        Raises
+        ------
+        InputError
+            If it is meant for one of two writers that are added in one sum.
+        """
+        if self.layer is not None:
+            return feeds == self.layer
+
+        def wanted(number: int | None) -> bool:
+            return self.layers is None or number in self.layers
+
+        if self.sites is None:
+            return wanted(block)
+        if ("embed" in self.sites and block is None and self.layers is None) or (
+            "block_input" in self.sites and feeds is not None and wanted(feeds)
+        ):
+            return True
+        here = writers & set(self.sites)
+        if not here or not wanted(block):
+            return False
+        if here != writers:
+            raise InputError(
+                f"{type(self).__name__}: block {block} adds {' and '.join(sorted(writers))} in one "
+                f"sum, so it can't be steered at {', '.join(sorted(here))} alone"
+            )
+        return True
 
     @property
     @abstractmethod
@@ -84,6 +148,9 @@ class AlongDirection(Intervention):
     direction: Direction
     strength: float = field(default=1.0, kw_only=True)
     layer: int | None = field(default=None, kw_only=True)
+    layers: Sequence[int] | None = field(default=None, kw_only=True)
+    sites: Sequence[str] | None = field(default=None, kw_only=True)
+    positions: str = field(default="all", kw_only=True)
 
     @property
     def read(self) -> Tensor:
@@ -184,6 +251,9 @@ class Erase(Intervention):
     bias: Tensor
     strength: float = field(default=1.0, kw_only=True)
     layer: int | None = field(default=None, kw_only=True)
+    layers: Sequence[int] | None = field(default=None, kw_only=True)
+    sites: Sequence[str] | None = field(default=None, kw_only=True)
+    positions: str = field(default="all", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

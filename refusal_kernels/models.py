@@ -7,6 +7,29 @@ from torch import nn
 
 from refusal_kernels.errors import InputError
 
+# What families call the list of their blocks.
+LISTS = ("layers", "h", "blocks", "block", "layer")
+
+
+def decoder(model: Any) -> nn.Module:
+    """Return the module that holds a model's text decoder."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, nn.Module) else getattr(model, "base_model", model)
+
+
+def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:
+    """Return the list of decoder layers and its name, or None."""
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for root in (decoder(model), model):  # what some models call their decoder is the head
+        lists = lists or [
+            (name, module)
+            for name, module in root.named_modules()
+            if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LISTS and module
+        ]
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    exact = [(name, module) for name, module in lists if len(module) == count]
+    return min(exact or lists, key=lambda found: found[0].count("."), default=None)
+
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the decoder layers of a causal language model.
@@ -14,20 +37,35 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises
     ------
     InputError
-        If the model does not keep them in ``get_decoder().layers``.
+        If there is no list of layers.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    found = layer_list(model) if isinstance(model, nn.Module) else None
+    if found is None:
         raise InputError(
-            f"{type(model).__name__} has no get_decoder().layers; expected a decoder-only model"
+            f"{type(model).__name__} holds no list of decoder layers ({', '.join(LISTS)}); "
+            "expected a decoder-only transformers model"
         )
-    return layers
+    return found[1]
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of the text decoder."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def hidden_size(model: Any) -> int:
-    """Return the width of the residual stream."""
-    return int(model.config.get_text_config().hidden_size)
+    """Return the width of the residual stream.
+
+    Raises
+    ------
+    InputError
+        If the configuration does not say.
+    """
+    size = getattr(text_config(model), "hidden_size", None)
+    if size is None:
+        raise InputError(f"the configuration of {type(model).__name__} names no hidden_size")
+    return int(size)
 
 
 def input_device(model: Any) -> torch.device:

@@ -175,7 +175,7 @@ def test_bad_input_is_refused_before_any_pass() -> None:
         collect(model, tokenizer, HARMFUL, group=2)
     with pytest.raises(InputError, match=r"need \(3, 4, 64\)"):
         collect(model, tokenizer, HARMFUL, moments=Moments(3, 5, 64))
-    with pytest.raises(InputError, match="Linear has no get_decoder"):
+    with pytest.raises(InputError, match="Linear holds no list of decoder layers"):
         collect(torch.nn.Linear(2, 2), tokenizer, HARMFUL)
 
 

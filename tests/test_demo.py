@@ -119,7 +119,13 @@ def test_without_the_kernel_the_demo_fails(out, tmp_path, monkeypatch, capsys):
     def plain_add(x, residual, bank, params, route=None):
         return x.clone() if residual is None else x + residual
 
-    broken = dict(ops.BACKENDS["cpu"].ops, add_steer=plain_add, add_steer_inference=plain_add)
+    def plain_norm(x, residual, weight, eps, bank, params, route=None, weight_offset=0.0):
+        h = plain_add(x, residual, bank, params)
+        return ops.rms_norm(h, weight, eps, weight_offset), h
+
+    broken = dict(ops.BACKENDS["cpu"].ops)
+    for form in ("", "_inference"):
+        broken |= {f"add_steer{form}": plain_add, f"add_steer_rms_norm{form}": plain_norm}
     backend = type(ops.BACKENDS["cpu"])("cpu", broken, ops.BACKENDS["cpu"].why_not)
     monkeypatch.setitem(ops.BACKENDS, "cpu", backend)
     # the selection itself finds nothing that works, so the demo can not even get to a result

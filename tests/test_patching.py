@@ -14,7 +14,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Set, compile_program
 from refusal_kernels.patching import patch
 from refusal_kernels.patching.hooks import paper_hooks
-from refusal_kernels.patching.rewrite import steered_class
+from refusal_kernels.patching.rewrite import steered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 3
@@ -180,6 +180,11 @@ def test_strength_zero_is_the_plain_model_bit_for_bit(model, direction, tokens):
     plain = model(tokens).logits
     with patch(model, Ablate(direction, 0.0)):
         assert torch.equal(model(tokens).logits, plain)
+        with torch.no_grad():  # now the norms are fused
+            linked = model(tokens).logits
+    assert torch.allclose(linked, plain, atol=2e-6 * float(plain.abs().max()))
+    with patch(model, Ablate(direction, 0.0), fuse_norms=False), torch.no_grad():
+        assert torch.equal(model(tokens).logits, plain)
 
 
 def test_the_dial_is_live(model, direction, tokens):
@@ -247,7 +252,7 @@ def test_a_forward_set_on_the_instance_is_refused(direction):
     layer.forward = layer.forward
     with pytest.raises(InputError, match=r"layer 1 carries a forward of its own"):
         patch(model, Ablate(direction))
-    assert not model.model.embed_tokens._forward_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_only_the_patched_model_is_patched(direction, tokens):
@@ -338,11 +343,11 @@ def test_left_padding(direction):
 
 def test_the_rewritten_source_can_be_read(direction):
     model = tiny_model("llama")
-    cls = steered_class(type(model.model.layers[0]))
+    cls = steered(type(model.model.layers[0])).cls
     source = inspect.getsource(inspect.unwrap(cls.forward))
     assert source.count("self.rk_sites[") == 2 and "residual +" not in source
     with patch(model, Ablate(direction)), pytest.raises(Exception) as caught:
-        model.model.layers[0]("no tensor")
+        model.model.layers[1]("no tensor")
     assert "self.input_layernorm(hidden_states)" in "".join(
         traceback.format_exception(caught.value)
     )
@@ -368,7 +373,7 @@ def test_bad_input_leaves_the_model_alone(model, direction, interventions, words
         patch(model, *interventions(direction))
     assert "\n" not in str(caught.value)
     assert [type(layer) for layer in model.model.layers] == classes
-    assert not model.model.embed_tokens._forward_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_second_patch_is_refused(model, direction):
@@ -376,34 +381,33 @@ def test_a_second_patch_is_refused(model, direction):
         patch(model, Ablate(direction))
 
 
-def test_an_unknown_family_is_refused_by_name():
-    from transformers import GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
+def test_a_model_without_a_residual_stream_is_refused_by_name():
+    from transformers import BertConfig, BertLMHeadModel, MiniMaxConfig, MiniMaxForCausalLM
 
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=50))
-    with pytest.raises(InputError, match="GPT2LMHeadModel"):
-        patch(gpt2, Ablate(Direction(torch.ones(64))))
-    olmo = Olmo2ForCausalLM(
-        Olmo2Config(
-            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            vocab_size=50, pad_token_id=0,
-        )
-    )  # fmt: skip
-    with pytest.raises(InputError, match=r"Olmo2DecoderLayer; there is one for LlamaDecoderLayer"):
-        patch(olmo, Ablate(Direction(torch.ones(64))))
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    bert = BertLMHeadModel(BertConfig(**small, intermediate_size=64, is_decoder=True))
+    with pytest.raises(InputError, match=r"BertLayer\.forward adds nothing to the stream"):
+        patch(bert, Ablate(Direction(torch.ones(64))))
+    minimax = MiniMaxForCausalLM(
+        MiniMaxConfig(**small, intermediate_size=64, num_local_experts=2, pad_token_id=0)
+    )
+    with pytest.raises(
+        InputError, match=r"MiniMaxDecoderLayer has no residual stream: .*post-norm"
+    ):
+        patch(minimax, Ablate(Direction(torch.ones(64))))
+    with pytest.raises(InputError, match="Linear holds no list of decoder layers"):
+        patch(torch.nn.Linear(2, 2), Ablate(Direction(torch.ones(64))))
 
 
-def test_another_number_of_adds_is_refused(monkeypatch):
-    from refusal_kernels.patching import families, rewrite
-
-    class Changed(type(tiny_model("llama").model.layers[0])):
+def test_a_layer_whose_output_is_no_sum_is_refused():
+    class PostNorm(type(tiny_model("llama").model.layers[0])):
         def forward(self, hidden_states, **kwargs):
             residual = hidden_states
-            return residual + hidden_states
+            hidden_states = residual + self.mlp(hidden_states)
+            return self.input_layernorm(hidden_states)
 
-    path = f"{Changed.__module__}.{Changed.__qualname__}"
-    monkeypatch.setitem(families.FAMILIES, path, ("attn", "mlp"))
-    with pytest.raises(InputError, match="has 1 residual adds where 2"):
-        rewrite.steered_class(Changed)
+    with pytest.raises(InputError, match=r"PostNorm\.forward returns no sum: the norm follows"):
+        steered(PostNorm)
 
 
 def test_compile_program_shapes(direction):

@@ -1,13 +1,69 @@
-"""What the rewriter may expect in a decoder layer: the exceptions and the rule are data here."""
+"""What is particular about families of models: the exceptions to the rules, as data.
 
-# What each `residual + X` of a layer's forward adds, in the order of the source. A layer whose
-# source holds another number of adds than this is refused: better no patch than half of one.
-FAMILIES: dict[str, tuple[str, ...]] = {
-    f"transformers.models.{family}.modeling_{family}.{layer}": ("attn", "mlp")
-    for family, layer in (
-        ("llama", "LlamaDecoderLayer"),
-        ("mistral", "MistralDecoderLayer"),
-        ("qwen2", "Qwen2DecoderLayer"),
-        ("qwen3", "Qwen3DecoderLayer"),
-    )
+The rules: the decoder's layers hold the adds in their own forward, the first parameter of that is
+the stream, and what enters the first layer is what the embedding wrote. Classes are named without
+their module, so that a family's copies (multimodal, quantised) share an entry.
+"""
+
+# Functions that add a residual themselves; `Site` has a method of each name.
+ADDING_FUNCTIONS = ("dropout_add", "bias_dropout_add")
+
+# Sums with a stream in them that are not the stream, by class: what only a branch reads.
+NOT_STREAM_SUMS: dict[str, frozenset[str]] = {
+    "ZambaMambaDecoderLayer": frozenset({"hidden_states + transformer_hidden_states"}),
+    "Zamba2MambaDecoderLayer": frozenset({"hidden_states + transformer_hidden_states"}),
+}
+
+# Names that hold the stream wherever they are assigned: a submodule hands it back in a tuple.
+STREAM_NAMES: dict[str, frozenset[str]] = {"DbrxBlock": frozenset({"resid_states"})}
+
+# Where the adds of a layer are if not (all) in its own forward, in order: (submodule, the parameter
+# of its forward that is the stream, what it writes). "" is the layer itself.
+ADDERS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
+    "BloomBlock": (("self_attention", "residual", "attn"), ("mlp", "residual", "mlp")),
+    "CpmAntTransformerBlock": (("self_att", None, "attn"), ("ffn", None, "mlp")),
+    "DbrxBlock": (("norm_attn_norm", None, "attn"), ("", None, "mlp")),
+    "MptBlock": (("", None, "attn"), ("ffn", "residual", "mlp")),
+    "ZambaHybridLayer": (("mamba_decoder", None, "attn"),),
+    "Zamba2HybridLayer": (("mamba_decoder", None, "attn"),),
+}
+
+# Submodules whose output is the stream after an add that can not be rewritten: their outputs are
+# steered by hooks, exactly but unfused. (submodule, what was added)
+HOOKED: dict[str, tuple[tuple[str, str], ...]] = {
+    "ZayaDecoderLayer": (
+        ("post_attention_residual_scale", "attn"),
+        ("post_mlp_residual_scale", "mlp"),
+    ),
+}
+
+# The submodule of the first layer whose output starts the stream, where that is not its input.
+STARTS: dict[str, str] = {"RwkvBlock": "pre_ln"}
+
+# Functions that return the stream after an add that can not be taken apart: what they return is
+# steered.
+STREAM_FUNCTIONS = ("depth_scaled_residual_add",)
+
+# Terms of a sum that are the stream though it went through a function, by class.
+STREAM_EXPRESSIONS: dict[str, frozenset[str]] = {
+    "DeepseekV4DecoderLayer": frozenset(
+        {
+            "torch.matmul(comb.to(dtype).transpose(-1, -2), hidden_states)"
+        }  # streams among themselves
+    ),
+}
+
+# Layers without a residual stream that one direction could be taken from, and why.
+POST_NORM = (
+    "the norm follows the add (post-norm), so what is passed on is the normed sum, into which the "
+    "gain mixes the direction again"
+)
+NO_STREAM: dict[str, str] = {
+    "Block": POST_NORM,  # openai-gpt
+    "Gemma3nTextDecoderLayer": "AltUp keeps several streams and predicts each from the others",
+    "GitLayer": POST_NORM,
+    "MiniMaxDecoderLayer": POST_NORM,
+    "Qwen4ExpTextDecoderLayer": "hyper-connections: several streams side by side in one row",
+    "ReformerLayer": "two reversible streams, of which each is computed from the other",
+    "XLNetLayer": POST_NORM + "; two streams of attention",
 }

@@ -1,7 +1,8 @@
-"""`patch`, and the handle that it returns."""
+"""The handle of a patched model: its dials, its report, and the way back."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
 from typing import Any
@@ -9,74 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refusal_kernels import ops
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Intervention, compile_program
-from refusal_kernels.models import decoder_layers, hidden_size
-from refusal_kernels.patching.rewrite import add_names, steered_class
-
-Watcher = Callable[[str, Tensor], None]
-"""Called with a site's name and the stream there, [..., hidden]."""
-
-
-class Program:
-    """The interventions of one or more sites, as tensors on every device that needs them."""
-
-    def __init__(self, interventions: Sequence[Intervention]) -> None:
-        self.interventions = tuple(interventions)
-        self.strengths = [i.strength for i in interventions]
-        self._tensors = {torch.device("cpu"): compile_program(interventions)}
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return bank and params on a device; copies share every later change of strength."""
-        if device not in self._tensors:
-            bank, params = self._tensors[torch.device("cpu")]
-            self._tensors[device] = bank.to(device), params.to(device)
-        return self._tensors[device]
-
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Write new params into the tensors that the kernels read: no kernel is made anew."""
-        rows = [i.params(s) for i, s in zip(self.interventions, strengths, strict=True)]
-        new = torch.stack(rows).unsqueeze(0)
-        for _, params in self._tensors.values():
-            params.copy_(new)
-        self.strengths = list(strengths)
-
-
-class Site:
-    """One place where the stream is steered: it stands where ``residual + x`` stood."""
-
-    def __init__(self, name: str, program: Program, like: Tensor) -> None:
-        self.name = name
-        self.program = program
-        self.watcher: Watcher | None = None
-        self.backend = ops.explain(like).chosen
-        # chosen here, once: a call of the model does not look anything up
-        self._op = ops.op_for("add_steer", like)
-        self._op_inference = ops.op_for("add_steer_inference", like)
-        self.bank, self.params = program.on(like.device)
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the steered ``residual + x``."""
-        if x.device != self.bank.device:  # the model was moved after it was patched
-            self.bank, self.params = self.program.on(x.device)
-        op = self._op if torch.is_grad_enabled() else self._op_inference
-        h: Tensor = op(x, residual, self.bank, self.params, None)
-        if self.watcher is not None:
-            self.watcher(self.name, h)
-        return h
-
-    def embedding_hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Steer what an embedding writes: a forward hook."""
-        return self(output, None)
+from refusal_kernels.interventions import Add, Intervention
+from refusal_kernels.models import decoder, layer_list
+from refusal_kernels.patching.norms import Link, linked_class
+from refusal_kernels.patching.plan import HOOK, Place
+from refusal_kernels.patching.rewrite import SITES, steered
+from refusal_kernels.patching.site import PlainAdd, Program, Route, Site, Watcher
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One steered site: its name, how it is served, and by what."""
+    """One steered site.
+
+    Attributes
+    ----------
+    name
+        "embed", "layers.3.attn", ...
+    path
+        "fused": in the residual add itself; "hook": after it, exactly but at a further pass.
+    norm
+        Whether the norm that reads the site is fused as well (where no gradient is wanted).
+    backend
+        What serves it.
+    interventions
+        The names of those that act there.
+    """
 
     name: str
     path: str
+    norm: bool
     backend: str
     interventions: tuple[str, ...]
 
@@ -104,7 +67,8 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [f"{self.claimed} of {self.expected} sites steered"]
         for s in self.sites:
-            lines.append(f"  {s.name}: {s.path}, {s.backend}: {', '.join(s.interventions)}")
+            path = f"{s.path} with its norm" if s.norm else s.path
+            lines.append(f"  {s.name}: {path}, {s.backend}: {', '.join(s.interventions)}")
         return "\n".join(lines)
 
 
@@ -113,79 +77,147 @@ class PatchHandle:
 
     def __init__(
         self,
-        interventions: tuple[Intervention, ...],
-        layers: dict[nn.Module, tuple[Any, ...]],
-        embedding: nn.Module,
-        embedding_site: Site | None,
+        model: nn.Module,
+        programs: tuple[tuple[Intervention, ...], ...],
+        steered_places: list[tuple[Place, Site]],
+        plain_places: list[Place],
+        route: Route,
+        strengths: dict[int, float],
     ) -> None:
-        self._interventions = interventions
-        self._layers = layers
-        self._classes = {layer: type(layer) for layer in layers}
-        self._sites = [s for sites in layers.values() for s in sites if isinstance(s, Site)]
-        self._hook = None
-        self._old_forwards: dict[nn.Module, Any] = {}
-        for layer, sites in layers.items():
-            layer.__dict__["rk_sites"] = sites
-            layer.__class__ = steered_class(type(layer))
-            if "_old_forward" in layer.__dict__:  # accelerate's wrapper calls this, not the class's
-                self._old_forwards[layer] = layer.__dict__["_old_forward"]
-                layer.__dict__["_old_forward"] = MethodType(type(layer).forward, layer)
-        if embedding_site is not None:
-            self._sites.insert(0, embedding_site)
-            self._hook = embedding.register_forward_hook(embedding_site.embedding_hook)
+        self._programs = programs
+        self._interventions = tuple({id(i): i for p in programs for i in p}.values())
+        self._strengths_by_id = strengths
+        self._sites = [site for _, site in steered_places]
+        self._groups = list({id(s.program): s.program for s in self._sites}.values())
+        self._route = route
+        self._model = model
+        found = layer_list(model)
+        assert found is not None
+        self._layers = found[1], list(found[1])
+        self._modules = _apply(steered_places, plain_places)
         self._expected = len(self._sites)
-        self._programs = list({id(s.program): s.program for s in self._sites}.values())
+        if any(i.positions != "all" for i in self._interventions):
+            hook = decoder(model).register_forward_pre_hook(_Positions(route), with_kwargs=True)
+            self._modules.append(decoder(model))
+            hook.id  # noqa: B018  (found and removed by what it calls, as all others)
+
+    # --- dials
 
     @property
     def strength(self) -> float | tuple[float, ...]:
         """How strong the edit is: one number, or one per intervention where they differ.
 
         Setting it (to one number, or one per intervention) takes effect at the next forward pass,
-        also of a compiled model: only a small tensor on the device is written.
+        also of a compiled model or a captured graph: only a small tensor on the device is written.
         """
-        return self._strengths[0] if len(set(self._strengths)) == 1 else self._strengths
+        own = tuple(self._strengths_by_id[id(i)] for i in self._interventions)
+        return own[0] if len(set(own)) == 1 else own
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
-        count = len(self._interventions)
-        values = tuple(value) if isinstance(value, Sequence) else (value,) * count
-        if len(values) != count:
-            raise InputError(f"{len(values)} strengths for {count} interventions")
-        if not all(torch.tensor(float(v)).isfinite() for v in values):
-            raise InputError(f"strength is {value}; must be finite")
-        by_intervention = dict(zip(map(id, self._interventions), values, strict=True))
-        for program in self._programs:
-            program.set_strengths([by_intervention[id(i)] for i in program.interventions])
+        self._check_intact()
+        values = self._numbers("strength", value, len(self._interventions))
+        for intervention, number in zip(self._interventions, values, strict=True):
+            self._strengths_by_id[id(intervention)] = number
+        self._write()
 
     @property
-    def _strengths(self) -> tuple[float, ...]:
-        known = {
-            id(i): s
-            for program in self._programs
-            for i, s in zip(program.interventions, program.strengths, strict=True)
-        }
-        return tuple(known[id(i)] for i in self._interventions)
+    def coefficient(self) -> float | tuple[float, ...]:
+        """The coefficient of the `Add` interventions, as `strength` is given and set."""
+        own = tuple(i.coefficient for i in self._interventions if isinstance(i, Add))
+        if not own:
+            raise InputError("no Add among the interventions, so there is no coefficient")
+        return own[0] if len(set(own)) == 1 else own
 
-    def report(self) -> PatchReport:
-        """Say which sites are steered now, by which backend and by what."""
-        steered = [
-            site
-            for layer in self._layers
-            for site in layer.__dict__.get("rk_sites", ())
-            if isinstance(site, Site)
-        ]
-        if self._hook is not None:
-            steered.insert(0, self._sites[0])
-        rows = tuple(
-            SiteReport(
-                site.name,
-                "hook" if site.name == "embed" else "fused",
-                site.backend,
-                tuple(type(i).__name__ for i in site.program.interventions),
-            )
-            for site in steered
-        )
-        return PatchReport(rows, self._expected)
+    @coefficient.setter
+    def coefficient(self, value: float | Sequence[float]) -> None:
+        self._check_intact()
+        adds = [i for i in self._interventions if isinstance(i, Add)]
+        if not adds:
+            raise InputError("no Add among the interventions, so there is no coefficient")
+        for add, number in zip(adds, self._numbers("coefficient", value, len(adds)), strict=True):
+            object.__setattr__(add, "coefficient", number)  # ours alone: `patch` made a copy
+        self._write()
+
+    @staticmethod
+    def _numbers(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+        if len(values) != count:
+            raise InputError(f"{len(values)} {name}s for {count} interventions")
+        if not all(torch.tensor(float(v)).isfinite() for v in values):
+            raise InputError(f"{name} is {value}; must be finite")
+        return tuple(float(v) for v in values)
+
+    def _write(self) -> None:
+        for program in self._groups:
+            program.write_params()
+
+    @contextlib.contextmanager
+    def route(self, programs: Sequence[int | None]) -> Iterator[None]:
+        """Give every row of the batch a program of its own, while inside.
+
+        Parameters
+        ----------
+        programs
+            For every row the number of its program (of the arguments of `patch`), or None to leave
+            the row alone. A batch that is a multiple of it repeats each row in its place, as beam
+            search and several returned sequences do.
+
+        Raises
+        ------
+        InputError
+            If a number is none of a program.
+        """
+        self._check_intact()
+        count = len(self._programs)
+        for row, program in enumerate(programs):
+            if program is not None and not 0 <= program < count:
+                raise InputError(
+                    f"row {row} is routed to program {program}; there are {count}, from 0"
+                )
+        if not programs:
+            raise InputError("the route is empty; expected a program or None for every row")
+        numbers = [self._route.plain if p is None else p for p in programs]
+        outer = self._route.rows
+        device = self._sites[0].bank.device
+        self._route.rows = torch.tensor(numbers, dtype=torch.int64, device=device)
+        try:
+            yield
+        finally:
+            self._route.rows = outer
+
+    # --- what is seen
+
+    @property
+    def keep_scores(self) -> bool:
+        """Whether every forward pass leaves what its edits read, for `scores`."""
+        return self._sites[0].keep_scores
+
+    @keep_scores.setter
+    def keep_scores(self, value: bool) -> None:
+        for site in self._sites:
+            site.keep_scores = bool(value)
+            site.scores = None
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return what the edits of the last forward pass read, from that same pass.
+
+        Returns
+        -------
+        dict of str to Tensor
+            By site: float32 [tokens, slots] on the device, ``v . h`` before the edit; tokens are
+            those of the pass, row after row, slots the interventions that act there. Nothing waits
+            for the device.
+
+        Raises
+        ------
+        InputError
+            If ``keep_scores`` was not set to True before the pass.
+        """
+        found = {s.name: s.scores for s in self._sites if s.scores is not None}
+        if not found:
+            raise InputError("no scores: set handle.keep_scores = True, then run the model")
+        return found
 
     @contextlib.contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
@@ -198,16 +230,38 @@ class PatchHandle:
             for site in self._sites:
                 site.watcher = None
 
+    def report(self) -> PatchReport:
+        """Say which sites are steered now, by which backend and by what."""
+        steered_now = {id(site) for module in self._modules for site in _sites_of(module)}
+        rows = tuple(
+            SiteReport(
+                site.name,
+                site.path,
+                site.link is not None and "rk_link" in site.link.norm.__dict__,
+                site.backend,
+                tuple(type(i).__name__ for i in site.program.interventions),
+            )
+            for site in self._sites
+            if id(site) in steered_now
+        )
+        return PatchReport(rows, self._expected)
+
+    def _check_intact(self) -> None:
+        """Raise if layers were exchanged under the patch: its dials would not reach them."""
+        container, layers = self._layers
+        now = list(container)
+        if len(now) != len(layers) or any(a is not b for a, b in zip(now, layers, strict=True)):
+            raise InputError(
+                "the model's layers have been replaced since it was patched; remove the patch and "
+                "patch the model as it is now"
+            )
+
+    # --- the way back
+
     def remove(self) -> None:
         """Undo the patch: classes and hooks are as before. A second call does nothing."""
-        for layer, cls in self._classes.items():
-            if layer.__dict__.pop("rk_sites", None) is not None:
-                layer.__class__ = cls
-                if layer in self._old_forwards:
-                    layer.__dict__["_old_forward"] = self._old_forwards[layer]
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for module in self._modules:
+            _restore(module)
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -221,83 +275,101 @@ class PatchHandle:
         self.remove()
 
 
-def patch(model: Any, *interventions: Intervention) -> PatchHandle:
-    """Steer a Hugging Face causal language model in place, until the handle is removed.
+class _Positions:
+    """Tells the route what kind of token each is: a pre-hook of the decoder."""
 
-    An intervention without a ``layer`` acts on the embedding's output and at every residual add,
-    so on everything that is ever written into the stream. With ``layer=l`` it acts at the input of
-    block l alone: at the add that ends block l - 1, or on the embedding for block 0.
+    def __init__(self, route: Route) -> None:
+        self.route = route
 
-    Parameters
-    ----------
-    model
-        A transformers model whose layers are of a known family (Llama, Mistral, Qwen2, Qwen3).
-    interventions
-        One or more; those that meet at one site read the same stream and act together.
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = kwargs.get("inputs_embeds")
+        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self.route.find_phases(x, past, kwargs.get("attention_mask"))
 
-    Returns
-    -------
-    PatchHandle
-        With ``strength``, ``report()``, ``watch()`` and ``remove()``; also a context manager.
 
-    Raises
-    ------
-    InputError
-        If the model's family is unknown, a hidden size or layer does not fit, several directions
-        at one site are not orthonormal, or the model is patched already. The model is untouched.
+def _apply(steered_places: list[tuple[Place, Site]], plain_places: list[Place]) -> list[nn.Module]:
+    """Put the sites in place; return every module that was changed."""
+    changed: list[nn.Module] = []
+    by_module: dict[tuple[nn.Module, str | None], dict[int, Any]] = {}
+    for place, site in [*steered_places, *((p, PlainAdd()) for p in plain_places)]:
+        if place.add is not None:
+            by_module.setdefault((place.module, place.stream), {})[place.add] = site
+        elif isinstance(site, Site):
+            if place.on_input:
+                place.module.register_forward_pre_hook(site.on_input, with_kwargs=True)
+            else:
+                place.module.register_forward_hook(site.on_output)
+            changed.append(place.module)
+        if isinstance(site, Site) and place.link is not None:
+            site.link = place.link
+            changed += _link(place.link)
+    for (module, stream), sites in by_module.items():
+        if not any(isinstance(s, Site) for s in sites.values()):
+            continue
+        made = steered(type(module), stream)
+        every = tuple(sites.get(k, PlainAdd()) for k in range(len(made.adds)))
+        module.__dict__[SITES] = every
+        module.__class__ = made.cls
+        if "_old_forward" in module.__dict__:  # accelerate's wrapper calls this, not the class's
+            module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+        changed.append(module)
+    return changed
 
-    Examples
-    --------
-    >>> with rk.patch(model, rk.Ablate(direction)) as handle:  # doctest: +SKIP
-    ...     model.generate(**inputs)
-    ...     handle.strength = 0.5
-    """
-    if not interventions or not all(isinstance(i, Intervention) for i in interventions):
-        given = ", ".join(type(i).__name__ for i in interventions) or "nothing"
-        raise InputError(f"patch takes interventions such as Ablate(direction); got {given}")
-    layers, hidden = decoder_layers(model), hidden_size(model)
-    for i in interventions:
-        if i.hidden != hidden:
-            raise InputError(f"the direction has hidden size {i.hidden}; the model has {hidden}")
-        if i.layer is not None and i.layer >= len(layers):
-            raise InputError(f"layer {i.layer} is not there; the model has {len(layers)} layers")
-    if any("rk_sites" in layer.__dict__ for layer in layers):
-        raise InputError(
-            "the model is patched already: remove that patch, or give all interventions to one"
-        )
 
-    for number, layer in enumerate(layers):
-        if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
-            raise InputError(
-                f"layer {number} carries a forward of its own (kernelize, or set by hand), which "
-                "a patch of its class would not reach; patch the model before that is set"
-            )
+def _link(link: Link) -> list[nn.Module]:
+    if "rk_link" not in link.norm.__dict__:
+        link.norm.__dict__["rk_link"] = link
+        link.norm.__class__ = linked_class(type(link.norm))
+    return [link.norm]
 
-    programs: dict[tuple[int, ...], Program] = {}
 
-    def site(name: str, feeds: int | None, module: nn.Module) -> Site | None:
-        """Return the site whose output is the input of block ``feeds`` (None: of no block)."""
-        here = [i for i in interventions if i.layer is None or i.layer == feeds]
-        if not here:
-            return None
-        key = tuple(id(i) for i in here)
-        if key not in programs:
-            programs[key] = Program(here)
-        weight = next(p for p in module.parameters() if p.is_floating_point())
-        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        return Site(name, programs[key], like)
+def _sites_of(module: nn.Module) -> Iterator[Site]:
+    for site in module.__dict__.get(SITES, ()):
+        if isinstance(site, Site):
+            yield site
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if isinstance(getattr(hook, "__self__", None), Site):
+            yield hook.__self__  # type: ignore[attr-defined]
 
-    embedding = model.get_input_embeddings()
-    embedding_site = site("embed", 0, embedding)
-    steered: dict[nn.Module, tuple[Any, ...]] = {}
-    for number, layer in enumerate(layers):
-        names = add_names(layer)
-        steered_class(type(layer))
-        last = len(names) - 1
-        sites = [
-            site(f"layers.{number}.{name}", number + 1 if k == last else None, layer)
-            for k, name in enumerate(names)
-        ]
-        if any(sites):
-            steered[layer] = tuple(s or torch.add for s in sites)
-    return PatchHandle(interventions, steered, embedding, embedding_site)
+
+def _restore(module: nn.Module) -> None:
+    """Undo whatever a patch did to one module."""
+    if module.__dict__.pop(SITES, None) is not None:
+        module.__class__ = type(module).__mro__[1]
+        if "_old_forward" in module.__dict__:
+            module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+    if module.__dict__.pop("rk_link", None) is not None:
+        module.__class__ = type(module).__mro__[2]
+    for hooks, keyed in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for number, hook in list(hooks.items()):
+            if isinstance(hook, _Positions) or isinstance(getattr(hook, "__self__", None), Site):
+                del hooks[number]
+                keyed.pop(number, None)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo the patch of a model whose handle is not at hand: a deep copy, an unpickled one."""
+    for module in list(model.modules()):
+        _restore(module)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether anything in a model is steered."""
+    return any(True for module in model.modules() for _ in _sites_of(module))
+
+
+def copied(programs: Sequence[Sequence[Intervention]]) -> tuple[tuple[Intervention, ...], ...]:
+    """Copy interventions, each once, so that the dials of one patch do not turn another's."""
+    copies: dict[int, Intervention] = {}
+    for program in programs:
+        for i in program:
+            copies.setdefault(id(i), dataclasses.replace(i))  # type: ignore[type-var]
+    return tuple(tuple(copies[id(i)] for i in program) for program in programs)
+
+
+__all__ = ["HOOK", "PatchHandle", "PatchReport", "Program", "SiteReport", "is_patched", "unpatch"]
