@@ -177,6 +177,9 @@ class _Follow(TorchFunctionMode):
                     return result
                 if name in _ADDS and self.depth and others[0].numel() == result.numel():
                     return self._sum(result, marked[0], in_place=result is first)
+            if name == "matmul" and stream is args[-1] and result.shape == stream.shape:
+                self.mark(result, marked[0])  # parallel streams, mixed among themselves
+                return result
         for node in marked:
             node.reads += 1
         if isinstance(result, Tensor) and id(result) in self._marks:

@@ -15,7 +15,10 @@ NOT_STREAM_SUMS: dict[str, frozenset[str]] = {
 }
 
 # Names that hold the stream wherever they are assigned: a submodule hands it back in a tuple.
-STREAM_NAMES: dict[str, frozenset[str]] = {"DbrxBlock": frozenset({"resid_states"})}
+STREAM_NAMES: dict[str, frozenset[str]] = {
+    "DbrxBlock": frozenset({"resid_states"}),
+    "Qwen4ExpTextDecoderLayer": frozenset({"hyper_input"}),  # several streams side by side
+}
 
 # Where the adds of a layer are if not (all) in its own forward, in order: (submodule, the parameter
 # of its forward that is the stream, what it writes). "" is the layer itself.
@@ -28,9 +31,13 @@ ADDERS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
     "Zamba2HybridLayer": (("mamba_decoder", None, "attn"),),
 }
 
-# Submodules whose output is the stream after an add that can not be rewritten: their outputs are
-# steered by hooks, exactly but unfused. (submodule, what was added)
+# Submodules whose output is the stream, where no add can be rewritten: they do the adding with
+# scales of their own, or the norm follows the add (post-norm), so that what is passed on is what
+# the norm returns. Their outputs are steered by hooks, exactly but unfused. (submodule, what it adds)
 HOOKED: dict[str, tuple[tuple[str, str], ...]] = {
+    "Block": (("ln_1", "attn"), ("ln_2", "mlp")),  # openai-gpt
+    "GitLayer": (("attention.output", "attn"), ("output", "mlp")),
+    "XLNetLayer": (("rel_attn.layer_norm", "attn"), ("ff.layer_norm", "mlp")),
     "ZayaDecoderLayer": (
         ("post_attention_residual_scale", "attn"),
         ("post_mlp_residual_scale", "mlp"),
@@ -59,11 +66,10 @@ POST_NORM = (
     "gain mixes the direction again"
 )
 NO_STREAM: dict[str, str] = {
-    "Block": POST_NORM,  # openai-gpt
     "Gemma3nTextDecoderLayer": "AltUp keeps several streams and predicts each from the others",
-    "GitLayer": POST_NORM,
+    "HrmTextDecoderLayer": "two recurrent states, summed between stacks that each end in a norm",
+    "Inkling2FullDecoderLayer": "each block starts a new stream and attends to those before",
+    "Inkling2SlidingDecoderLayer": "each block starts a new stream and attends to those before",
     "MiniMaxDecoderLayer": POST_NORM,
-    "Qwen4ExpTextDecoderLayer": "hyper-connections: several streams side by side in one row",
     "ReformerLayer": "two reversible streams, of which each is computed from the other",
-    "XLNetLayer": POST_NORM + "; two streams of attention",
 }

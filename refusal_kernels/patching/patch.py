@@ -91,9 +91,9 @@ def _programs(given: Sequence[Any]) -> list[tuple[Intervention, ...]]:
     """Return the programs of a call: one of all interventions, or one for each sequence."""
     if given and all(isinstance(i, Intervention) for i in given):
         return [tuple(given)]
-    if given and all(isinstance(p, list | tuple) and p for p in given):
-        if all(isinstance(i, Intervention) for p in given for i in p):
-            return [tuple(p) for p in given]
+    sequences = bool(given) and all(isinstance(p, list | tuple) and p for p in given)
+    if sequences and all(isinstance(i, Intervention) for p in given for i in p):
+        return [tuple(p) for p in given]
     names = ", ".join(type(i).__name__ for i in given) or "nothing"
     raise InputError(
         "patch takes interventions such as Ablate(direction), or sequences of them; got " + names

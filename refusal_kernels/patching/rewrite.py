@@ -346,7 +346,9 @@ def _generate(cls: type[nn.Module], stream: str | None) -> Steered:
     follow = _Follow(stream or names[1].arg, cls.__name__)
     function.body = [follow.visit(statement) for statement in function.body]
     if not follow.adds:
-        raise InputError(f"{path}.forward adds nothing to the stream")
+        raise InputError(
+            f"{path}.forward adds nothing to the stream: its sums are in submodules, before a norm"
+        )
     if not follow.returns_stream and cls.__name__ not in ADDERS:
         raise InputError(f"{path}.forward returns no sum: {POST_NORM}")
     ast.fix_missing_locations(tree)

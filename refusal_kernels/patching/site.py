@@ -64,7 +64,11 @@ class Route:
             rows = self.rows.to(x.device)
             cells = rows.repeat_interleave(tokens // rows.numel(), output_size=tokens) * PHASES
         if self.phases is not None:
-            cells = cells + self.phases.to(x.device).reshape(-1)
+            phases = self.phases.to(x.device).reshape(-1)
+            cells = cells + phases.repeat_interleave(
+                tokens // phases.numel(),
+                output_size=tokens,  # several streams of each token
+            )
         return cells
 
     def find_phases(self, x: Tensor, past: int, mask: Tensor | None) -> None:
@@ -231,6 +235,10 @@ class Site(_StandsForAnAdd):
         if residual is not None and (x.dtype is not residual.dtype or x.shape != residual.shape):
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = torch.broadcast_tensors(x.to(dtype), residual.to(dtype))
+        if x.shape[-1] != self.bank.shape[-1]:  # several streams side by side
+            rows = (-1, self.bank.shape[-1])
+            inner = None if residual is None else residual.unflatten(-1, rows)
+            return self(x.unflatten(-1, rows), inner).flatten(-2)
         if self._bound[0] != x.device or self._bound[1] is not x.dtype:
             self._bind(x.device, x.dtype)  # the model was moved after it was patched
         grad = torch.is_grad_enabled()
