@@ -174,9 +174,9 @@ inline Rows rows_of(const Info& t, std::optional<Tensor>* keep) {
   return rows;
 }
 
-// Asks for 2 MB pages where Linux gives them on request: a fresh output of 64 MB is otherwise 16,384
-// page faults, which cost more than the kernel that writes it. PyTorch's own allocator does this
-// with THP_MEM_ALLOC_ENABLE=1. A refusal changes nothing.
+// Asks for 2 MB pages where Linux gives them on request: a fresh output of 64 MB is otherwise
+// 16,384 page faults, which cost more than the kernel that writes it. PyTorch's own allocator does
+// this with THP_MEM_ALLOC_ENABLE=1. A refusal changes nothing.
 inline void advise_huge_pages([[maybe_unused]] Tensor& t, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   if (bytes < 2 * (2 << 20)) return;

@@ -51,6 +51,30 @@ def test_slots_read_the_same_sum(backend, slots):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_slots_that_only_fill_up_a_bank_change_nothing(backend, dtype):
+    """Programs of several sizes share a bank: a row has the numbers of its program alone."""
+    x, residual, weight = rows(7, 300, dtype), rows(7, 300, dtype), torch.randn(300)
+    bank, params = random_program(300, slots=2)
+    padded = torch.cat([bank, torch.zeros(2, 2, 3, 300)], dim=2).contiguous()
+    idle = torch.tensor([0.0, 0.0, 0.0, -math.inf, math.inf]).expand(2, 3, 5)
+    more = torch.cat([params, idle], dim=1).contiguous()
+    short, short_more = bank[:, :, :1].contiguous(), torch.cat([params[:, :1], idle], dim=1)
+    short_bank = torch.cat([short, torch.zeros(2, 2, 3, 300)], dim=2).contiguous()
+    for few, many in (
+        ((bank, params), (padded, more)),
+        ((short, params[:, :1].contiguous()), (short_bank, short_more.contiguous())),
+    ):
+        alone = ops.add_steer_rms_norm(x, residual, weight, 1e-6, *few, return_scores=True)
+        filled = ops.add_steer_rms_norm(x, residual, weight, 1e-6, *many, return_scores=True)
+        slots = alone[2].shape[1]
+        assert (filled[2][:, slots:] == 0).all()
+        for a, b in zip(alone[:2], filled[:2], strict=True):
+            assert worst(b, a.double()) <= 2 * torch.finfo(dtype).eps * float(a.abs().max())
+            if backend == "cpu":  # the other backends add in another order
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slots", [1, 2, 5])
 @pytest.mark.parametrize("hidden", [40, 2048, 17001])
 def test_scores_come_from_the_same_pass(backend, dtype, slots, hidden):

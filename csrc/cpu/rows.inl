@@ -93,10 +93,10 @@ RK_INLINE Gain<F32> wide_gain(const rk::Weight& weight, float* scratch, int64_t 
 struct NoGain {};  // for a row that is not normalised
 
 // What a row asks of memory ahead of its use, into L2, as two passes over L1 would otherwise leave
-// the memory idle. Each pass asks for one line to read and one to write: the first for x of the next
-// row and a row of this one's output, the last for the residual and, with a norm, the next row's h.
-// Asking for both inputs in one pass and both outputs in the other took 1.09 times as long at
-// 512 x 4096, 1.17 at 4096 x 4096.
+// the memory idle. Each pass asks for one line to read and one to write: the first for x of the
+// next row and a row of this one's output, the last for the residual and, with a norm, the next
+// row's h. Asking for both inputs in one pass and both outputs in the other took 1.09 times as long
+// at 512 x 4096, 1.17 at 4096 x 4096.
 template <class T, bool kNorm>
 struct Fetch {
   using E = typename T::Element;
@@ -131,16 +131,21 @@ RK_INLINE double squares_after(double squares, double phi, double along, double 
 // of rows with the same program. A projection reads and writes one vector, so its rows read one.
 struct Vectors {
   int64_t program = -1;
-  const float *read = nullptr, *write = nullptr;
+  int64_t slots = 0;  // without the last ones that do nothing: they only fill up a bank
+  const float *read = nullptr, *write = nullptr, *params = nullptr;
   double length = 0.0;     // ||u||^2
   bool symmetric = false;  // u and v hold the same numbers
 
   RK_INLINE void find(const rk::SteerArgs& args, int64_t of, bool norm) {
     if (of == program) return;
     program = of;
-    const int64_t hidden = args.hidden, slots = args.programs.slots;
+    const int64_t hidden = args.hidden;
+    slots = args.programs.slots;
     read = args.programs.bank + program * 2 * slots * hidden;
     write = read + slots * hidden;
+    params = args.programs.params + program * slots * kParams;
+    const auto idle = [&](const float* p) { return p[A] == 0 && p[B] == 0 && p[C] == 0; };
+    while (slots > 1 && idle(params + (slots - 1) * kParams)) slots--;
     if (args.saved) std::swap(read, write);  // the edit's adjoint is the edit, the roles exchanged
     if (slots != 1 || !norm) return;
     double sums[1];
@@ -196,9 +201,11 @@ RK_INLINE void steer_row(const rk::SteerArgs& args, int64_t i, Vectors& vectors,
     return;
   }
   vectors.find(args, program, kNorm);
-  const float *read = vectors.read, *write = vectors.write;
-  const float* params = args.programs.params + program * slots * kParams;
-  if (slots == 1) {  // the row is still in L1 for the second pass: adding again beats storing s
+  const float *read = vectors.read, *write = vectors.write, *params = vectors.params;
+  const int64_t used = vectors.slots;
+  if (args.scores)
+    for (int64_t slot = used; slot < slots; slot++) args.scores[i * slots + slot] = 0.0f;
+  if (used == 1) {  // the row is still in L1 for the second pass: adding again beats storing s
     enum { kScore, kSquares, kAlong };
     double sums[3] = {};
     const auto read_row = [&](auto& some, bool along) RK_LAMBDA {
@@ -218,7 +225,7 @@ RK_INLINE void steer_row(const rk::SteerArgs& args, int64_t i, Vectors& vectors,
     } else {
       read_row(sums, true);
     }
-    const float phi = coefficient(args, i, params, (float)sums[kScore]);
+    const float phi = coefficient(args, i * slots, params, (float)sums[kScore]);
     const auto h = [&](int64_t j, int64_t n)
                        RK_LAMBDA { return source(j, n) + phi * load<F32>(write + j, n); };
     double after = 0.0;
@@ -239,12 +246,12 @@ RK_INLINE void steer_row(const rk::SteerArgs& args, int64_t i, Vectors& vectors,
   });
   float* phis = scratch + 2 * hidden;  // [slots]
   phis[0] = coefficient(args, i * slots, params, (float)first[0]);
-  for (int64_t slot = 1; slot < slots; slot++)
+  for (int64_t slot = 1; slot < used; slot++)
     phis[slot] = coefficient(args, i * slots + slot, params + slot * kParams,
                              dot<F32>(scratch, read + slot * hidden, hidden));
   const auto h = [&](int64_t j, int64_t n) RK_LAMBDA {
     vfloat h = load<F32>(scratch + j, n);
-    for (int64_t slot = 0; slot < slots; slot++)
+    for (int64_t slot = 0; slot < used; slot++)
       h += phis[slot] * load<F32>(write + slot * hidden + j, n);
     return h;
   };
@@ -282,7 +289,8 @@ RK_INLINE void add_rows(const rk::SteerArgs& args, int64_t begin, int64_t end, G
     const int64_t next = i + 1 < end ? 1 : 0;
     const E *next_x = x + next * args.x.stride, *out = row_of<T>(args.out, i);
     const Fetch<T, kNorm> fetch{next_x, kResidual ? residual + next * args.residual.stride : next_x,
-                                out + next * args.out.stride, kNorm ? row_of<T>(args.normed, i) : out};
+                                out + next * args.out.stride,
+                                kNorm ? row_of<T>(args.normed, i) : out};
     steer_row<T>(args, i, vectors, gain, scratch, source, fetch);
   }
 }

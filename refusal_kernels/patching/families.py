@@ -33,7 +33,8 @@ ADDERS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
 
 # Submodules whose output is the stream, where no add can be rewritten: they do the adding with
 # scales of their own, or the norm follows the add (post-norm), so that what is passed on is what
-# the norm returns. Their outputs are steered by hooks, exactly but unfused. (submodule, what it adds)
+# the norm returns. Their outputs are steered by hooks, exactly but unfused. (submodule, what it
+# adds)
 HOOKED: dict[str, tuple[tuple[str, str], ...]] = {
     "Block": (("ln_1", "attn"), ("ln_2", "mlp")),  # openai-gpt
     "GitLayer": (("attention.output", "attn"), ("output", "mlp")),
