@@ -127,6 +127,28 @@ RK_INLINE double squares_after(double squares, double phi, double along, double 
   return after >= kShare * squares ? after : __builtin_nan("");
 }
 
+// s = x + residual of a row, or x alone.
+template <class T, bool kResidual>
+struct Sum {
+  const typename T::Element *x, *residual;
+  RK_INLINE vfloat operator()(int64_t j, int64_t n) const {
+    return kResidual ? load<T>(x + j, n) + load<T>(residual + j, n) : load<T>(x + j, n);
+  }
+  // s + edit, where s is not rounded in between: a float32 sum has lost up to half a unit, which
+  // Knuth's TwoSum finds (The Art of Computer Programming, 4.2.2), and which then goes with the
+  // edit. For an edit of zero the bits are those of s. The 16-bit types' sum is not rounded anyway.
+  RK_INLINE vfloat plus(int64_t j, int64_t n, vfloat edit) const {
+    if constexpr (T::dtype != Dtype::f32) {
+      return (*this)(j, n) + edit;
+    } else {
+      const vfloat a = load<T>(x + j, n), b = kResidual ? load<T>(residual + j, n) : vfloat{};
+      const vfloat s = a + b;
+      const vfloat of_b = s - a;
+      return s + (((a - (s - of_b)) + (b - of_b)) + edit);
+    }
+  }
+};
+
 // The vectors of a row's program, and what a fused norm needs to know of them: found once for a run
 // of rows with the same program. A projection reads and writes one vector, so its rows read one.
 struct Vectors {
@@ -226,8 +248,13 @@ RK_INLINE void steer_row(const rk::SteerArgs& args, int64_t i, Vectors& vectors,
       read_row(sums, true);
     }
     const float phi = coefficient(args, i * slots, params, (float)sums[kScore]);
-    const auto h = [&](int64_t j, int64_t n)
-                       RK_LAMBDA { return source(j, n) + phi * load<F32>(write + j, n); };
+    const auto h = [&](int64_t j, int64_t n) RK_LAMBDA {
+      const vfloat edit = phi * load<F32>(write + j, n);
+      if constexpr (requires { source.plus(j, n, edit); })
+        return source.plus(j, n, edit);
+      else
+        return source(j, n) + edit;
+    };
     double after = 0.0;
     if constexpr (kNorm) {
       after = squares_after<T>(sums[kSquares], phi, sums[kAlong], vectors.length);
@@ -279,9 +306,7 @@ RK_INLINE void add_rows(const rk::SteerArgs& args, int64_t begin, int64_t end, G
   for (int64_t i = begin; i < end; i++) {
     const E* x = row_of<T>(args.x, i);
     const E* residual = kResidual ? row_of<T>(args.residual, i) : nullptr;
-    const auto source = [&](int64_t j, int64_t n) RK_LAMBDA {
-      return kResidual ? load<T>(x + j, n) + load<T>(residual + j, n) : load<T>(x + j, n);
-    };
+    const Sum<T, kResidual> source{x, residual};
     if (fits) {
       steer_row<T>(args, i, vectors, gain, scratch, source, NoFetch{});
       continue;
