@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Add, Intervention
 from refusal_kernels.models import decoder, layer_list
-from refusal_kernels.patching.norms import Link, linked_class
+from refusal_kernels.patching.norms import _LINKED, Link, linked_class
 from refusal_kernels.patching.plan import HOOK, Place
-from refusal_kernels.patching.rewrite import SITES, steered
+from refusal_kernels.patching.rewrite import _STEERED, SITES, steered
 from refusal_kernels.patching.site import PlainAdd, Program, Route, Site, Watcher
 
 
@@ -82,11 +82,9 @@ class PatchHandle:
         steered_places: list[tuple[Place, Site]],
         plain_places: list[Place],
         route: Route,
-        strengths: dict[int, float],
     ) -> None:
         self._programs = programs
         self._interventions = tuple({id(i): i for p in programs for i in p}.values())
-        self._strengths_by_id = strengths
         self._sites = [site for _, site in steered_places]
         self._groups = list({id(s.program): s.program for s in self._sites}.values())
         self._route = route
@@ -94,7 +92,7 @@ class PatchHandle:
         found = layer_list(model)
         assert found is not None
         self._layers = found[1], list(found[1])
-        self._modules = _apply(steered_places, plain_places)
+        self._modules = _apply(steered_places, plain_places, self._layers[1])
         self._expected = len(self._sites)
         if any(i.positions != "all" for i in self._interventions):
             hook = decoder(model).register_forward_pre_hook(_Positions(route), with_kwargs=True)
@@ -110,7 +108,7 @@ class PatchHandle:
         Setting it (to one number, or one per intervention) takes effect at the next forward pass,
         also of a compiled model or a captured graph: only a small tensor on the device is written.
         """
-        own = tuple(self._strengths_by_id[id(i)] for i in self._interventions)
+        own = tuple(i.strength for i in self._interventions)
         return own[0] if len(set(own)) == 1 else own
 
     @strength.setter
@@ -118,7 +116,7 @@ class PatchHandle:
         self._check_intact()
         values = self._numbers("strength", value, len(self._interventions))
         for intervention, number in zip(self._interventions, values, strict=True):
-            self._strengths_by_id[id(intervention)] = number
+            object.__setattr__(intervention, "strength", number)  # ours alone: `patch` made a copy
         self._write()
 
     @property
@@ -136,7 +134,7 @@ class PatchHandle:
         if not adds:
             raise InputError("no Add among the interventions, so there is no coefficient")
         for add, number in zip(adds, self._numbers("coefficient", value, len(adds)), strict=True):
-            object.__setattr__(add, "coefficient", number)  # ours alone: `patch` made a copy
+            object.__setattr__(add, "coefficient", number)
         self._write()
 
     @staticmethod
@@ -260,8 +258,9 @@ class PatchHandle:
 
     def remove(self) -> None:
         """Undo the patch: classes and hooks are as before. A second call does nothing."""
-        for module in self._modules:
-            _restore(module)
+        if self.report().claimed:  # what is there now may be another's
+            for module in self._modules:
+                _restore(module)
 
     def __enter__(self) -> "PatchHandle":
         return self
@@ -282,14 +281,21 @@ class _Positions:
         self.route = route
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise InputError(
+                "several sequences are packed into one row (continuous batching), where it is not "
+                'known which tokens are whose; expected positions="all"'
+            )
         x = kwargs.get("inputs_embeds")
         x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = 0 if cache is None else cache.get_seq_length()  # of a static cache a tensor
         self.route.find_phases(x, past, kwargs.get("attention_mask"))
 
 
-def _apply(steered_places: list[tuple[Place, Site]], plain_places: list[Place]) -> list[nn.Module]:
+def _apply(
+    steered_places: list[tuple[Place, Site]], plain_places: list[Place], layers: list[nn.Module]
+) -> list[nn.Module]:
     """Put the sites in place; return every module that was changed."""
     changed: list[nn.Module] = []
     by_module: dict[tuple[nn.Module, str | None], dict[int, Any]] = {}
@@ -304,6 +310,8 @@ def _apply(steered_places: list[tuple[Place, Site]], plain_places: list[Place]) 
             changed.append(place.module)
         if isinstance(site, Site) and place.link is not None:
             site.link = place.link
+            ends = [layers[k] for k in (place.block, place.feeds) if k is not None]
+            place.link.between = (place.module, *ends, place.link.norm)
             changed += _link(place.link)
     for (module, stream), sites in by_module.items():
         if not any(isinstance(s, Site) for s in sites.values()):
@@ -311,9 +319,7 @@ def _apply(steered_places: list[tuple[Place, Site]], plain_places: list[Place]) 
         made = steered(type(module), stream)
         every = tuple(sites.get(k, PlainAdd()) for k in range(len(made.adds)))
         module.__dict__[SITES] = every
-        module.__class__ = made.cls
-        if "_old_forward" in module.__dict__:  # accelerate's wrapper calls this, not the class's
-            module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+        _become(module, made.cls)
         changed.append(module)
     return changed
 
@@ -321,8 +327,17 @@ def _apply(steered_places: list[tuple[Place, Site]], plain_places: list[Place]) 
 def _link(link: Link) -> list[nn.Module]:
     if "rk_link" not in link.norm.__dict__:
         link.norm.__dict__["rk_link"] = link
-        link.norm.__class__ = linked_class(type(link.norm))
+        _become(link.norm, linked_class(type(link.norm)))
     return [link.norm]
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Swap a module's class, also in what accelerate calls or has left on the instance."""
+    before, module.__class__ = type(module), cls
+    for name in ("_old_forward", "forward"):
+        own = module.__dict__.get(name)
+        if isinstance(own, MethodType) and own.__func__ is before.forward:
+            module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def _sites_of(module: nn.Module) -> Iterator[Site]:
@@ -337,11 +352,9 @@ def _sites_of(module: nn.Module) -> Iterator[Site]:
 def _restore(module: nn.Module) -> None:
     """Undo whatever a patch did to one module."""
     if module.__dict__.pop(SITES, None) is not None:
-        module.__class__ = type(module).__mro__[1]
-        if "_old_forward" in module.__dict__:
-            module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+        _become(module, _without(type(module)))
     if module.__dict__.pop("rk_link", None) is not None:
-        module.__class__ = type(module).__mro__[2]
+        _become(module, _without(type(module)))
     for hooks, keyed in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -350,6 +363,21 @@ def _restore(module: nn.Module) -> None:
             if isinstance(hook, _Positions) or isinstance(getattr(hook, "__self__", None), Site):
                 del hooks[number]
                 keyed.pop(number, None)
+
+
+def _without(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a generated one was made of, also where FSDP's stands before that."""
+    made = {s.cls: s.cls.__mro__[1] for s in _STEERED.values()}
+    made |= {new: old for old, new in _LINKED.items()}
+    if cls in made:
+        return made[cls]
+    bases = tuple(_without(b) for b in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    # what __init_subclass__ has wrapped it wraps anew
+    drop = {k for k, v in vars(cls).items() if hasattr(v, "__wrapped__")}
+    body = {k: v for k, v in vars(cls).items() if k not in {"__dict__", "__weakref__", *drop}}
+    return type(cls.__name__.replace("Steered", "").replace("Linked", ""), bases, body)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -4,13 +4,14 @@ The site leaves the pair (h, normed) on the link; the norm takes ``normed`` if w
 with *is* that h, and otherwise computes. So a link is a hint: a wrong one costs time, never truth.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from refusal_kernels import ops
 
+OURS = ("refusal_kernels.", "transformers.")  # whose hooks write to no stream in place
 EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
@@ -23,6 +24,8 @@ class Link:
         The module, an RMSNorm; its weight is read at every call, where it is then.
     eps, offset
         As in `ops.rms_norm`.
+    between
+        The modules whose hooks may see h before the norm does.
     pending
         (h, normed, version of h), or None.
     """
@@ -31,25 +34,43 @@ class Link:
         self.norm = norm
         self.eps = eps
         self.offset = offset
-        self.pending: tuple[Tensor, Tensor, int] | None = None
+        self.between: tuple[nn.Module, ...] = ()
+        self.pending: tuple[Tensor, Tensor, int | None] | None = None
 
     def take(self, x: Tensor) -> Tensor | None:
         """Return the norm of x if the add before has left it, and forget it."""
         pending, self.pending = self.pending, None
+        if pending is None or pending[0] is not x:
+            return None
         # written to in between, it would be the same tensor with other numbers
-        if pending is not None and pending[0] is x and pending[2] == version(x):
-            return pending[1]
-        return None
+        now = version(x)
+        if pending[2] != now or (now is None and any(map(_hooked, self.between))):
+            return None
+        return pending[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": None}
 
 
-def version(x: Tensor) -> int:
-    """How often a tensor has been written to, where PyTorch counts that."""
+def version(x: Tensor) -> int | None:
+    """How often a tensor has been written to; None where PyTorch does not count that."""
     if torch.compiler.is_compiling() or x.is_inference():
-        return 0
+        return None
     return x._version
+
+
+def is_plain(weight: Any, x: Tensor | None = None) -> TypeGuard[Tensor]:
+    """Whether a kernel can read a weight (no DTensor, nor quantised), here together with x."""
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return False
+    # of two dtypes a norm may return either
+    return x is None or (weight.device == x.device and weight.dtype is x.dtype)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a module carries hooks that might write to what they see."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not (getattr(hook, "__module__", None) or "").startswith(OURS) for hook in hooks)
 
 
 class _Linked:
@@ -60,11 +81,13 @@ class _Linked:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         link = self.rk_link
         normed = link.take(hidden_states)
-        if normed is not None:
+        # a reentrant gradient checkpoint runs the add without gradients, this norm with them
+        if normed is not None and not torch.is_grad_enabled():
             return normed
-        if args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         weight: Any = link.norm.weight
+        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if args or kwargs or not free or not is_plain(weight, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return ops.rms_norm(hidden_states, weight, link.eps, link.offset)
 
 
@@ -99,8 +122,7 @@ def link_of(norm: Any, hidden: int) -> Link | None:
     eps = next((getattr(norm, e) for e in EPSILONS if hasattr(norm, e)), None)
     parameters = [*norm._parameters.values(), *norm._buffers.values()]
     if (
-        not isinstance(weight, Tensor)
-        or type(weight) not in (Tensor, nn.Parameter)  # a DTensor, or quantised
+        not is_plain(weight)
         or weight.shape != (hidden,)
         or weight.is_meta
         or not isinstance(eps, float)

@@ -59,7 +59,6 @@ def patch(
     programs = copied(_programs(interventions))
     found = places(model, norms=fuse_norms)
     _check(model, programs, found)
-    strengths = {id(i): i.strength for program in programs for i in program}
     route = Route(len(programs))
     groups: dict[tuple[tuple[int, ...], ...], Program] = {}
     met: set[int] = set()
@@ -76,7 +75,7 @@ def patch(
             plain.append(place)
             continue
         if key not in groups:
-            groups[key] = Program(here, strengths)
+            groups[key] = Program(here)
         path = HOOK if place.add is None else FUSED
         site = Site(place.name, path, groups[key], route, _like(place.module))
         steered.append((place, site))
@@ -84,7 +83,7 @@ def patch(
         for i in program:
             if id(i) not in met:
                 raise InputError(f"{type(i).__name__}: no place of the model is at {_where(i)}")
-    return PatchHandle(model, programs, steered, plain, route, strengths)
+    return PatchHandle(model, programs, steered, plain, route)
 
 
 def _programs(given: Sequence[Any]) -> list[tuple[Intervention, ...]]:
@@ -116,8 +115,9 @@ def _check(
             if number is not None and not 0 <= number < layers:
                 raise InputError(f"layer {number} is not there; the model has {layers} layers")
     for place in found:
-        own = place.module.__dict__
-        if place.add is not None and "forward" in own and "_old_forward" not in own:
+        own = place.module.__dict__  # where accelerate wraps a forward, it leaves the class's own
+        wrapped = getattr(own.get("_old_forward"), "__func__", None) is type(place.module).forward
+        if place.add is not None and "forward" in own and not wrapped:
             raise InputError(
                 f"layer {place.block} carries a forward of its own (kernelize, or set by hand), "
                 "which a patch of its class would not reach; patch the model before that is set"

@@ -1,5 +1,6 @@
 """Sites: where the stream is steered, by which program, token by token."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from refusal_kernels import ops
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import GENERATED, LAST, Intervention, compile_program
-from refusal_kernels.patching.norms import Link, version
+from refusal_kernels.patching.norms import Link, is_plain, version
 
 Watcher = Callable[[str, Tensor], None]
 """Called with a site's name and the stream there, [..., hidden]."""
@@ -29,13 +30,29 @@ class Route:
     rows
         int64 [rows]: the program of each row of the batch, or None for program 0 everywhere.
     phases
-        int64 [batch, tokens] of the running forward pass, or None where no position matters.
+        int64 [batch, tokens] of the forward pass that this thread runs, or None where no position
+        matters.
     """
 
     def __init__(self, programs: int) -> None:
         self.programs = programs
         self.rows: Tensor | None = None
-        self.phases: Tensor | None = None
+        self._latest: Tensor | None = None
+        self._own = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None, "_own": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _own=threading.local())
+
+    @property
+    def phases(self) -> Tensor | None:
+        """See above. A thread that ran no pass recomputes one, for a gradient: the latest."""
+        if torch.compiler.is_compiling():
+            return self._latest
+        own: Tensor | None = getattr(self._own, "phases", self._latest)
+        return own
 
     @property
     def plain(self) -> int:
@@ -56,7 +73,7 @@ class Route:
         cells = torch.zeros(tokens, dtype=torch.int64, device=x.device)
         if self.rows is not None:
             # beams and the like repeat each row of the batch in its place
-            if tokens % self.rows.numel():
+            if (x.shape[0] if x.ndim > 2 else tokens) % self.rows.numel():
                 raise InputError(
                     f"the route has {self.rows.numel()} rows, which does not divide a batch of "
                     f"{list(x.shape[:-1])}"
@@ -71,7 +88,7 @@ class Route:
             )
         return cells
 
-    def find_phases(self, x: Tensor, past: int, mask: Tensor | None) -> None:
+    def find_phases(self, x: Tensor, past: int | Tensor, mask: Tensor | None) -> None:
         """Say of every token whether it is generated, and whether it is its row's last.
 
         Parameters
@@ -89,7 +106,10 @@ class Route:
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= tokens:
             here = mask[:, -tokens:].to(x.device) != 0
             last = (place * here).amax(dim=1, keepdim=True)
-        self.phases = 2 * (past > 0) + (place == last).long()
+        generated = torch.as_tensor(past > 0, device=x.device).long()
+        self._latest = 2 * generated + (place == last).long()
+        if not torch.compiler.is_compiling():
+            self._own.phases = self._latest
 
 
 class Program:
@@ -101,9 +121,8 @@ class Program:
         For every program of the patch, those of its interventions that act at these sites.
     """
 
-    def __init__(self, members: Sequence[Sequence[Intervention]], strengths: dict[int, float]):
+    def __init__(self, members: Sequence[Sequence[Intervention]]):
         self.members = tuple(tuple(m) for m in members)
-        self._strengths = strengths
         cells: list[int] = []
         kinds: dict[tuple[int, ...], int] = {}  # the sets of interventions that can act together
         self._sets: list[tuple[Intervention, ...]] = []
@@ -116,11 +135,12 @@ class Program:
                     self._sets.append(here)
                 cells.append(kinds[key] if here else -1)
         cells += [-1] * PHASES  # the rows that are left alone
-        compiled = [compile_program(s) for s in self._sets]
-        slots = max(bank.shape[2] for bank, _ in compiled)
-        bank = torch.cat([_padded(b, slots, 2) for b, _ in compiled])
-        params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
-        table = torch.tensor(cells, dtype=torch.int32)
+        with torch.inference_mode(False):  # an inference tensor could not be written to later
+            compiled = [compile_program(s) for s in self._sets]
+            slots = max(bank.shape[2] for bank, _ in compiled)
+            bank = torch.cat([_padded(b, slots, 2) for b, _ in compiled])
+            params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
+            table = torch.tensor(cells, dtype=torch.int32)
         self.idle = cells[0] < 0  # program 0 does nothing here
         self._slots = slots
         self._tensors = {torch.device("cpu"): (bank, params, table)}
@@ -135,15 +155,14 @@ class Program:
         """Return bank, params and table on a device; copies share every later change."""
         if device not in self._tensors:
             bank, params, table = self._tensors[torch.device("cpu")]
-            self._tensors[device] = bank.to(device), params.to(device), table.to(device)
+            with torch.inference_mode(False):
+                self._tensors[device] = bank.to(device), params.to(device), table.to(device)
         return self._tensors[device]
 
     def write_params(self) -> None:
         """Write the dials into the tensors that the kernels read: no kernel is made anew."""
         rows = [
-            _padded(
-                torch.stack([i.params(self._strengths[id(i)]) for i in s])[None], self._slots, 1
-            )
+            _padded(torch.stack([i.params(i.strength) for i in s])[None], self._slots, 1)
             for s in self._sets
         ]
         new = torch.cat(rows)
@@ -216,11 +235,7 @@ class Site(_StandsForAnAdd):
         """Choose what serves this site, once: a call of the model does not look anything up."""
         like = torch.empty(0, device=device, dtype=dtype)
         self.backend = ops.explain(like).chosen
-        self._ops = {
-            (op, form): ops.op_for(op + form, like)
-            for op in ("add_steer", "add_steer_rms_norm")
-            for form in ("", "_inference", "_scores")
-        }
+        self._ops = _ops_for(like)
         self._bound = device, dtype
         self.bank, self.params, self._table = self.program.on(device)
 
@@ -240,26 +255,32 @@ class Site(_StandsForAnAdd):
             rows = (-1, self.bank.shape[-1])
             inner = None if residual is None else residual.unflatten(-1, rows)
             return self(x.unflatten(-1, rows), inner).flatten(-2)
+        serve, bank, params, table = self._ops, self.bank, self.params, self._table
         if self._bound[0] != x.device or self._bound[1] is not x.dtype:
-            self._bind(x.device, x.dtype)  # the model was moved after it was patched
+            # the model was moved after it was patched
+            if torch.compiler.is_compiling():
+                serve = _ops_for(x)
+                bank, params, table = (_placed(self.program, x.device, k) for k in range(3))
+            else:
+                self._bind(x.device, x.dtype)
+                serve, bank, params, table = self._ops, self.bank, self.params, self._table
         grad = torch.is_grad_enabled()
         cells = self.route.cells(x)
         if cells is None and self.program.idle:
             return x if residual is None else residual + x
-        route = None if cells is None else self._table[cells]
+        route = None if cells is None else table[cells]
         form = "_scores" if self.keep_scores else "" if grad else "_inference"
         link = self.link
         # with gradients the model's own norm runs: a norm is in another gradient checkpoint than
         # the add of the layer before
         weight = None if link is None or grad else link.norm.weight
-        if link is not None and isinstance(weight, Tensor) and weight.device == x.device:
-            op = self._ops["add_steer_rms_norm", form]
-            norm = (weight, link.eps)
-            out = op(x, residual, *norm, self.bank, self.params, route, link.offset)
+        if link is not None and is_plain(weight, x):
+            op = serve["add_steer_rms_norm", form]
+            out = op(x, residual, weight, link.eps, bank, params, route, link.offset)
             normed, h = out[0], out[1]
             link.pending = (h, normed, version(h))
         else:
-            out = self._ops["add_steer", form](x, residual, self.bank, self.params, route)
+            out = serve["add_steer", form](x, residual, bank, params, route)
             h = out[0] if self.keep_scores else out
         if self.keep_scores:
             self.scores = out[-1].detach()
@@ -281,6 +302,21 @@ class Site(_StandsForAnAdd):
             return (self(args[0], None), *args[1:]), kwargs
         name = next(iter(kwargs)) if "hidden_states" not in kwargs else "hidden_states"
         return args, {**kwargs, name: self(kwargs[name], None)}
+
+
+def _ops_for(x: Tensor) -> dict[tuple[str, str], Callable[..., Any]]:
+    """Return what serves tensors such as x, by op and form."""
+    return {
+        (op, form): ops.op_for(op + form, x)
+        for op in ("add_steer", "add_steer_rms_norm")
+        for form in ("", "_inference", "_scores")
+    }
+
+
+@torch.compiler.assume_constant_result
+def _placed(program: Program, device: torch.device, which: int) -> Tensor:
+    """Return one of a program's tensors on a device: made while tracing, not by the graph."""
+    return program.on(device)[which]
 
 
 class PlainAdd(_StandsForAnAdd):

@@ -1,0 +1,498 @@
+"""What ablation costs on whole models: tokens per second of each way to do it, over the model's own.
+
+    python benchmarks/bench_model.py --out out/bench
+
+times two models with random weights at the shapes of real ones (what weights are in it does not
+change the time), or any model with ``--models ID_OR_FOLDER``; prints a table and writes
+``models-<device>.csv``, ``.json`` and ``.png``. All methods run in every round, each on its own
+copy of the modules around the same weights, so that nothing is patched inside the timed region.
+Every cell is also checked: what is left of the direction, and the logits.
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import DTYPES
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from rows import OK, write_csv
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import StaticCache as FixedCache
+
+from refusal_kernels import Ablate, Direction, patch
+from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.loading import first_line
+from refusal_kernels.models import decoder_layers, hidden_size
+from refusal_kernels.patching.hooks import paper_hooks
+from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE, replacing, write_json
+from refusal_kernels.speed import Speed, interleaved
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "qwen2.5-0.5b": lambda: Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        bos_token_id=None, eos_token_id=None,
+    ),
+    "llama-3.2-1b": lambda: LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
+        rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
+    ),
+}  # fmt: skip
+WORKS = (("decode", 1, 128), ("decode", 8, 128), ("prefill", 1, 512))  # name, batch, tokens
+GRID = {  # dtypes and modes
+    "cpu": (("float32", "bfloat16"), ("eager",)),
+    "cuda": (("bfloat16", "float16"), ("eager", "compile", "graph")),
+}
+# A measurement repeats the work for about so long, between a least and a most number of times.
+MEASURE_S, LEAST, MOST = 0.4, {"decode": 2, "prefill": 1}, 16
+
+BASE, FUSED, UNFUSED, HOOKS = "unmodified", "patched", "patched, norms apart", "hooks"
+Method = Callable[[Any, Direction], AbstractContextManager[Any]]
+"""Changes a model, until it is left; what it gives is a `PatchHandle`, or None."""
+METHODS: dict[str, Method] = {
+    BASE: lambda model, direction: nullcontext(),
+    FUSED: lambda model, direction: patch(model, Ablate(direction)),
+    UNFUSED: lambda model, direction: patch(model, Ablate(direction), fuse_norms=False),
+    HOOKS: paper_hooks,
+}
+# The hooks round the direction and every product to the model's dtype, so in a half precision they
+# are the less exact of the two that are compared.
+LOGITS_WITHIN = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at once: a model, and the work that every method does with it."""
+
+    model: str
+    layers: int
+    hidden: int
+    dtype: str
+    mode: str
+    work: str
+    batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        size = f"{self.work} {self.batch} x {self.tokens}"
+        return f"{self.model}, {self.layers} layers, {self.dtype}, {self.mode}, {size}"
+
+
+@dataclass
+class Row:
+    """One method in one cell.
+
+    Attributes
+    ----------
+    status
+        ``ok``, or why there is no time.
+    repeats
+        How often the work is done in one measurement: the steps of a decode.
+    sites, residual
+        Of a patched model: the sites that were seen, and the largest ``|r . h| / |h|`` at any.
+    logits_difference
+        The largest to the model with plain hooks, run eagerly, over the largest of its logits. For
+        the unmodified model it is what the ablation does.
+    right
+        Whether these are as they must be; None for the unmodified model.
+    """
+
+    cell: Cell
+    method: str
+    status: str = OK
+    speed: Speed | None = None
+    repeats: int = 0
+    sites: int | None = None
+    residual: float | None = None
+    logits_difference: float | None = None
+
+    @property
+    def right(self) -> bool | None:
+        if self.method == BASE or self.status != OK or self.logits_difference is None:
+            return None
+        right = self.logits_difference <= LOGITS_WITHIN[self.cell.dtype]
+        if self.residual is not None:
+            right &= self.residual <= 4 * torch.finfo(DTYPES[self.cell.dtype]).eps
+            right &= self.sites == 1 + 2 * self.cell.layers
+        return right
+
+    def record(self) -> dict[str, Any]:
+        """Return everything, flat; None where there is nothing."""
+        speed = self.speed
+        low, high = speed.quartiles if speed else (None, None)
+        return asdict(self.cell) | {
+            "method": self.method,
+            "status": self.status,
+            "ratio": speed.median if speed else None,
+            "ratio_q1": low,
+            "ratio_q3": high,
+            "tokens_per_second": speed.tokens_per_second if speed else None,
+            "rounds": len(speed.ratios) if speed else 0,
+            "repeats": self.repeats,
+            "sites": self.sites,
+            "residual": self.residual,
+            "logits_difference": self.logits_difference,
+            "right": self.right,
+        }
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def build(name: str, layers: int | None, dtype: str, device: str) -> Any:
+    """Return a model: with random weights at one of `SHAPES`, or what a hub or a folder has."""
+    config = SHAPES[name]() if name in SHAPES else AutoConfig.from_pretrained(name)
+    if layers is not None and layers < config.num_hidden_layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    torch.manual_seed(0)
+    if name in SHAPES:
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        for parameter in model.parameters():  # as they are made, norms and biases do nothing
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=DTYPES[dtype])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def around_the_same_weights(model: Any) -> Any:
+    """Copy a model's modules, not its weights."""
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+@torch.inference_mode()
+def direction_of(model: Any) -> Direction:
+    """Return one that the stream lies along, so that leaving it in would be seen in the logits."""
+    ids = torch.arange(1, 33, device=model.device)[None] % model.config.vocab_size
+    streams = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    return Direction(streams[len(streams) // 2][0].float().mean(0).cpu())
+
+
+# --- the work ------------------------------------------------------------------------------------
+
+
+class Work:
+    """What one method does in a cell; made, rewound and run in inference mode."""
+
+    def __init__(self, model: Any, cell: Cell) -> None:
+        self.cell, self.call, self.cache, self.repeats = cell, model, None, LEAST[cell.work]
+        ids = torch.arange(cell.batch * (cell.tokens + 1)) * 7919 % model.config.vocab_size
+        ids = ids.view(cell.batch, -1).to(model.device)
+        self.fed: dict[str, Any] = {"input_ids": ids[:, :-1], "logits_to_keep": 1}
+        self.fed["use_cache"] = cell.work == "decode"
+        if self.fed["use_cache"]:
+            room = cell.tokens + MOST
+            fixed = cell.mode != "eager"
+            self.cache = (
+                FixedCache(model.config, room) if fixed else DynamicCache(config=model.config)
+            )
+            self.fed["past_key_values"] = self.cache
+            model(**self.fed)
+            self.fed["input_ids"] = ids[:, -1:].contiguous()
+
+    def once(self) -> Tensor:
+        """Return the logits of a prompt, or of the next token of every row."""
+        logits: Tensor = self.call(**self.fed).logits
+        return logits
+
+    def __call__(self) -> Tensor:
+        for _ in range(self.repeats):
+            logits = self.once()
+        return logits
+
+    def rewind(self) -> None:
+        """Take out of the cache what the last run put there."""
+        if isinstance(self.cache, FixedCache):
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(self.cell.tokens)
+        elif self.cache is not None:
+            self.cache.crop(-(self.cache.get_seq_length() - self.cell.tokens))
+
+    def prepare(self) -> None:
+        """Compile or capture, as the mode wants it."""
+        if self.cell.mode == "compile":
+            self.call = torch.compile(self.call, dynamic=False)
+            self.once()
+        elif self.cell.mode == "graph":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.once()
+                    self.rewind()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.call(**self.fed)
+            self.call = lambda **fed: (graph.replay(), out)[1]
+        self.rewind()
+
+
+@contextmanager
+def rewound(work: Work) -> Iterator[None]:
+    """Rewind after a measurement, outside the time that is taken."""
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            work.rewind()
+
+
+def watched(work: Work, handle: Any, direction: Direction) -> tuple[int, float]:
+    """Return the sites of a patched model, and the largest ``|r . h| / |h|`` at any of them."""
+    found: dict[str, float] = {}
+    unit = direction.unit.double()
+
+    def see(name: str, h: Tensor) -> None:
+        rows = h.reshape(-1, h.shape[-1]).double()
+        worst = (rows @ unit.to(h.device)).abs() / rows.norm(dim=-1)
+        found[name] = max(float(worst.max()), found.get(name, 0.0))
+
+    with handle.watch(see):
+        work.once()
+    work.rewind()
+    return len(found), max(found.values(), default=float("inf"))
+
+
+def measure(model: Any, direction: Direction, cell: Cell, rounds: int) -> list[Row]:
+    """Check and time every method; one that fails is a row that says why."""
+    rows = {name: Row(cell, name) for name in METHODS}
+    works: dict[str, Work] = {}
+    logits: dict[str, Tensor] = {}
+    truth: Tensor | None = None
+    torch._dynamo.reset()
+    with ExitStack() as stack:
+        # the copies share their code, and by default a hook is nothing that a graph is guarded by
+        guarded = torch._dynamo.config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
+        stack.enter_context(guarded)
+        for name, method in METHODS.items():
+            try:
+                own = around_the_same_weights(model)
+                handle = stack.enter_context(method(own, direction))
+                with torch.inference_mode():
+                    work = Work(own, cell)
+                    if handle is not None:
+                        rows[name].sites, rows[name].residual = watched(work, handle, direction)
+                    if name == HOOKS:
+                        truth = work.once().double().clone()
+                        work.rewind()
+                    work.prepare()
+                    logits[name] = work.once().double().clone()
+                    work.rewind()
+                works[name] = work
+            except Exception as error:
+                rows[name].status = f"failed: {type(error).__name__}: {first_line(error)[:300]}"
+        for name, own_logits in logits.items() if truth is not None else ():
+            difference = (own_logits - truth).abs().max() / truth.abs().max()
+            rows[name].logits_difference = float(difference)
+        if BASE in works:
+            time_them(works, rows, rounds)
+    return list(rows.values())
+
+
+def time_them(works: dict[str, Work], rows: dict[str, Row], rounds: int) -> None:
+    """Time all methods in every round; they have run before, so no round is a warm-up."""
+    cell = works[BASE].cell
+    with torch.inference_mode():
+        start = time.perf_counter()
+        works[BASE].once().sum().item()
+        seconds = time.perf_counter() - start
+        works[BASE].rewind()
+    for work in works.values():
+        work.repeats = max(LEAST[cell.work], min(MOST, round(MEASURE_S / seconds)))
+    tokens = cell.batch * (1 if cell.work == "decode" else cell.tokens)
+
+    def run(name: str) -> int:
+        works[name]()
+        return tokens * works[name].repeats
+
+    contexts = {name: lambda work=work: rewound(work) for name, work in works.items()}
+    for name, speed in interleaved(run, contexts, rounds=rounds, warmup=0).items():
+        rows[name].speed, rows[name].repeats = speed, works[name].repeats
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def run_grid(
+    options: argparse.Namespace, keep: Callable[[list[Row]], None]
+) -> tuple[list[Row], bool]:
+    """Measure cell by cell; return the rows, and whether it was all of them."""
+    rows: list[Row] = []
+    try:
+        for name, dtype in product(options.models, options.dtypes):
+            print(f"{name}, {dtype}: loading", flush=True)
+            try:
+                model = build(name, options.layers, dtype, options.device)
+                direction = direction_of(model)
+                size = (len(decoder_layers(model)), hidden_size(model))
+            except Exception as error:
+                reason = f"failed: {type(error).__name__}: {first_line(error)[:300]}"
+                cell = Cell(name, options.layers or 0, 0, dtype, "every mode", "any work", 0, 0)
+                rows.append(Row(cell, "every method", reason))
+                continue
+            for mode, work in product(options.modes, WORKS):
+                cell = Cell(name, *size, dtype, mode, *work)
+                start = time.perf_counter()
+                rows += measure(model, direction, cell, options.rounds)
+                print(f"{cell}: {time.perf_counter() - start:.0f} s", flush=True)
+                keep(rows)
+            del model
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured is kept", flush=True)
+        return rows, False
+    return rows, True
+
+
+def clock_mhz(device: str) -> float | None:
+    """Return the clock at this moment, the mean over all cores; None where nothing tells it."""
+    try:
+        if device == "cuda":
+            return float(torch.cuda.clock_rate())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        return round(sum(clocks) / len(clocks), 1)
+    except Exception:
+        return None
+
+
+def write(options: argparse.Namespace, rows: Sequence[Row], seconds: float, complete: bool) -> None:
+    """Write the CSV and the JSON."""
+    records = [row.record() for row in rows]
+    document = {
+        "device": describe_device(options.device),
+        "versions": versions(),
+        "torch_threads": torch.get_num_threads(),
+        "clock_mhz": clock_mhz(options.device),
+        "seconds": round(seconds),
+        "complete": complete,
+        "rows": records,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / f"models-{options.device}.json", document)
+    if records:
+        write_csv(options.out / f"models-{options.device}.csv", records)
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Print a line a cell, then what could not be timed, and why."""
+    table = Table(title="tokens/s over the unmodified model's (quartiles)", title_justify="left")
+    table.add_column("cell")
+    others = [name for name in METHODS if name != BASE]
+    for name in ("tokens/s", *others, "|r.h|/|h|", "logits off", "of", "right"):
+        table.add_column(name, justify="right")
+    for cell in dict.fromkeys(row.cell for row in rows):
+        by_method = {row.method: row for row in rows if row.cell == cell}
+        base = by_method.get(BASE)
+        if base is None or base.speed is None:
+            continue
+        mine = [by_method[name] for name in others]
+        residuals = [row.residual for row in mine if row.residual is not None]
+        off = [row.logits_difference for row in mine if row.logits_difference is not None]
+        right = all(row.right for row in mine)
+        table.add_row(
+            str(cell),
+            f"{base.speed.tokens_per_second:.1f}",
+            *(ratio_text(row.speed) for row in mine),
+            f"{max(residuals):.1e}" if residuals else "",
+            f"{max(off):.1e}" if off else "",
+            f"{base.logits_difference:.2f}" if base.logits_difference is not None else "",
+            "yes" if right else "[bold red]NO[/bold red]",
+        )
+    console.print(table)
+    for row in rows:
+        if row.status != OK:
+            text = f"no time for {row.method}: {row.status} ({row.cell})"
+            console.print(text, markup=False, highlight=False)
+
+
+def ratio_text(speed: Speed | None) -> str:
+    """Return a ratio with its quartiles; red where it is below 1."""
+    if speed is None:
+        return "none"
+    low, high = speed.quartiles
+    text = f"{speed.median:.3f} ({low:.3f} to {high:.3f})"
+    return f"[red]{text}[/red]" if speed.median < 1.0 else text
+
+
+def plot(path: Path, rows: Sequence[Row], device: str) -> None:
+    """Draw the ratios of every cell, with their quartiles."""
+    cells = list(dict.fromkeys(row.cell for row in rows if row.speed is not None))[::-1]
+    looks = dict(zip((n for n in METHODS if n != BASE), (GREEN, BLUE, GREY), strict=False))
+    with plt.rc_context({**STYLE, "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(cells)))
+        for number, (name, color) in enumerate(looks.items()):
+            for y, cell in enumerate(cells):
+                for row in rows:
+                    if (row.cell, row.method) != (cell, name) or row.speed is None:
+                        continue
+                    x, (low, high) = row.speed.median, row.speed.quartiles
+                    spread, label = [[x - low], [high - x]], name if y == 0 else None
+                    axes.errorbar(
+                        x, y + 0.2 * (1 - number), xerr=spread, fmt="o", markersize=4,
+                        color=color, capsize=2, label=label,
+                    )  # fmt: skip
+        axes.axvline(1.0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(cells)), [str(cell) for cell in cells])
+        axes.set_xlabel("tokens/s over the unmodified model's (bars: quartiles over the rounds)")
+        axes.set_title(device, loc="left", fontsize=9)
+        if cells:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+        plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=tuple(GRID), default="cpu")
+    parser.add_argument("--models", "--model", nargs="+", default=list(SHAPES), metavar="MODEL",
+                        help=f"{', '.join(SHAPES)} (random weights), a hub id, a folder")  # fmt: skip
+    parser.add_argument("--layers", type=int, help="only the first so many of each model")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compile", "graph"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
+    parser.add_argument("--quick", action="store_true", help="2 layers, 5 rounds")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device")
+    if options.quick:
+        options.layers, options.rounds = options.layers or 2, min(options.rounds, 5)
+    if options.rounds < 2 or (options.layers is not None and options.layers < 1):
+        parser.error("--rounds must be 2 or more, --layers 1 or more")
+    options.dtypes = options.dtypes or GRID[options.device][0]
+    options.modes = options.modes or GRID[options.device][1]
+    torch.set_num_threads(options.threads)
+
+    start = time.perf_counter()
+    rows, complete = run_grid(
+        options, lambda rows: write(options, rows, time.perf_counter() - start, complete=False)
+    )
+    write(options, rows, time.perf_counter() - start, complete)
+    path = options.out / f"models-{options.device}"
+    plot(path.with_suffix(".png"), rows, describe_device(options.device).split(",")[0])
+    console = Console(width=None if Console().is_terminal else 200)
+    print_table(rows, console)
+    console.print(f"{time.perf_counter() - start:.0f} s; {path}.csv, .json, .png")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
