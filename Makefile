@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench sanitize cuda clean
+.PHONY: help setup demo test lint bench bench-models sanitize cuda clean
 
 help:
 	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
@@ -77,6 +77,10 @@ bench: setup
 		MALLOC_TOP_PAD_=268435456 $(BIN)/python -m pytest benchmarks/bench_ops.py \
 		--benchmark-columns=median --benchmark-json=benchmarks/results/ops-cpu-kept-memory.json
 	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
+
+# whole models; 6 layers of each, since the ratios do not depend on how many there are
+bench-models: setup
+	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
 
 clean:
 	rm -rf .venv build out *.egg-info refusal_kernels/*.so

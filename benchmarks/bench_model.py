@@ -1,4 +1,4 @@
-"""What ablation costs on whole models: tokens per second of each way to do it, over the model's own.
+"""What ablation costs on whole models: tokens/s of each way to do it, over the model's own.
 
     python benchmarks/bench_model.py --out out/bench
 
@@ -120,6 +120,7 @@ class Row:
 
     @property
     def right(self) -> bool | None:
+        """Whether the method did what it is timed for."""
         if self.method == BASE or self.status != OK or self.logits_difference is None:
             return None
         right = self.logits_difference <= LOGITS_WITHIN[self.cell.dtype]
@@ -211,6 +212,7 @@ class Work:
         return logits
 
     def __call__(self) -> Tensor:
+        """Return the logits of the last of the repeats."""
         for _ in range(self.repeats):
             logits = self.once()
         return logits
@@ -461,8 +463,10 @@ def plot(path: Path, rows: Sequence[Row], device: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=tuple(GRID), default="cpu")
-    parser.add_argument("--models", "--model", nargs="+", default=list(SHAPES), metavar="MODEL",
-                        help=f"{', '.join(SHAPES)} (random weights), a hub id, a folder")  # fmt: skip
+    known = f"{', '.join(SHAPES)} (random weights), a hub id, a folder"
+    parser.add_argument(
+        "--models", "--model", nargs="+", default=list(SHAPES), metavar="MODEL", help=known
+    )
     parser.add_argument("--layers", type=int, help="only the first so many of each model")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=("eager", "compile", "graph"))

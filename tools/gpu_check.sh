@@ -6,7 +6,8 @@
 # Needs nvcc, compute-sanitizer, and a Python with torch, triton, pytest, hypothesis, pybind11 and
 # ninja; installs and downloads nothing, and leaves the GPU's settings alone. Runs every step even
 # if one before it failed, all of them in about nine minutes, and fails at the end if one did.
-# Leaves five files in $OUT: ops-cuda.csv, .json, .png (the benchmark), logs.tar.gz, summary.txt.
+# Leaves eight files in $OUT: ops-cuda and models-cuda, each .csv, .json and .png (the benchmarks),
+# logs.tar.gz and summary.txt.
 #
 # DEADLINE_S changes the nine minutes, DRY_RUN=1 prints the commands instead of running them.
 #
@@ -93,8 +94,10 @@ step extension 60 "$PYTHON" -c \
   'from refusal_kernels import _C, ops; print(_C.build_summary()); print(ops.explain(device="cuda"))'
 step tests 200 "$PYTHON" -m pytest tests/test_ops.py tests/test_accuracy.py tests/test_gradients.py \
   tests/test_moments_op.py tests/test_registration.py tests/test_patching.py \
+  tests/test_routing.py \
   -p no:cacheprovider --durations=10
 step bench 260 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 180
+step models 120 "$PYTHON" benchmarks/bench_model.py --device cuda --quick --out "$OUT"
 step memcheck 90 bash -c 'sanitize memcheck'
 step racecheck 90 bash -c 'sanitize racecheck'
 

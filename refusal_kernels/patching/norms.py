@@ -69,6 +69,8 @@ def is_plain(weight: Any, x: Tensor | None = None) -> TypeGuard[Tensor]:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether a module carries hooks that might write to what they see."""
+    if not module._forward_pre_hooks and not module._forward_hooks:
+        return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return any(not (getattr(hook, "__module__", None) or "").startswith(OURS) for hook in hooks)
 

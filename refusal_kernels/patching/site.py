@@ -67,7 +67,7 @@ class Route:
         InputError
             If the batch is no multiple of the number of routed rows.
         """
-        if self.rows is None and self.phases is None:
+        if self.rows is None and self._latest is None:
             return None
         tokens = x.shape[:-1].numel()
         cells = torch.zeros(tokens, dtype=torch.int64, device=x.device)
