@@ -42,7 +42,12 @@ setup: .venv/.ready
 demo: setup
 	@$(BIN)/refusal-kernels demo --out out/demo
 
-test: setup
+# only for a test of quantised models: importing it prints warnings, which a demo can do without
+.venv/.torchao: .venv/.ready
+	@$(PIP) torchao==0.18.0
+	@touch $@
+
+test: setup .venv/.torchao
 	@$(BIN)/python -m pytest
 
 lint: setup

@@ -176,10 +176,11 @@ inline Rows rows_of(const Info& t, std::optional<Tensor>* keep) {
 
 // Asks for 2 MB pages where Linux gives them on request: a fresh output of 64 MB is otherwise
 // 16,384 page faults, which cost more than the kernel that writes it. PyTorch's own allocator does
-// this with THP_MEM_ALLOC_ENABLE=1. A refusal changes nothing.
+// this with THP_MEM_ALLOC_ENABLE=1. Below 32 MB glibc mostly serves memory that it has kept, and
+// there the request did harm. A refusal changes nothing.
 inline void advise_huge_pages([[maybe_unused]] Tensor& t, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
-  if (bytes < 2 * (2 << 20)) return;
+  if (bytes < 32 << 20) return;
   constexpr uintptr_t kPage = 4096;
   const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t begin = data / kPage * kPage, end = (data + bytes) / kPage * kPage;
