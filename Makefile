@@ -33,7 +33,7 @@ $(BIN)/python:
 
 .venv/.ready: .venv/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "== building the kernels and installing the rest"
-	@$(PIP) --no-build-isolation -e ".[triton,nvcc,test,lint]"
+	@$(PIP) --no-build-isolation -e ".[triton,nvcc,research,test,lint]"
 	@$(BIN)/python -c "from refusal_kernels import _C; print('== ready:', _C.build_summary())"
 	@touch $@
 

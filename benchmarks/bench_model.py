@@ -32,10 +32,11 @@ from transformers import StaticCache as FixedCache
 
 from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.files import replacing, write_json
 from refusal_kernels.loading import first_line
 from refusal_kernels.models import decoder_layers, hidden_size
 from refusal_kernels.patching.hooks import paper_hooks
-from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE, replacing, write_json
+from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE
 from refusal_kernels.speed import Speed, interleaved
 
 SHAPES: dict[str, Callable[[], Any]] = {

@@ -16,6 +16,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Outcome, evaluate
 from refusal_kernels.extraction import ChatFormat, mean_difference
 from refusal_kernels.extraction.collect import model_inputs
+from refusal_kernels.files import write_json
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.models import decoder_layers, input_device
 from refusal_kernels.orthogonalize import orthogonalize
@@ -162,8 +163,8 @@ def run(material: Material, out: Path, step: Step, *, rounds: int = 15) -> Findi
     samples = collect_samples(material, outcomes)
     with step_of(step("Write the report and the pictures")):
         direction.save(out / "direction.safetensors")
-        report.write_json(out / "report.json", document)
-        report.write_json(out / "samples.json", samples)
+        write_json(out / "report.json", document)
+        write_json(out / "samples.json", samples)
         report.plot_projections(out / "projections.png", projections, selection.layer)
         report.plot_refusals(out / "refusals.png", outcomes)
         report.plot_speed(out / "speed.png", speed)

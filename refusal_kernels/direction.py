@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.files import replacing
 
 FORMAT = "refusal_kernels.direction"
 FORMAT_VERSION = "1"
@@ -188,18 +189,9 @@ def write_tensors(
     InputError
         If the file cannot be written; nothing is left behind.
     """
-    path = Path(path)
-    # In the same folder: a rename is atomic only inside one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     known = {"format": kind, "format_version": FORMAT_VERSION}
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(dict(tensors), temporary, metadata={**metadata, **known})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be written: {reason}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(

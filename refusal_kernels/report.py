@@ -1,17 +1,14 @@
 """Files that a person looks at: JSON and pictures, each written aside and renamed."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Outcome
+from refusal_kernels.files import replacing
 from refusal_kernels.speed import Speed
 
 matplotlib.use("Agg")  # no window, whatever the machine offers
@@ -30,32 +27,6 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
 }
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; it becomes ``path`` if all went well.
-
-    Raises
-    ------
-    InputError
-        If the file can not be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a document as indented JSON; NaN is refused."""
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,0 +1,56 @@
+"""What the commands share: their options, the terminal, and how a result is written."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.files import write_json
+
+console = Console()
+errors = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+HarmfulOption = Annotated[Path | None, typer.Option(help="Prompts: .txt, .jsonl or .json.")]
+HarmlessOption = Annotated[Path | None, typer.Option(help="Prompts: .txt, .jsonl or .json.")]
+BatchOption = Annotated[int, typer.Option(help="Prompts at once.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what was found here too.")]
+DirectionOption = Annotated[Path, typer.Option("--direction", help="A file made by 'select'.")]
+
+
+def writable(path: Path) -> None:
+    """Make the folder of a file that will be written; before the long work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
+
+
+def finish(out: Path | None, json_file: Path | None, document: Any) -> None:
+    """Say what was written, and write the machine-readable result where one is wanted."""
+    if out is not None:
+        console.print(f"written: {out}")
+    if json_file is not None:
+        writable(json_file)
+        write_json(json_file, document)
+        console.print(f"written: {json_file}")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Give a function that announces a step and returns what is told of its progress."""
+    columns = (TextColumn("{task.description:<52}"), BarColumn(24), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=errors) as bars:
+
+        def step(description: str) -> Callable[[int, int], None]:
+            task = bars.add_task(description, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield step
