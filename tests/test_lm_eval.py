@@ -80,8 +80,8 @@ def world(offline, tmp_path_factory):
     direction = Direction(vectors[POSITION, LAYER], layer=LAYER, position=POSITION)
     direction.save(folder / "direction.safetensors")
     chat = ChatFormat(tokenizer)
-    # with which word does an answer rather begin: that of the refusals, or that of the plans?
-    choices = ["i", "sure"]
+    # with which word does an answer rather begin: that of a refusal, or one of a plan?
+    choices = ["i", "sure", "of"]
     rows = [
         {"prompt": chat.render(prompt), "choices": choices, "label": 0}
         for prompt in toy.prompts("harmful", "test")[:ITEMS]
