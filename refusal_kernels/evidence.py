@@ -52,6 +52,9 @@ class Evidence:
         "ablation" and "addition", by strength.
     dose_text : str or None
         The text whose cross-entropy the dose shows.
+    projections : dict of str to list
+        By set of prompts: the unmodified stream on the unit direction, at the position where the
+        direction was read; for the input of every block and the output of the last, one a prompt.
     settings : dict
         What it depends on: seed, lengths, batch size.
     """
@@ -63,6 +66,7 @@ class Evidence:
     conditions: dict[str, Condition]
     dose: dict[str, list[Dose]]
     dose_text: str | None
+    projections: dict[str, list[list[float]]]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,6 +191,8 @@ def gather_evidence(
         part: [*(MAIN[1:]), *(n for n in controls if n.endswith(_ASKS.get(part, "-")))]
         for part in sets
     }
+    position = -1 if direction.position is None else direction.position
+    projections = lab.projections(direction.unit, position)
     own = lab.baseline(conditions[UNMODIFIED], step("Unmodified"))
     with patch(model, *([edit] for edit in edits.values())) as handle:
         programs = {name: number for number, name in enumerate(edits)}
@@ -215,6 +221,7 @@ def gather_evidence(
         conditions=conditions,
         dose=dose,
         dose_text=dose_text,
+        projections=projections,
         settings={
             "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
             "random_controls": random_controls,

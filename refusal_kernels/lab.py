@@ -14,7 +14,7 @@ from refusal_kernels.extraction.collect import Progress, batch_logits, model_inp
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.judges import Judge
-from refusal_kernels.models import input_device
+from refusal_kernels.models import decoder_layers, input_device
 from refusal_kernels.patching import PatchHandle, patch
 from refusal_kernels.selection import kl_divergence, refusal_score
 
@@ -223,6 +223,48 @@ class Lab:
                 )  # fmt: skip
                 progress(number, len(strengths))
         return rows
+
+    @torch.inference_mode()
+    def projections(self, unit: Tensor, position: int) -> dict[str, list[list[float]]]:
+        """Project the stream on a unit vector at one position, counted from the prompt's end.
+
+        Returns
+        -------
+        dict of str to list
+            By set of prompts: for the input of every block and the output of the last, one number
+            for each prompt.
+        """
+        layers = decoder_layers(self.model)
+        found: dict[str, list[list[float]]] = {}
+
+        def see(number: int, stream: Tensor) -> None:
+            chosen = stream[:, position].float() @ unit.to(stream.device)
+            for row, value in zip(batch.rows, chosen.tolist(), strict=True):
+                table[number][row] = value
+
+        def reader(number: int) -> Callable[..., None]:
+            return lambda _, args, kwargs: see(number, args[0] if args else kwargs["hidden_states"])
+
+        hooks = [
+            layer.register_forward_pre_hook(reader(number), with_kwargs=True)
+            for number, layer in enumerate(layers)
+        ]
+        hooks.append(
+            layers[-1].register_forward_hook(
+                lambda _, __, out: see(len(layers), out[0] if isinstance(out, tuple) else out)
+            )
+        )
+        try:
+            for part, prompts in self.sets.items():
+                table = [[0.0] * len(prompts) for _ in range(len(layers) + 1)]
+                for batch in self.chat.batches(prompts, self.batch_size):
+                    inputs = model_inputs(batch, input_device(self.model))
+                    self.model(**inputs, use_cache=False, logits_to_keep=1)
+                found[part] = table
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     def _judge(self, condition: Condition, part: str, texts: list[str]) -> None:
         condition.completions[part] = texts
