@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.files import replacing
+from refusal_kernels.files import LIMIT_BYTES, check_size, replacing
 
 FORMAT = "refusal_kernels.direction"
 FORMAT_VERSION = "1"
+LIMIT_HEADER = 1 << 20  # of a safetensors file, bytes: these files hold three tensors at most
+LIMIT_TENSORS = 4 << 30  # bytes: candidates and moments of the largest models are far below
 # What the file says by itself; the metadata of a direction may not use these names.
 RESERVED = frozenset(
     ("format", "format_version", "model", "layer", "position", "norm", "method", "version")
@@ -129,7 +131,7 @@ class Direction:
         InputError
             If the file is missing, damaged or something else, or the vector does not fit.
         """
-        tensors, metadata = read_tensors(path, FORMAT, ("direction",))
+        tensors, metadata = read_tensors(path, FORMAT, ("direction",), LIMIT_BYTES)
         own = {key: value for key, value in metadata.items() if key not in RESERVED}
         try:
             layer, position = (
@@ -195,22 +197,33 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], kind: str, keys: tuple[str, ...]
+    path: str | os.PathLike[str],
+    kind: str,
+    keys: tuple[str, ...],
+    limit_bytes: int = LIMIT_TENSORS,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the named tensors and the metadata of a file that `write_tensors` wrote.
 
     Raises
     ------
     InputError
-        If the file is missing, damaged, of another format, or without one of the tensors.
+        If the file is missing, damaged, larger than the limit, of another format, or without one
+        of the tensors.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path} is not there; expected a {kind} file")
+    size = check_size(path, f"a {kind} file", limit_bytes)
     try:
+        with open(path, "rb") as raw:
+            header = int.from_bytes(raw.read(8), "little")
+        if not 0 < header <= min(size, LIMIT_HEADER):
+            raise InputError(
+                f"{path} is damaged or no safetensors file: the length of its header is {header}"
+            )
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            there = set(file.keys())
+            tensors = {key: file.get_tensor(key) for key in keys if key in there}
+    except (OSError, SafetensorError, RuntimeError, TypeError, AttributeError) as error:
+        # the last three: a dtype that torch does not have, or an empty tensor without an end
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is damaged or no safetensors file: {reason}") from None
     found = metadata.get("format"), metadata.pop("format_version", None)

@@ -1,6 +1,10 @@
-"""Files are written under a temporary name and renamed: what stands there is always whole."""
+"""Files: written under a temporary name and renamed, read within limits.
+
+What stands there is always whole, and what someone else wrote cannot take the memory.
+"""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +14,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from refusal_kernels.errors import InputError
+
+LIMIT_BYTES = 64 << 20  # no prompt file, index or direction comes near
+DEPTH = 64
+NODES = 4_000_000
 
 
 @contextmanager
@@ -38,3 +46,129 @@ def write_json(path: Path, document: Any) -> None:
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_bytes(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT_BYTES) -> bytes:
+    """Read a whole file that must not be larger than a limit.
+
+    Parameters
+    ----------
+    path
+        The file.
+    what
+        What was expected there, for the message: "a JSON file".
+    limit_bytes
+        A larger file is refused before any of it is read.
+
+    Raises
+    ------
+    InputError
+        If there is no file, it is too large, or it cannot be read.
+    """
+    check_size(path, what, limit_bytes)
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit_bytes)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_size(path: str | os.PathLike[str], what: str, limit_bytes: int) -> int:
+    """Return the size of a file in bytes; refuse one that is not there or above a limit.
+
+    Raises
+    ------
+    InputError
+        If that is so. A folder, a device or a pipe is no file.
+    """
+    try:
+        if not Path(path).is_file():
+            raise InputError(f"{path} is not there; expected {what}")
+        size = Path(path).stat().st_size
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if size > limit_bytes:
+        raise InputError(f"{path} has {size} bytes; expected {what} of at most {limit_bytes}")
+    return size
+
+
+def read_text(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT_BYTES) -> str:
+    """`read_bytes`, decoded from UTF-8 with or without a byte-order mark."""
+    try:
+        return read_bytes(path, what, limit_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def read_json(path: str | os.PathLike[str], limit_bytes: int = LIMIT_BYTES) -> Any:
+    """Read a JSON file that someone else may have written.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, too large, or `parse_json` refuses what is in it.
+    """
+    return parse_json(read_text(path, "a JSON file", limit_bytes), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON, strictly and within limits.
+
+    Refused are NaN and infinity (also as 1e999), integers of more than 40 digits, more than
+    `DEPTH` levels of nesting, and more than `NODES` values: a list of empty lists takes 20 times as
+    much memory as the text.
+
+    Parameters
+    ----------
+    text
+        The document.
+    where
+        What the message begins with.
+
+    Raises
+    ------
+    InputError
+        If it is no JSON or beyond one of these.
+    """
+    if sum(map(text.count, "[{,")) > NODES:
+        raise InputError(f"{where} holds too much: expected at most {NODES} JSON values")
+    try:
+        document = json.loads(
+            text, parse_int=_integer, parse_float=_finite, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise InputError(_too_deep(where)) from None
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    level = [document]
+    for _ in range(DEPTH + 1):
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return document
+    raise InputError(_too_deep(where))
+
+
+def _too_deep(where: str) -> str:
+    return f"{where} is nested too deeply; expected JSON of at most {DEPTH} levels"
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 40:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number that is infinite as a float")
+    return number
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.extraction.prompts import ChatFormat, read_prompts
+from refusal_kernels.extraction.prompts import ChatFormat
+from refusal_kernels.extraction.sources import read_prompts
 
 PROMPTS = ["make a cake", "tell me how to paint a boat now please", "curse", "zzz yyy"]
 
@@ -38,9 +39,10 @@ def test_prompts_are_read(tmp_path: Path, name: str, content: str, expected: lis
         ("a.txt", b"", "holds no prompt"),
         ("a.txt", b" \n\n", "holds no prompt"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
-        ("a.csv", b"one\n", r"expected one of \.txt"),
+        ("a.md", b"one\n", r"expected one of \.txt"),
+        ("a.csv", b"one\n", r"has no header with one of the columns prompt"),
         ("a.jsonl", b'"one"\n{"prompt": \n', r"a\.jsonl:2 is not JSON"),
-        ("a.jsonl", b'"one"\n\n{"question": "two"}\n', r"a\.jsonl:3 holds no prompt"),
+        ("a.jsonl", b'"one"\n\n{"answer": "two"}\n', r"a\.jsonl:3 holds no prompt"),
         ("a.jsonl", b'{"prompt": ""}\n', r"a\.jsonl:1 holds no prompt"),
         ("a.json", b"[]", "holds no prompt"),
         ("a.json", b'{"prompt": "one"}', "holds a dict; expected a list"),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.extraction.sources import PRESETS
 from refusal_kernels.files import write_json
 
 console = Console()
@@ -18,8 +19,12 @@ errors = Console(stderr=True)
 ModelOption = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-HarmfulOption = Annotated[Path | None, typer.Option(help="Prompts: .txt, .jsonl or .json.")]
-HarmlessOption = Annotated[Path | None, typer.Option(help="Prompts: .txt, .jsonl or .json.")]
+_PROMPTS = (
+    "Prompts: a .txt, .jsonl, .json or .csv file, hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one "
+    f"of {', '.join(PRESETS)}; several with +. Cut into train, validation and test by a seed."
+)
+HarmfulOption = Annotated[str | None, typer.Option(help=_PROMPTS)]
+HarmlessOption = Annotated[str | None, typer.Option(help="Prompts, as for --harmful.")]
 BatchOption = Annotated[int, typer.Option(help="Prompts at once.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what was found here too.")]
 DirectionOption = Annotated[Path, typer.Option("--direction", help="A file made by 'select'.")]

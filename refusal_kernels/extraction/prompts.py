@@ -1,9 +1,6 @@
-"""Prompts from files, and the chat format that turns them into batches of tokens."""
+"""The chat format: what turns prompts into batches of tokens."""
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,66 +8,6 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
-
-FIELDS = ("prompt", "instruction", "text")
-SUFFIXES = (".txt", ".jsonl", ".json")
-
-
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Read prompts from a UTF-8 file.
-
-    Parameters
-    ----------
-    path
-        ``.txt``: one prompt per line, blank lines are skipped. ``.jsonl``: per line a string, or an
-        object with the field "prompt", "instruction" or "text" (the first of them that it has).
-        ``.json``: a list of such strings or objects.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, not of these forms, or holds no prompt.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path} is no prompt file; expected one of {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-    # Split at line feeds only: a JSON string may hold other separators, such as U+2028.
-    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if path.suffix.lower() == ".txt":
-        found = [line for _, line in lines]
-    elif path.suffix.lower() == ".jsonl":
-        found = [_prompt_of(_parsed(line, f"{path}:{i}"), f"{path}:{i}") for i, line in lines]
-    else:
-        records = _parsed(text, str(path))
-        if not isinstance(records, list):
-            raise InputError(f"{path} holds a {type(records).__name__}; expected a list of prompts")
-        found = [_prompt_of(record, f"{path}, item {i}") for i, record in enumerate(records)]
-    if not found:
-        raise InputError(f"{path} holds no prompt; expected one at least")
-    return found
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
-
-
-def _prompt_of(record: Any, where: str) -> str:
-    if isinstance(record, dict):
-        record = next((record[field] for field in FIELDS if field in record), None)
-    if not isinstance(record, str) or not record.strip():
-        raise InputError(
-            f"{where} holds no prompt; expected a string or an object with one of the fields "
-            + ", ".join(FIELDS)
-        )
-    return record
 
 
 class Batch(NamedTuple):
@@ -98,6 +35,11 @@ class ChatFormat:
         A transformers tokenizer with a chat template.
     system : str, optional
         A system prompt. Results depend on it: without one the template decides.
+    thinking : bool
+        What a template that can think before it answers is asked for (``enable_thinking``, as
+        Qwen3's). Without thinking, such a template writes an empty block of thoughts, which is then
+        part of what follows every instruction. A template that opens the block whatever it is asked
+        (DeepSeek-R1's) still opens it, and the next token is then the first of a thought.
 
     Attributes
     ----------
@@ -113,13 +55,16 @@ class ChatFormat:
         instruction.
     """
 
-    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, system: str | None = None, *, thinking: bool = False
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 "the tokenizer has no chat template; expected that of an instruction-tuned model"
             )
         self.tokenizer = tokenizer
         self.system = system
+        self.thinking = thinking
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = int(next(i for i in ids if i is not None))  # masked, so any will do
         self.positions = self._end_of_instruction()
@@ -135,7 +80,10 @@ class ChatFormat:
         messages = [*system, {"role": "user", "content": prompt}]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages,
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=self.thinking,
             )
         except TemplateError as error:
             raise InputError(f"the chat template refuses the conversation: {error}") from None
