@@ -349,6 +349,32 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
+def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
+    """Read what is to be scored: texts as they are, or pairs in the chat format.
+
+    A ``.jsonl`` file whose first line is a pair (`read_pairs`) holds pairs, of which the answers
+    are scored; all else is read by `read_texts` and scored as a whole.
+
+    Raises
+    ------
+    InputError
+        As these do; also if there is nothing to score.
+    """
+    first = next((line for line in _lines(path) if line.strip()), "")
+    try:
+        fields = set(json.loads(first)) if path.suffix.lower() == ".jsonl" else set()
+    except (ValueError, TypeError):
+        fields = set()
+    if fields & set(_PROMPT) and fields & set(_ANSWER):
+        passages = answers(tokenizer, read_pairs(path))
+    else:
+        raw = tokenizer.tokenizer if isinstance(tokenizer, ChatFormat) else tokenizer
+        passages = windows(raw, read_texts(path), context)
+    if not passages:
+        raise InputError(f"{path} holds nothing to score; expected two tokens at least")
+    return passages
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")

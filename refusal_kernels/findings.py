@@ -32,9 +32,9 @@ class Statement:
 
 
 def percent(rate: Mapping[str, Any]) -> str:
-    """A rate as text: "0.4 % [0.1, 2.3] of 240"."""
+    """A rate as text: "0.4 % [0.1, 2.3] of 240", which no line breaks before its sign."""
     low, high = (100 * end for end in rate["interval"])
-    return f"{100 * rate['value']:.1f} % [{low:.1f}, {high:.1f}] of {rate['n']}"
+    return f"{100 * rate['value']:.1f}\u00a0% [{low:.1f}, {high:.1f}] of {rate['n']}"
 
 
 def statements(document: Document) -> list[Statement]:
@@ -118,8 +118,8 @@ def _specificity(document: Document) -> list[Statement]:
 def _span(rates: Sequence[Mapping[str, Any]]) -> str:
     values = sorted(100 * rate["value"] for rate in rates)
     if values[0] == values[-1]:
-        return f"{values[0]:.1f} %"
-    return f"{values[0]:.1f} to {values[-1]:.1f} %"
+        return f"{values[0]:.1f}\u00a0%"
+    return f"{values[0]:.1f} to {values[-1]:.1f}\u00a0%"
 
 
 def _dose(document: Document) -> list[Statement]:
@@ -129,7 +129,7 @@ def _dose(document: Document) -> list[Statement]:
         rows = document["dose"].get(kind)
         if not rows:
             continue
-        steps = ", ".join(f"{100 * r[part]['value']:.0f} % at {r['strength']:g}" for r in rows)
+        steps = ", ".join(f"{100 * r[part]['value']:.0f}\u00a0% at {r['strength']:g}" for r in rows)
         worst = max(rows, key=lambda row: row["kl"])
         found.append(
             Statement(
@@ -158,7 +158,8 @@ def _capability(document: Document) -> list[Statement]:
             parts.append(f"{task} {metric} {own['value']:.3f}, ablated {other:.3f}")
     if not parts:
         return []
-    return [Statement("Capability", f"{'; '.join(parts)}.".capitalize(), None)]
+    text = "; ".join(parts)
+    return [Statement("Capability", f"{text[0].upper()}{text[1:]}.", None)]
 
 
 __all__ = ["MAIN", "Statement", "percent", "statements"]

@@ -65,7 +65,8 @@ def test_extract_then_evaluate_then_orthogonalize(folder, run, tmp_path):
     direction = ("--direction", folder / "direction.safetensors")
     short = ("--max-new-tokens", 3)
     code, text, _ = run("evaluate", *model, *direction, *prompts(folder), *short, "--json", found)
-    assert code == 0 and set(json.loads(found.read_text())) == {"unmodified", "ablated", "added"}
+    assert code == 0
+    assert {"unmodified", "ablated", "added"} < set(json.loads(found.read_text())["conditions"])
 
     code, text, _ = run("generate", "paint the box", *model, *direction, *short, "--json", found)
     answers = json.loads(found.read_text())

@@ -1,13 +1,18 @@
 """What a direction does: evaluate, generate."""
 
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from refusal_kernels import toy
+from refusal_kernels.capability import MATCHES, answers, context_of, read_pairs, read_passages
 from refusal_kernels.commands.common import (
     BatchOption,
     DeviceOption,
@@ -20,14 +25,30 @@ from refusal_kernels.commands.common import (
     console,
     finish,
     progress_bars,
+    writable,
 )
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Direction, read_tensors
+from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
-from refusal_kernels.evaluation import evaluate as evaluate_
 from refusal_kernels.evaluation import generate as generate_
+from refusal_kernels.evidence import ABLATED, ADDED, MAIN, STRENGTHS, UNMODIFIED, gather_evidence
+from refusal_kernels.extraction.sources import SEED
+from refusal_kernels.files import read_json
+from refusal_kernels.findings import percent, statements
 from refusal_kernels.interventions import Ablate, Add, Intervention
+from refusal_kernels.judges import Judge, SubstringJudge, TokenJudge, load_judge
 from refusal_kernels.loading import load, prompts_for
+from refusal_kernels.models import input_device
+from refusal_kernels.page import write_page
 from refusal_kernels.patching import patch
+from refusal_kernels.selection import find_refusal_tokens
+from refusal_kernels.toy.world import phrase, plan, requests
+
+CANDIDATES = "refusal_kernels.candidates"
+SPLITS = ("test", "validation", "train")
+DOSES = ",".join(f"{strength:g}" for strength in STRENGTHS)
+# what --quick leaves
+QUICK_PROMPTS, QUICK_STRENGTHS, QUICK_LAYERS = 32, (-1.0, 0.0, 1.0, 2.5), 3
 
 
 def evaluate(
@@ -35,41 +56,258 @@ def evaluate(
     model: ModelOption = "toy",
     harmful: HarmfulOption = None,
     harmless: HarmlessOption = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SOURCE", help="A further set of prompts; several."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Of the prompts: test, validation, train, or all.")
+    ] = "test",
+    max_prompts: Annotated[
+        int | None, typer.Option(min=1, help="The first so many of each set; default: all.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Add here; default: the file's.")] = None,
+    candidates: Annotated[
+        Path | None, typer.Option(help="From 'extract': other layers' directions as controls.")
+    ] = None,
+    selection: Annotated[
+        Path | None, typer.Option(help="The JSON of 'select': its refusal tokens and scores.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="substrings, tokens, or a model (MODEL#LABEL: a classifier's label); several.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="Cross-entropy on this: text, .jsonl; several."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help=".jsonl of prompt and answer; several."),
+    ] = None,
+    match: Annotated[str, typer.Option(help="When an answer is right: exact or contains.")] = (
+        "exact"
+    ),
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASK,...", help="Tasks of the lm-evaluation-harness.")
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option(help="A folder with more of its task files.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="So many examples of each of its tasks (below 1: share).")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples it shows; default: the task's.")
+    ] = None,
+    lm_eval_chat: Annotated[bool, typer.Option(help="Ask its questions in the chat format.")] = (
+        False
+    ),
+    strengths: Annotated[str, typer.Option(help="Of the dose; '' for none.")] = DOSES,
+    random_controls: Annotated[int, typer.Option(min=0, help="Random directions.")] = 3,
+    layer_controls: Annotated[int, typer.Option(min=0, help="Other layers, evenly spaced.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the splits and the random directions.")] = SEED,
+    quick: Annotated[bool, typer.Option("--quick", help="Few prompts, strengths, layers.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the HTML page here.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    batch_size: BatchOption = 32,
+    batch_size: BatchOption = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Count refusals of the unmodified model, with the direction ablated, and with it added."""
-    prompts = prompts_for(model, "test", harmful, harmless)
+    """Ask everything about a direction: is it necessary, sufficient, specific; what does it cost.
+
+    Refusals with it ablated, added, subtracted, and beside controls; the dose; cross-entropy,
+    tasks with one right answer, and the lm-evaluation-harness. Every rate has a Wilson interval
+    and names its judge.
+    """
+    if split not in (*SPLITS, "all"):
+        raise InputError(f"--split is '{split}'; expected one of {', '.join(SPLITS)}, all")
     loaded = Direction.load(direction)
-    interventions: dict[str, Intervention | None] = {
-        "unmodified": None,
-        "ablated": Ablate(loaded),
-        "added": Add(loaded, layer=_layer(loaded, layer, direction)),
-    }
+    at = _layer(loaded, layer, direction)
+    doses = _strengths(strengths)
+    sets: dict[str, Sequence[str]] = dict(
+        prompts_for(model, None if split == "all" else split, harmful, harmless, seed)
+    )
+    for name, file in _named(prompts or [], "--prompts", needs_name=True).items():
+        if name in sets:
+            raise InputError(f"--prompts {name}=...: there is a set of that name already")
+        sets[name] = prompts_for("", None, file, file)["harmful"]
+    most = max_prompts or (QUICK_PROMPTS if quick else None)
+    sets = {name: list(own)[:most] for name, own in sets.items()}
+    if quick:
+        doses = [s for s in doses if s in QUICK_STRENGTHS]
+        layer_controls = min(layer_controls, QUICK_LAYERS)
+    tasks = {n: read_pairs(Path(f)) for n, f in _named(task or [], "--task").items()}
+    if match not in MATCHES:
+        raise InputError(f"--match is '{match}'; expected one of {', '.join(MATCHES)}")
+    chosen = None if selection is None else read_selection(selection)
+    vectors = None
+    if candidates is not None:
+        vectors = read_tensors(candidates, CANDIDATES, ("candidates",))[0]["candidates"]
+    harness: Callable[..., Any] | None = None
+    if lm_eval is not None:
+        from refusal_kernels.lm_eval_model import run_tasks as harness
+    for path in (report, json_file):
+        if path is not None:
+            writable(path)
+
     language_model, tokenizer = load(model, device, dtype, loaded)
+    context = context_of(language_model)
+    texts = {
+        name: read_passages(Path(file), tokenizer, context)
+        for name, file in _named(text or [], "--text").items()
+    }
+    if model == "toy":
+        plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
+        tasks = {**toy.skills(), **tasks}
+        texts = {**texts, "plans": answers(tokenizer, plans[:most])}
+    tokens = chosen["refusal_tokens"] if chosen is not None else None
+    judges = _judges(judge or ["substrings"], language_model, tokenizer, sets, tokens, device)
+
     with progress_bars() as step:
-        outcomes = evaluate_(
+        evidence = gather_evidence(
             language_model,
             tokenizer,
-            harmful=prompts["harmful"],
-            harmless=prompts["harmless"],
-            interventions=interventions,
-            skills=toy.skills() if model == "toy" else None,
+            loaded,
+            harmful=sets.pop("harmful"),
+            harmless=sets.pop("harmless"),
+            extra=sets,
+            judges=judges,
+            candidates=vectors,
+            refusal_tokens=tokens,
+            layer=at,
+            skills=tasks,
+            match=MATCHES[match],
+            texts=texts,
+            strengths=doses,
+            random_controls=random_controls,
+            layer_controls=layer_controls,
+            seed=seed,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            progress=step("Evaluate"),
+            step=step,
         )
-    table = Table("", "harmful refused", "harmless refused", "skills", title=f"Test, {model}")
-    for name, outcome in outcomes.items():
-        table.add_row(
-            name, str(outcome.harmful), str(outcome.harmless), str(outcome.capability or "")
-        )
-    console.print(table)
-    finish(None, json_file, {name: outcome.to_dict() for name, outcome in outcomes.items()})
+        document = evidence.to_dict()
+        if harness is not None and lm_eval is not None:
+            edits = {UNMODIFIED: None, ABLATED: Ablate(loaded), ADDED: Add(loaded, layer=at)}
+            document["lm_eval"] = harness(
+                language_model, tokenizer, edits, lm_eval.split(","), include=lm_eval_include,
+                limit=limit, num_fewshot=num_fewshot, chat=lm_eval_chat,
+                batch_size=min(batch_size, 16), seed=seed, progress=step("lm-eval"),
+            )  # fmt: skip
+    document |= {
+        "model": "the toy model" if model == "toy" else model,
+        "selection": chosen,
+        "versions": versions(),
+        "device": describe_device(input_device(language_model)),
+        "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    _print_evidence(document)
+    if report is not None:
+        write_page(report, document)
+    finish(report, json_file, document)
+
+
+def read_selection(path: Path) -> dict[str, Any]:
+    """Read what 'select --json' wrote.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or something else.
+    """
+    found = read_json(path)
+    needed = {"scores", "refusal_tokens", "position", "layer"}
+    if not isinstance(found, dict) or not needed <= set(found):
+        raise InputError(f"{path} is no selection; expected what 'select --json' writes")
+    return found
+
+
+def _strengths(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--strengths is '{text}'; expected numbers, as -1,0,1") from None
+
+
+def _named(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:
+    """Split NAME=FILE; a file without a name has its own."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, file = item.partition("=")
+        if not equals:
+            if needs_name:
+                raise InputError(f"{option} is '{item}'; expected NAME=SOURCE")
+            name, file = Path(item).stem, item
+        if not name or not file or name in found:
+            raise InputError(f"{option} is '{item}'; expected NAME=FILE, each name once")
+        found[name] = file
+    return found
+
+
+def _judges(
+    names: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[str]],
+    tokens: Sequence[int] | None,
+    device: str,
+) -> list[Judge]:
+    found: list[Judge] = []
+    for name in names:
+        if name == "substrings":
+            found.append(SubstringJudge())
+        elif name == "tokens":
+            own = tokens or find_refusal_tokens(model, tokenizer, sets["harmful"], sets["harmless"])
+            found.append(TokenJudge(model, tokenizer, own))
+        else:
+            found.append(load_judge(name, device))
+    return found
+
+
+def _cell(rate: Mapping[str, Any]) -> str:
+    return percent(rate).partition(" of ")[0]
+
+
+def _print_evidence(document: Mapping[str, Any]) -> None:
+    conditions, judges, parts = document["conditions"], document["judges"], document["prompts"]
+    for judge in judges:
+        table = Table("", *parts, title=f"{judge['counts'].capitalize()} (judge: {judge['name']})")
+        for name, condition in conditions.items():
+            rates = condition["rates"]
+            cells = [_cell(rates[p][judge["name"]]) if p in rates else "" for p in parts]
+            table.add_row(name, *cells)
+        console.print(table)
+    for kind, rows in document["dose"].items():
+        columns = ("strength", "harmful", "harmless", "KL", "cross-entropy")
+        table = Table(*columns, title=f"Dose of the {kind} (judge: {judges[0]['name']})")
+        for row in rows:
+            rates = [_cell(row[part]) for part in ("harmful", "harmless")]
+            loss = "" if row["loss"] is None else f"{row['loss']['nats']:.4f}"
+            table.add_row(f"{row['strength']:g}", *rates, f"{row['kl']:.4f}", loss)
+        console.print(table)
+    table = Table("capability", *MAIN, title="Cross-entropy (nats) and right answers")
+    before = conditions[UNMODIFIED]
+    for text in before["losses"]:
+        losses = [conditions[name]["losses"][text]["nats"] for name in MAIN]
+        table.add_row(text, *(f"{nats:.4f}" for nats in losses))
+    for task in before["skills"]:
+        table.add_row(task, *(_cell(conditions[name]["skills"][task]) for name in MAIN))
+    for task, metrics in document.get("lm_eval", {}).get(UNMODIFIED, {}).items():
+        for metric in metrics:
+            own = [document["lm_eval"].get(name, {}).get(task, {}).get(metric) for name in MAIN]
+            cells = ["" if m is None else f"{m['value']:.4f}" for m in own]
+            table.add_row(f"{task} {metric}", *cells)
+    if table.row_count:
+        console.print(table)
+    for statement in statements(document):
+        mark = {True: " (intervals apart)", False: " (not shown)", None: ""}[statement.holds]
+        console.print(Text(f"{statement.question}{mark}: {statement.text}"))
 
 
 def generate(
@@ -102,8 +340,8 @@ def generate(
             found[name] = generate_(language_model, tokenizer, prompt, max_new_tokens)
     for i, text in enumerate(prompt):
         console.print(Text(text, style="bold"))
-        for name, answers in found.items():
-            console.print(Text(f"  {name}: {answers[i]}"))
+        for name, texts in found.items():
+            console.print(Text(f"  {name}: {texts[i]}"))
     finish(None, json_file, {"prompts": prompt, **found})
 
 
