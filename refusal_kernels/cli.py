@@ -5,7 +5,7 @@ import sys
 import typer
 from rich.text import Text
 
-from refusal_kernels.commands import evidence, experiment, machine, weights
+from refusal_kernels.commands import evidence, experiment, files, machine, weights
 from refusal_kernels.commands.common import errors
 from refusal_kernels.errors import InputError
 
@@ -23,6 +23,7 @@ for command in (
     evidence.evaluate,
     evidence.generate,
     weights.orthogonalize,
+    files.convert,
     machine.doctor,
 ):
     app.command()(command)

@@ -210,22 +210,7 @@ def read_tensors(
         If the file is missing, damaged, larger than the limit, of another format, or without one
         of the tensors.
     """
-    size = check_size(path, f"a {kind} file", limit_bytes)
-    try:
-        with open(path, "rb") as raw:
-            header = int.from_bytes(raw.read(8), "little")
-        if not 0 < header <= min(size, LIMIT_HEADER):
-            raise InputError(
-                f"{path} is damaged or no safetensors file: the length of its header is {header}"
-            )
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            there = set(file.keys())
-            tensors = {key: file.get_tensor(key) for key in keys if key in there}
-    except (OSError, SafetensorError, RuntimeError, TypeError, AttributeError) as error:
-        # the last three: a dtype that torch does not have, or an empty tensor without an end
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is damaged or no safetensors file: {reason}") from None
+    metadata, tensors = _opened(path, f"a {kind} file", keys, limit_bytes)
     found = metadata.get("format"), metadata.pop("format_version", None)
     if found != (kind, FORMAT_VERSION):
         name = "nothing of this package" if found[0] is None else f"{found[0]} version {found[1]}"
@@ -234,3 +219,35 @@ def read_tensors(
         raise InputError(f"{path} has no tensor named {missing[0]!r}; expected a {kind} file")
     del metadata["format"]
     return tensors, metadata
+
+
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """Which of the package's formats a safetensors file has; None for a file of anyone else.
+
+    Raises
+    ------
+    InputError
+        As `read_tensors`.
+    """
+    return _opened(path, "a safetensors file", (), LIMIT_TENSORS)[0].get("format")
+
+
+def _opened(
+    path: str | os.PathLike[str], what: str, keys: tuple[str, ...], limit_bytes: int
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata, and those of the named tensors that are there."""
+    size = check_size(path, what, limit_bytes)
+    try:
+        with open(path, "rb") as raw:
+            header = int.from_bytes(raw.read(8), "little")
+        if not 0 < header <= min(size, LIMIT_HEADER):
+            raise InputError(
+                f"{path} is damaged or no safetensors file: the length of its header is {header}"
+            )
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            tensors = {key: file.get_tensor(key) for key in keys if key in there}
+            return dict(file.metadata() or {}), tensors
+    except (OSError, SafetensorError, RuntimeError, TypeError, AttributeError) as error:
+        # the last three: a dtype that this torch does not have
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from None

@@ -15,6 +15,7 @@ from torch import Tensor
 from refusal_kernels import ops
 from refusal_kernels.direction import read_tensors, write_tensors
 from refusal_kernels.errors import InputError
+from refusal_kernels.files import parse_json
 
 FORMAT = "refusal_kernels.moments"
 
@@ -233,9 +234,12 @@ class Moments:
         """
         tensors, metadata = read_tensors(path, FORMAT, ("count", "mean", "m2"))
         try:
-            layers, _, positions, hidden = tensors["mean"].shape
-            moments = cls(layers, positions, hidden, json.loads(metadata["groups"]), device)
-            moments.metadata = dict(json.loads(metadata["metadata"]))
+            layers, count, positions, hidden = tensors["mean"].shape
+            groups = parse_json(metadata["groups"], "groups")
+            if not isinstance(groups, list) or len(groups) != count:
+                raise InputError(f"the groups are {groups}; expected {count} names")
+            moments = cls(layers, positions, hidden, groups, device)
+            moments.metadata = dict(parse_json(metadata["metadata"], "metadata"))
             state = {"count": moments._count, "mean": moments._mean, "m2": moments._m2}
             for key, target in state.items():
                 if tensors[key].shape != target.shape or tensors[key].dtype != target.dtype:
