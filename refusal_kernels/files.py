@@ -17,7 +17,7 @@ from refusal_kernels.errors import InputError
 
 LIMIT_BYTES = 64 << 20  # no prompt file, index or direction comes near
 DEPTH = 64
-NODES = 4_000_000
+NODES = 2_000_000
 
 
 @contextmanager
@@ -114,9 +114,9 @@ def read_json(path: str | os.PathLike[str], limit_bytes: int = LIMIT_BYTES) -> A
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON, strictly and within limits.
 
-    Refused are NaN and infinity (also as 1e999), integers of more than 40 digits, more than
-    `DEPTH` levels of nesting, and more than `NODES` values: a list of empty lists takes 20 times as
-    much memory as the text.
+    Refused are NaN and infinity (also as 1e999), integers of more than 40 digits, more than `DEPTH`
+    levels of nesting, and more than `NODES` values, or brackets and commas: small objects take 30
+    times as much memory as their text.
 
     Parameters
     ----------
