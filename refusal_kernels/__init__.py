@@ -12,6 +12,7 @@ from refusal_kernels import ops
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import evaluate, generate
+from refusal_kernels.evidence import Evidence, gather_evidence
 from refusal_kernels.extraction import Moments, collect, mean_difference
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
 from refusal_kernels.ops import explain, use_backend
@@ -27,6 +28,7 @@ __all__ = [
     "Clamp",
     "Direction",
     "Erase",
+    "Evidence",
     "InputError",
     "Intervention",
     "Moments",
@@ -36,6 +38,7 @@ __all__ = [
     "collect",
     "evaluate",
     "explain",
+    "gather_evidence",
     "generate",
     "mean_difference",
     "ops",

@@ -8,6 +8,7 @@ here, with all of its own options::
 """
 
 import difflib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     include: str | Path | None = None,
+    manager: Any = None,
     limit: float | None = None,
     num_fewshot: int | None = None,
     chat: bool = False,
@@ -174,6 +176,8 @@ def run_tasks(
         The harness's names, such as "mmlu", "arc_challenge", "gsm8k", "truthfulqa_mc2".
     include
         A folder with more task files (YAML).
+    manager
+        What `find_tasks` gave, where it was asked already.
     limit
         Only so many examples of each task (below 1: this share).
     num_fewshot
@@ -198,15 +202,18 @@ def run_tasks(
     """
     import lm_eval
 
-    manager = _manager(tasks, include)
+    manager = find_tasks(tasks, include) if manager is None else manager
     found = {}
     for number, (name, edit) in enumerate(edits.items(), 1):
+        logger = logging.getLogger("lm_eval")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # its warnings are about how it is called from here
         lm = SteeredLM(model, edit, intervention="none", tokenizer=tokenizer, batch_size=batch_size)
         try:
             result = lm_eval.simple_evaluate(
                 model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
                 num_fewshot=num_fewshot, apply_chat_template=chat, log_samples=True,
-                bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed,
+                bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
         except (OSError, ConnectionError) as error:  # data that is neither here nor to be had
@@ -214,14 +221,26 @@ def run_tasks(
             raise InputError(f"the tasks' data cannot be loaded: {reason}") from None
         finally:
             lm.close()
+            logger.setLevel(level)
         found[name] = _summary(result)
         if progress is not None:
             progress(number, len(edits))
     return found
 
 
-def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:
-    """Find the tasks, first in the folder alone: the harness's own take seconds to list."""
+def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
+    """Find tasks, first in the folder alone: the harness's own take seconds to list.
+
+    Returns
+    -------
+    lm_eval.tasks.TaskManager
+        One that knows them.
+
+    Raises
+    ------
+    InputError
+        If the folder is none, or a task is in neither.
+    """
     from lm_eval.tasks import TaskManager
 
     if include is not None:
@@ -263,7 +282,26 @@ def _summary(result: Any) -> dict[str, dict[str, Any]]:
                 rows[name] |= Rate(int(sum(scores)), len(scores)).to_dict()
         if rows:
             summary[task] = rows
+    groups = result.get("group_subtasks", {})
+    for group in groups:
+        _pool(summary, groups, group)
     return summary
+
+
+def _pool(
+    summary: dict[str, dict[str, Any]], groups: Mapping[str, Sequence[str]], group: str
+) -> None:
+    """Give a group the interval of all its examples, where its value is their share."""
+    for task in groups[group]:
+        if task in groups:  # groups hold groups, as mmlu does
+            _pool(summary, groups, task)
+    for metric, row in summary.get(group, {}).items():
+        parts = [summary.get(task, {}).get(metric, {}) for task in groups[group]]
+        if "k" in row or not parts or not all("k" in part for part in parts):
+            continue
+        pooled = Rate(sum(part["k"] for part in parts), sum(part["n"] for part in parts))
+        if abs(pooled.value - row["value"]) < 1e-9:
+            row |= pooled.to_dict()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """All the questions about one direction: against the same measured one by one, in the open."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
 from tiny import plain_hooks, tiny_model, tiny_tokenizer
 
-from refusal_kernels import toy
+from refusal_kernels import cli, toy
 from refusal_kernels.capability import answers, cross_entropy
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Direction, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Rate, generate, generate_ids, judged
 from refusal_kernels.evidence import gather_evidence, random_directions
@@ -309,3 +311,102 @@ def test_statements_say_when_nothing_was_shown(toy_evidence) -> None:
     conditions["ablated"] = conditions["unmodified"] | {"losses": conditions["ablated"]["losses"]}
     found = {s.question: s for s in statements({**document, "conditions": conditions})}
     assert found["Necessity"].holds is False and found["Sufficiency"].holds is True
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model in a folder, its prompts, a direction and candidates."""
+    path = tmp_path_factory.mktemp("evaluate")
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    for name, prompts in (("harmful", HARMFUL), ("harmless", HARMLESS), ("mixed", EXTRA)):
+        (path / f"{name}.txt").write_text("\n".join(prompts))
+    vectors = torch.randn(4, LAYERS, 64, generator=torch.Generator().manual_seed(2))
+    Direction(vectors[-1, 1], layer=1, position=-1).save(path / "direction.safetensors")
+    Direction(vectors[-1, 1]).save(path / "homeless.safetensors")
+    write_tensors(
+        path / "candidates.safetensors", "refusal_kernels.candidates", {"candidates": vectors}, {}
+    )
+    rows = [
+        {"position": -1, "layer": i, "bypass": -1.0, "induce": 1.0, "kl": 0.1, "discarded": None}
+        for i in range(LAYERS)
+    ]
+    selection = {"scores": rows, "refusal_tokens": TOKENS, "position": -1, "layer": 1}
+    (path / "selection.json").write_text(json.dumps(selection))
+    (path / "other.json").write_text("{}")
+    (path / "book.txt").write_text("make tea and fix the lamp please")
+    (path / "sums.jsonl").write_text('{"prompt": "one plus one", "answer": "two"}')
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, folder):
+    """Run `evaluate` with the options that it needs and others; returns code, stdout, stderr."""
+
+    def call(arguments: str) -> tuple[int, str, str]:
+        needed = "--model {f}/model --harmful {f}/harmful.txt --harmless {f}/harmless.txt"
+        line = f"evaluate {needed} {arguments}".format(f=folder)
+        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *line.split()])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_evaluate_with_everything(run, folder, tmp_path) -> None:
+    code, out, err = run(
+        "--direction {f}/direction.safetensors --candidates {f}/candidates.safetensors "
+        "--selection {f}/selection.json --split all --prompts mixed={f}/mixed.txt --judge tokens "
+        "--judge substrings --text {f}/book.txt --task adding={f}/sums.jsonl --match contains "
+        "--strengths=-1,0,1 --random-controls 1 --max-new-tokens 3 --seed 5 "
+        f"--report {tmp_path}/new/page.html --json {tmp_path}/found.json"
+    )
+    assert code == 0, err
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert [judge["name"] for judge in document["judges"]] == ["refusal tokens", "12 substrings"]
+    assert sorted(document["prompts"]["harmful"]) == sorted(HARMFUL)
+    assert sorted(document["prompts"]["mixed"]) == sorted(EXTRA)
+    assert document["refusal_tokens"] == TOKENS and document["settings"]["seed"] == 5
+    assert {"random 1 ablated", "layer 0 added", "layer 2 ablated"} < set(document["conditions"])
+    assert [row["strength"] for row in document["dose"]["addition"]] == [-1.0, 0.0, 1.0]
+    main = document["conditions"]["subtracted"]
+    assert set(main["losses"]) == {"book", "own completions"} and main["skills"]["adding"]["n"] == 1
+    assert document["command"].startswith("refusal-kernels evaluate --model")
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert page.count("<img") == 5 and "mixed" in page
+    assert "judge: refusal tokens" in out and "Necessity" in out and "page.html" in out
+
+
+BAD = {
+    "--direction {f}/homeless.safetensors": "does not say at which layer",
+    "{d} --prompts mixed": "--prompts is 'mixed'; expected NAME=",
+    "{d} --prompts harmful={f}/mixed.txt": "a set of that name already",
+    "{d} --strengths=1,x": "--strengths is '1,x'; expected numbers",
+    "{d} --split half": "--split is 'half'; expected one of test",
+    "{d} --match nearly": "--match is 'nearly'; expected one of exact, contains",
+    "{d} --selection {f}/other.json": "is no selection",
+    "{d} --selection {f}/nowhere.json": "nowhere.json",
+    "{d} --candidates {d2}": "expected refusal_kernels.candidates",
+    "{d} --task {f}/book.txt": "book.txt:1 is not JSON",
+    "{d} --text {f}/nowhere.txt": "nowhere.txt cannot be read",
+    "{d} --judge {f}/nowhere": "judge .* cannot be loaded",
+    "{d} --judge tokens": "no refusal tokens",
+    "{d} --lm-eval mmlu --lm-eval-include {f}/nowhere": "nowhere is no folder",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_evaluate_refuses_bad_input_before_any_work(arguments, run, tmp_path) -> None:
+    filled = arguments.replace("{d}", "--direction {d2}").replace(
+        "{d2}", "{f}/direction.safetensors"
+    )
+    code, _, err = run(f"{filled} --json {tmp_path}/found.json")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and re.search(BAD[arguments], lines[0]), err
+    assert not (tmp_path / "found.json").exists() and "Ablated" not in err

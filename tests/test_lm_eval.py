@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from refusal_kernels import toy
+from refusal_kernels import cli, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.evaluation import generate
+from refusal_kernels.evaluation import Rate, generate
 from refusal_kernels.extraction import ChatFormat, mean_difference
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
@@ -36,6 +36,14 @@ doc_to_choice: choices
 target_delimiter: ""
 metric_list:
   - metric: acc
+"""
+GROUP = """
+group: rk_both
+task: [rk_refused, rk_again]
+aggregate_metric_list:
+  - metric: acc
+    aggregation: mean
+    weight_by_size: true
 """
 ANSWERS = """
 task: rk_answers
@@ -88,6 +96,10 @@ def world(offline, tmp_path_factory):
     ]
     (folder / "refused.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "refused.yaml").write_text(REFUSED.format(data=folder / "refused.jsonl"))
+    again = REFUSED.format(data=folder / "refused.jsonl").replace("rk_refused", "rk_again")
+    again = again.replace("doc_to_target: label", "doc_to_target: 1")  # to help is right here
+    (folder / "again.yaml").write_text(again)
+    (folder / "both.yaml").write_text(GROUP)
     asked = [*toy.skills()["arithmetic"][:6], *toy.skills()["facts"][:6]]
     rows = [{"prompt": chat.render(prompt), "answer": answer} for prompt, answer in asked]
     rows[0]["answer"] = "this is wrong."
@@ -127,6 +139,37 @@ def test_limit_and_unknown_task(world) -> None:
     assert found["x"]["rk_refused"]["acc"]["n"] == 5
     with pytest.raises(InputError, match=r"no task 'rk_refuse'; .*such as .*rk_refused"):
         lm.run_tasks(model, tokenizer, {"x": None}, ["rk_refuse"], include=folder)
+
+
+def test_a_group_has_the_interval_of_all_its_examples(world) -> None:
+    model, tokenizer, _, folder = world
+    found = lm.run_tasks(model, tokenizer, {"x": None}, ["rk_both"], include=folder)["x"]
+    both = found["rk_both"]["acc"]
+    assert (both["k"], both["n"]) == (ITEMS, 2 * ITEMS) and both["value"] == 0.5
+    assert both["interval"] == pytest.approx(Rate(ITEMS, 2 * ITEMS).interval)
+    assert found["rk_again"]["acc"]["k"] == 0 and found["rk_again"]["acc"]["stderr"] == 0.0
+
+
+def test_evaluate_puts_it_into_json_and_page(world, tmp_path, monkeypatch, capsys) -> None:
+    *_, folder = world
+    arguments = (
+        f"evaluate --direction {folder / 'direction.safetensors'} --quick --max-prompts 6 "
+        f"--strengths 1 --random-controls 1 --max-new-tokens 12 --lm-eval rk_both "
+        f"--lm-eval-include {folder} --limit 4 --report {tmp_path / 'page.html'} "
+        f"--json {tmp_path / 'all.json'}"
+    )
+    monkeypatch.setattr(sys, "argv", ["refusal-kernels", *arguments.split()])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+    document = json.loads((tmp_path / "all.json").read_text())
+    assert set(document["lm_eval"]) == {"unmodified", "ablated", "added"}
+    assert list(document["lm_eval"]["unmodified"]) == ["rk_both"]
+    assert document["lm_eval_parts"]["ablated"]["rk_refused"]["acc"]["n"] == 4
+    page = (tmp_path / "page.html").read_text()
+    assert "rk_both" in page and "rk_again" not in page and "--lm-eval rk_both" in page
+    shown = capsys.readouterr().out
+    assert "rk_both acc" in shown and "Necessity (intervals apart)" in shown
 
 
 def test_its_command_line_knows_the_model_type(world, tmp_path) -> None:

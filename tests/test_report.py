@@ -158,8 +158,9 @@ def test_percent() -> None:
 # --- in a browser
 
 FLAGS = (
-    *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars".split(),
-    *"--disable-background-networking --disable-component-update --disable-sync".split(),
+    *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run".split(),
+    *"--hide-scrollbars --disable-background-networking --disable-sync".split(),
+    "--disable-component-update",
     "--host-resolver-rules=MAP * ~NOTFOUND",  # what it would ask for itself does not leave
 )
 # in a copy of the page: says to the page around it how things stand

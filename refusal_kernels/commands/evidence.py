@@ -1,6 +1,7 @@
 """What a direction does: evaluate, generate."""
 
 import datetime
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,13 @@ def evaluate(
         vectors = read_tensors(candidates, CANDIDATES, ("candidates",))[0]["candidates"]
     harness: Callable[..., Any] | None = None
     if lm_eval is not None:
-        from refusal_kernels.lm_eval_model import run_tasks as harness
+        from refusal_kernels.lm_eval_model import find_tasks, run_tasks
+
+        asked = lm_eval.split(",")
+        harness = functools.partial(
+            run_tasks, tasks=asked, manager=find_tasks(asked, lm_eval_include), limit=limit,
+            num_fewshot=num_fewshot, chat=lm_eval_chat, batch_size=min(batch_size, 16), seed=seed,
+        )  # fmt: skip
     for path in (report, json_file):
         if path is not None:
             writable(path)
@@ -192,13 +199,17 @@ def evaluate(
             step=step,
         )
         document = evidence.to_dict()
-        if harness is not None and lm_eval is not None:
+        if harness is not None:
             edits = {UNMODIFIED: None, ABLATED: Ablate(loaded), ADDED: Add(loaded, layer=at)}
-            document["lm_eval"] = harness(
-                language_model, tokenizer, edits, lm_eval.split(","), include=lm_eval_include,
-                limit=limit, num_fewshot=num_fewshot, chat=lm_eval_chat,
-                batch_size=min(batch_size, 16), seed=seed, progress=step("lm-eval"),
-            )  # fmt: skip
+            found = harness(language_model, tokenizer, edits, progress=step("lm-eval"))
+            # what a group consists of, as mmlu of 57, is in the JSON alone
+            document["lm_eval"], document["lm_eval_parts"] = (
+                {
+                    edit: {task: own for task, own in tasks.items() if (task in asked) is wanted}
+                    for edit, tasks in found.items()
+                }
+                for wanted in (True, False)
+            )
     document |= {
         "model": "the toy model" if model == "toy" else model,
         "selection": chosen,
