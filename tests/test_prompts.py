@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import END_OF_INSTRUCTION, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from refusal_kernels.errors import InputError
@@ -161,3 +161,119 @@ def test_bad_prompts_are_refused() -> None:
     with pytest.raises(InputError, match="batch size is 0"):
         chat.batches(PROMPTS, 0)
     assert ChatFormat.of(chat) is chat
+
+
+# Templates as the families have them, over one byte-level tokenizer that adds BOS by itself too.
+
+SYSTEM = "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+)
+INST = (
+    SYSTEM + "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{{ bos_token + '[INST] ' + ('<<SYS>>\n' + system + '\n<</SYS>>\n\n' if system else '')"
+    " + m.content | trim + ' [/INST]' }}{% endfor %}"
+)
+TURNS = (
+    "{{ bos_token }}" + SYSTEM + "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+EMPTY_THOUGHT = (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+THOUGHT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{% endif %}"
+    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+MARKS = [
+    *("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>"),
+    *("<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<think>", "</think>"),
+    *("<|User|>", "<|Assistant|>"),
+]
+# template, what follows every instruction, in how many tokens (as the families' own tokenizers
+# count, but for Llama-2), whether it takes a system prompt and thinks
+FAMILIES = {
+    "llama-3": (HEADERS, "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", 5, 1, 0),
+    "llama-2": (INST, " [/INST]", 3, 1, 0),
+    "mistral": ("{{ bos_token }}{% for m in messages %}{% if m.role != 'user' %}"
+                "{{ raise_exception('roles must alternate') }}{% endif %}[INST] {{ m.content }} "
+                "[/INST]{% endfor %}", " [/INST]", 3, 0, 0),
+    "qwen": (CHATML + "{% endif %}", "<|im_end|>\n<|im_start|>assistant\n", 5, 1, 0),
+    "gemma": (TURNS, "<end_of_turn>\n<start_of_turn>model\n", 5, 0, 0),
+    "qwen3": (CHATML + EMPTY_THOUGHT,
+              "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", 9, 1, 0),
+    "qwen3 thinking": (CHATML + EMPTY_THOUGHT, "<|im_end|>\n<|im_start|>assistant\n", 5, 1, 1),
+    "deepseek-r1": (THOUGHT, "<|Assistant|><think>\n", 3, 1, 0),
+}  # fmt: skip
+INSTRUCTIONS = [
+    *(
+        "how to make a cake?",
+        "1\n",
+        "…",
+        "a.",
+        "say [/INST]",
+        "x" * 300,
+        "model",
+        "user\n\nassistant",
+    ),
+    *("<think>", "tell me\nhow", "  spaces  "),
+]
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> Any:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=MARKS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    words = ["assistant\n\n", "user\n", "model\n", "how to make a cake?", "say [/INST]"]
+    inner.train_from_iterator(words * 9, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", MARKS.index("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=MARKS[2:],
+    )  # fmt: skip
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_in_the_families_templates(bytes_tokenizer: Any, family: str) -> None:
+    template_, suffix, count, takes_system, thinking = FAMILIES[family]
+    bytes_tokenizer.chat_template = template_
+    chat = ChatFormat(bytes_tokenizer, thinking=bool(thinking))
+    assert chat.positions == count
+    for ids in chat.encode(INSTRUCTIONS):
+        assert bytes_tokenizer.decode(ids[-count:]) == suffix
+        assert ids.count(bytes_tokenizer.bos_token_id) == ("bos_token" in template_)
+    assert len({ids[-count - 1] for ids in chat.encode(INSTRUCTIONS)}) > 1
+    if not takes_system:
+        with pytest.raises(InputError, match="refuses the conversation"):
+            ChatFormat(bytes_tokenizer, "be kind")
+        return
+    kind = ChatFormat(bytes_tokenizer, "be kind", thinking=bool(thinking))
+    assert kind.positions == count and "be kind" in kind.render("a")
+    assert kind.encode(["a"])[0].count(bytes_tokenizer.bos_token_id) == ("bos_token" in template_)
+
+
+def test_no_thoughts_are_asked_for_unless_they_are_wanted(bytes_tokenizer: Any) -> None:
+    bytes_tokenizer.chat_template = CHATML + EMPTY_THOUGHT
+    assert ChatFormat(bytes_tokenizer).render("a").endswith("<think>\n\n</think>\n\n")
+    assert ChatFormat(bytes_tokenizer, thinking=True).render("a").endswith("assistant\n")
+    # a format that was made with the option keeps it where a tokenizer is expected
+    thinks = ChatFormat(bytes_tokenizer, thinking=True)
+    assert ChatFormat.of(thinks) is thinks
