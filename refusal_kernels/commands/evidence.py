@@ -213,6 +213,10 @@ def evaluate(
     document |= {
         "model": "the toy model" if model == "toy" else model,
         "selection": chosen,
+        "sources": {
+            "harmful prompts": f"{harmful or 'of the toy model'} (split: {split})",
+            "harmless prompts": f"{harmless or 'of the toy model'} (split: {split})",
+        },
         "versions": versions(),
         "device": describe_device(input_device(language_model)),
         "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),
