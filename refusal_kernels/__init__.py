@@ -9,11 +9,12 @@
 from importlib.metadata import version as _version
 
 from refusal_kernels import ops
+from refusal_kernels.control_vector import ControlVector
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import evaluate, generate
 from refusal_kernels.evidence import Evidence, gather_evidence
-from refusal_kernels.extraction import Moments, collect, mean_difference
+from refusal_kernels.extraction import ChatFormat, Moments, collect, mean_difference, read_prompts
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
 from refusal_kernels.ops import explain, use_backend
 from refusal_kernels.orthogonalize import orthogonalize
@@ -25,7 +26,9 @@ __version__ = _version("refusal-kernels")
 __all__ = [
     "Ablate",
     "Add",
+    "ChatFormat",
     "Clamp",
+    "ControlVector",
     "Direction",
     "Erase",
     "Evidence",
@@ -44,6 +47,7 @@ __all__ = [
     "ops",
     "orthogonalize",
     "patch",
+    "read_prompts",
     "select",
     "use_backend",
 ]

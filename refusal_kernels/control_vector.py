@@ -244,11 +244,15 @@ class ControlVector:
             raise InputError("several directions per layer to add; expected one")
         if mode == "add":  # adding nothing is a way to leave a layer out
             rows = {key: row for key, row in rows.items() if row.any()}
+        # where it was read, if that is not where it acts: legal, and worth a warning
+        derived = _text(metadata, "glp.derived_at") or SITE
+        notes = {} if derived == SITE else {"derived_at": derived}
         return cls(
             mode,
             tuple(
                 Direction(
                     row,
+                    metadata=notes,
                     model=_text(metadata, "general.base_model.0.name"),
                     layer=block + 1,
                     method=_text(metadata, "glp.method") or "control vector",

@@ -291,8 +291,9 @@ def _only(vector: ControlVector, layer: int | None, source: str) -> Direction:
             f"{source} has {len(chosen)} directions at layers {wanted} (of {vector.layers}); "
             "expected one: name its layer"
         )
-    notes = {"mode": vector.mode, "strength": repr(vector.strengths[chosen[0]])}
-    return replace(vector.directions[chosen[0]], metadata=notes)
+    direction, strength = vector.directions[chosen[0]], vector.strengths[chosen[0]]
+    notes = {"mode": vector.mode, "strength": repr(strength)}
+    return replace(direction, metadata={**direction.metadata, **notes})
 
 
 def _placed(

@@ -26,7 +26,8 @@ UNIT = {block: torch.eye(HIDDEN)[block] for block in range(8)}
 
 def random_direction(layer: int | None = 3, seed: int = 1, scale: float = 1.0) -> Direction:
     generator = torch.Generator().manual_seed(seed)
-    return Direction(scale * torch.randn(HIDDEN, generator=generator), "org/model", layer, -2)
+    vector = scale * torch.randn(HIDDEN, generator=generator)
+    return Direction(vector, "org/model[/b]", layer, -2)  # a name that rich would take for markup
 
 
 def write(path: Path, tensors: dict[str, Any], **keys: Any) -> Path:
@@ -178,7 +179,7 @@ def test_glp_says_what_its_specification_asks_for(tmp_path: Path) -> None:
         "general.architecture": "controlvector",
         "controlvector.model_hint": "x",
         "controlvector.layer_count": 2,
-        "general.base_model.0.name": "org/model",
+        "general.base_model.0.name": "org/model[/b]",
         "glp.mode": "project",
         "glp.spec_version": 1,
         "glp.alpha_default": 1.0,
@@ -204,7 +205,7 @@ def test_round_trips(tmp_path: Path) -> None:
     assert isinstance(back, Direction) and torch.equal(back.vector, direction.vector)
     loaded = Direction.load(tmp_path / "b.safetensors")
     assert torch.equal(loaded.vector, direction.vector)
-    assert (loaded.layer, loaded.model) == (3, "org/model")
+    assert (loaded.layer, loaded.model) == (3, "org/model[/b]")
     assert loaded.metadata == {"mode": "add", "strength": "1.0"}
     # one of several
     rows = {n: random_direction(seed=n).vector for n in (1, 2, 3)}
@@ -393,6 +394,19 @@ def test_convert(run: Any, tmp_path: Path) -> None:
     torch.save(torch.randn(2, 4, 8), tmp_path / "mean_diffs.pt")
     code, out, err = run(tmp_path / "mean_diffs.pt", tmp_path / "c.safetensors")
     assert code == 0 and "[2, 4, 8]" in out, err
+
+
+def test_a_direction_from_another_place_is_told(run: Any, tmp_path: Path) -> None:
+    keys = {**PROJECT, "glp__derived_at": "ffn_out_pre_residual"}
+    source = write(tmp_path / "a.gguf", numpy({2: UNIT[0]}), **keys)
+    code, _, err = run(source, tmp_path / "a.safetensors", "--json", tmp_path / "found.json")
+    assert code == 0 and "warning" in err and "ffn_out_pre_residual" in err
+    assert json.loads((tmp_path / "found.json").read_text())["derived_at"] == "ffn_out_pre_residual"
+    metadata = Direction.load(tmp_path / "a.safetensors").metadata
+    assert metadata["derived_at"] == "ffn_out_pre_residual" and metadata["mode"] == "ablate"
+    same = write(tmp_path / "b.gguf", numpy({2: UNIT[0]}), **{**PROJECT, "glp__derived_at": SITE})
+    code, _, err = run(same, tmp_path / "b.safetensors")
+    assert code == 0 and "warning" not in err
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
-from refusal_kernels.commands.common import JsonOption, console, finish, writable
+from refusal_kernels.commands.common import JsonOption, console, errors, finish, writable
+from refusal_kernels.control_vector import ControlVector
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.formats import Candidates
@@ -64,7 +66,11 @@ def convert(
         }
     else:
         said = {"as": found.mode, "layers": found.layers, "strengths": list(found.strengths)}
-    console.print(", ".join(f"{key}: {value}" for key, value in said.items()))
+    source_of = found.directions[0] if isinstance(found, ControlVector) else found
+    if isinstance(source_of, Direction) and (derived := source_of.metadata.get("derived_at")):
+        said["derived_at"] = derived
+        errors.print(Text(f"warning: it was read elsewhere than it acts: at {derived}"))
+    console.print(Text(", ".join(f"{key}: {value}" for key, value in said.items())))
     finish(target, json_file, {"source": str(source), "target": str(target), **said})
 
 
