@@ -150,7 +150,7 @@ class Runs:
 
 class Fills:
     def __reduce__(self) -> Any:
-        return (bytearray, (1 << 33,))
+        return (bytearray, (1 << 29,))  # within the limit of the process, and seen
 
 
 def torch_zip(path: Path, program: bytes, storage: bytes = bytes(64), kind: int = 0) -> None:
@@ -385,6 +385,17 @@ def test_files_built_to_harm_are_refused(tmp_path: Path) -> None:
     assert grown["many.json"] > 50_000  # the gauge is not blind: this file has 60 MB
     assert {name: peak for name, peak in grown.items() if peak > 400_000} == {}
     assert not (tmp_path / f"{MARK}.txt").exists()
+
+
+def test_a_zip_file_with_many_entries_is_refused_before_they_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch_zip(path, rebuilt(16, (16,), (1,)), struct.pack("<16f", *range(16)))
+    assert is_valid(formats.read(path))  # what the hostile ones are made of is sound
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(100):
+            archive.writestr(f"b/{i}", b"")
+    with pytest.raises(InputError, match="no zip file of a tensor"):
+        formats.read(path)
 
 
 def test_the_hostile_pickles_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
