@@ -15,7 +15,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_bytes
 
 # Limits of what is read: far above what a control vector holds
-MOST_KEYS, MOST_TENSORS, MOST_HIDDEN, MOST_ELEMENTS = 1024, 4096, 1 << 20, 1 << 16
+MOST_KEYS, MOST_TENSORS, MOST_ELEMENTS = 1024, 4096, 1 << 16
 # struct's letters for GGUF's types of scalars, by their numbers
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY, _F32 = 8, 9, 0
@@ -130,11 +130,8 @@ def _checked_header(data: bytes) -> Iterator[tuple[str, Any]]:
         if rank != 1:
             raise InputError(f"the tensor {name!r} has {rank} dimensions; expected 1")
         hidden, kind, offset = take("Q"), take("I"), take("Q")
-        if kind != _F32 or not 0 < hidden <= MOST_HIDDEN:
-            raise InputError(
-                f"the tensor {name!r} has type {kind} and {hidden} elements; expected float32 "
-                f"(type {_F32}) and at most {MOST_HIDDEN}"
-            )
+        if kind != _F32:
+            raise InputError(f"the tensor {name!r} has type {kind}; expected float32 (type {_F32})")
         ends.append(offset + 4 * hidden)
     start = -(-at // alignment) * alignment
     if not ends or start + max(ends) > len(data):

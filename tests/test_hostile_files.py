@@ -252,6 +252,9 @@ HOSTILE: dict[str, bytes | Callable[[Path], Any]] = {
     # safetensors
     "length.safetensors": safetensors_bytes({}, length=HUGE),
     "length_99mb.safetensors": safetensors_bytes({}, length=99_000_000),
+    "header.safetensors": safetensors_bytes(
+        b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(3_000_000)) + b"}}"
+    ),
     "nested.safetensors": safetensors_bytes(b"[" * 1_000_000),
     "shape.safetensors": safetensors_bytes(named("direction", direction=f32([1 << 40], 1 << 42))),
     "shape_lies.safetensors": safetensors_bytes(
