@@ -282,8 +282,10 @@ HOSTILE: dict[str, bytes | Callable[[Path], Any]] = {
     "value.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 8), ("Q", HUGE)),
     "array.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 9), ("I", 4), ("Q", HUGE)),
     "arrays.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", *[("I", 9), ("Q", 1)] * 5000),
-    "bytes.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 9), ("I", 0), ("Q", 50_000_000))
-    + bytes(50_000_000),
+    "bytes.gguf": gguf_bytes(("Q", 1), ("Q", 1), "a", ("I", 9), ("I", 0), ("Q", 3_000_000))
+    + bytes(3_000_000) + gguf_bytes(*tensor_info("direction.1", 4))[8:] + bytes(64),
+    "many.gguf": gguf_bytes(("Q", 300_000), ("Q", 0))
+    + b"".join(gguf_bytes(*tensor_info(f"a.{i}", 4))[8:] for i in range(300_000)) + bytes(64),
     "type.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 99)),
     "alignment.gguf": gguf_bytes(
         ("Q", 1), ("Q", 1), "general.alignment", ("I", 4), ("I", 1 << 31),
