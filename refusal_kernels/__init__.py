@@ -17,7 +17,12 @@ from refusal_kernels.evidence import Evidence, gather_evidence
 from refusal_kernels.extraction import ChatFormat, Moments, collect, mean_difference, read_prompts
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
 from refusal_kernels.ops import explain, use_backend
-from refusal_kernels.orthogonalize import orthogonalize
+from refusal_kernels.orthogonalize import (
+    Certificate,
+    certify,
+    orthogonalize,
+    orthogonalize_checkpoint,
+)
 from refusal_kernels.patching import PatchHandle, patch
 from refusal_kernels.selection import Selection, select
 
@@ -26,6 +31,7 @@ __version__ = _version("refusal-kernels")
 __all__ = [
     "Ablate",
     "Add",
+    "Certificate",
     "ChatFormat",
     "Clamp",
     "ControlVector",
@@ -38,6 +44,7 @@ __all__ = [
     "PatchHandle",
     "Selection",
     "Set",
+    "certify",
     "collect",
     "evaluate",
     "explain",
@@ -46,6 +53,7 @@ __all__ = [
     "mean_difference",
     "ops",
     "orthogonalize",
+    "orthogonalize_checkpoint",
     "patch",
     "read_prompts",
     "select",

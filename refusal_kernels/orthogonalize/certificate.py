@@ -16,7 +16,7 @@ from refusal_kernels.interventions import Ablate
 from refusal_kernels.orthogonalize.writers import INSTEAD, Writers, evaluating, random_ids, run
 from refusal_kernels.patching import patch
 
-BLOCK_NUMBERS = 1 << 20  # in float64 at once: 8 MiB, and as much for what is taken away
+BLOCK_NUMBERS = 1 << 18  # in float64 at once: 2 MiB, and as much for what is taken away
 
 # Largest |r.h| / |h| and largest logit difference over the largest logit. The first is the rounding
 # of the weights, summed over layers: a few eps. Logits of random models amplify a rounding by
@@ -72,8 +72,9 @@ class Certificate:
         if not self.component <= COMPONENT[dtype]:
             return f"the direction is still written at {worst}: |r.h| is {self.component:.1e} |h|"
         if not self.relative <= LOGITS.get(dtype, float("inf")):
-            return f"the logits differ from those under ablation by {self.relative:.1e} of the "\
-                "largest"
+            return (
+                f"the logits differ from those under ablation by {self.relative:.1e} of the largest"
+            )
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +131,9 @@ def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
         If the edited model would not be the ablated one.
     """
     ids = random_ids(model, 1, 8)
-    certificate = _compared(model, lambda: (model, _Projected(model, writers, direction)), direction, ids)
+    certificate = _compared(
+        model, lambda: (model, _Projected(model, writers, direction)), direction, ids
+    )
     if certificate.problem:
         raise InputError(f"{type(model).__name__}: {certificate.problem}{INSTEAD}")
     return certificate

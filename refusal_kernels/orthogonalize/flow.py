@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
 from refusal_kernels.patching.plan import base_class
 
 Source = tuple[str, int]
@@ -157,9 +158,7 @@ class Flow(TorchDispatchMode):
             memory = tensor.untyped_storage().data_ptr()
             self._storages.setdefault(memory, []).append(TensorWeakRef(tensor))
 
-    def _parameter(
-        self, name: str, axes: tuple[int | None, ...], shape: Sequence[int]
-    ) -> Value:
+    def _parameter(self, name: str, axes: tuple[int | None, ...], shape: Sequence[int]) -> Value:
         """Return the value of a view of a parameter."""
         axis = axes[-1] if axes else None
         whole = axis is not None and self._shapes[name][axis] == shape[-1] == self.hidden
@@ -269,8 +268,7 @@ class Flow(TorchDispatchMode):
             name in _ROWS
             or name == "neg"
             or (name in _TURNS and _last_stays(name, args))
-            or (name in _ALONG and name not in ("cat", "stack"))
-            and not _touches_last(name, args, kwargs)
+            or (name in _ALONG - {"cat", "stack"} and not _touches_last(name, args, kwargs))
             or (name == "index" and _index_spares_last(args))
         )
         if keeps and self._rows(args[0]):
@@ -301,7 +299,9 @@ class Flow(TorchDispatchMode):
 
     def _union(self, *tensors: Any) -> Value | None:
         values = [self.value(t) for t in tensors]
-        if not all(self._rows(t) and v.writes is not None for t, v in zip(tensors, values, strict=True)):
+        if not all(
+            self._rows(t) and v.writes is not None for t, v in zip(tensors, values, strict=True)
+        ):
             return None
         return Value(
             _NONE.union(*(v.writes or _NONE for v in values)),
@@ -414,9 +414,7 @@ def _last_stays(name: str, args: tuple) -> bool:
 
 def _index_spares_last(args: tuple) -> bool:
     """Whether indexing by tensors picks whole rows."""
-    used = [
-        1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim for i in args[1]
-    ]
+    used = [1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim for i in args[1]]
     return sum(used) < args[0].ndim or (sum(used) == args[0].ndim and args[1][-1] is None)
 
 

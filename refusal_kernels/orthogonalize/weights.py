@@ -45,9 +45,7 @@ class Orthogonalized:
 
 
 @torch.no_grad()
-def orthogonalize(
-    model: Any, direction: Direction, *, text_only: bool = False
-) -> Orthogonalized:
+def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) -> Orthogonalized:
     """Make a model unable to write along a direction, in place.
 
     The model that is given is changed, and stays so: pass ``copy.deepcopy(model)`` to keep it.

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate
-from refusal_kernels.models import decoder_layers, hidden_size, text_config
+from refusal_kernels.models import hidden_size, text_config
 from refusal_kernels.orthogonalize.flow import Flow, Source, Value
 from refusal_kernels.patching import patch
 
 INSTEAD = "; ablate it while the model runs instead, with rk.patch(model, rk.Ablate(direction))"
 TOKENS = 4
-ENOUGH = 16  # passes over random tokens, to meet experts
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,10 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
 
 def _because(value: Value) -> str:
     reason = value.why or "an operation that is not known"
-    return f"what is written there goes through {reason}, so removing the direction from weights "\
+    return (
+        f"what is written there goes through {reason}, so removing the direction from weights "
         "before that is not ablation"
+    )
 
 
 def _spread(model: nn.Module, sources: set[Source], touched: set[str]) -> Writers:
@@ -106,7 +107,9 @@ def _spread(model: nn.Module, sources: set[Source], touched: set[str]) -> Writer
     seen = {_pattern(name) for name in touched}
     found = dict(sources)
     if len(found) != len(sources):
-        raise InputError(f"{type(model).__name__}: a parameter writes along two of its axes{INSTEAD}")
+        raise InputError(
+            f"{type(model).__name__}: a parameter writes along two of its axes{INSTEAD}"
+        )
     hidden = hidden_size(model)
     axes: dict[str, int] = {}
     unproved: list[str] = []
