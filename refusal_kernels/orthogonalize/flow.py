@@ -11,6 +11,7 @@ kind of expert is known here.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from refusal_kernels.patching.plan import base_class
+from refusal_kernels.patching.site import Site
 
 Source = tuple[str, int]
 """A parameter's name and the axis of it that lies along the stream."""
@@ -78,6 +80,7 @@ class Value:
 class Written:
     """What reached a steered site: both terms of the sum."""
 
+    name: str
     branch: Value
     stream: Value
 
@@ -117,6 +120,7 @@ class Flow(TorchDispatchMode):
         self._storages: dict[int, list[TensorWeakRef]] = {}
         self._where: list[tuple[str, nn.Module]] = []
         self._hooks: list[Any] = []
+        self._inside_a_site = False
         self._model = model
         for name, parameter in model.named_parameters():
             axes = tuple(range(parameter.ndim))
@@ -145,6 +149,40 @@ class Flow(TorchDispatchMode):
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._where and self._where[-1][1] is module:
             self._where.pop()
+
+    # --- the sites
+
+    @contextmanager
+    def through(self, sites: Sequence[Site]) -> Iterator[None]:
+        """Note what reaches these sites, while inside, whatever serves them."""
+        flow = self
+
+        class Followed(Site):
+            def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+                return flow._at_site(super().__call__, self.name, x, residual)
+
+        for site in sites:
+            site.__class__ = Followed
+        try:
+            yield
+        finally:
+            for site in sites:
+                site.__class__ = Site
+
+    def _at_site(
+        self, call: Callable[..., Tensor], name: str, x: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        if self._inside_a_site:  # several streams side by side: the site calls itself
+            return call(x, residual)
+        stream = Value(_NONE) if residual is None else self.value(residual)
+        self.sites.append(Written(name, self.value(x), stream))
+        self._inside_a_site = True
+        try:
+            h = call(x, residual)
+        finally:
+            self._inside_a_site = False
+        self._note(h, Value(_NONE))
+        return h
 
     # --- what is known
 
@@ -177,11 +215,7 @@ class Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         result = self._run(func, name, args, kwargs)
-        if func.namespace == "refusal_kernels" and name.startswith("add_steer"):
-            stream = self.value(args[1]) if args[1] is not None else Value(_NONE)
-            self.sites.append(Written(self.value(args[0]), stream))
-            for tensor in _tensors(result):
-                self._note(tensor, Value(_NONE))
+        if self._inside_a_site:
             return result
         in_place = func._schema.is_mutable
         inputs = [t for t in _tensors((args, kwargs))]

@@ -57,23 +57,23 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     hidden = hidden_size(model)
     # which direction it is does not matter, for none of its numbers are looked at
     direction = Direction(torch.ones(hidden))
-    names: list[str] = []
     flow = Flow(model, hidden)
     with evaluating(model), patch(model, Ablate(direction), fuse_norms=False) as handle:
         expected = [site.name for site in handle.report().sites]
-        with handle.watch(lambda name, _: names.append(name)), flow:
+        with flow.through(handle._sites), flow:
             run(model, random_ids(model, 0))
-    missing = [name for name in expected if name not in names]
+    reached = {site.name for site in flow.sites}
+    missing = [name for name in expected if name not in reached]
     if missing and not text_only:
         raise InputError(
             f"{missing[0]} of {type(model).__name__} is not reached by text alone, so that what "
             f"writes there is not known{INSTEAD}"
         )
     sources: set[Source] = set()
-    for name, site in zip(names, flow.sites, strict=True):
+    for site in flow.sites:
         for value in (site.branch, site.stream):
             if value.writes is None:
-                raise InputError(f"{name} of {type(model).__name__}: {_because(value)}{INSTEAD}")
+                raise InputError(f"{site.name} of {type(model).__name__}: {_because(value)}{INSTEAD}")
             sources |= value.writes
     writers = _spread(model, sources, flow.touched)
     for name in sorted({name for name, _ in sources}):
