@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.prompts import ChatFormat
+from refusal_kernels.files import parse_json, read_text
 from refusal_kernels.models import decoder, input_device, text_config
 
 LONGEST_CONTEXT = 2048  # longer windows change the mean little and take memory
+TEXT = "a text file"
 LOGITS_AT_ONCE = 2**25  # float32: 128 MiB, whatever the vocabulary
 
 
@@ -296,13 +297,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
         If the file is missing, is something else or holds nothing; the message names the line.
     """
     pairs = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number} is not JSON: {error}") from None
+    for number, record in _records(read_text(path, TEXT), path):
         fields = record if isinstance(record, dict) else {}
         pair = tuple(
             next((str(fields[key]) for key in keys if key in fields), "")
@@ -327,18 +322,12 @@ def read_texts(path: Path) -> list[str]:
     InputError
         If the file is missing, is not of this form, or is empty.
     """
-    lines = _lines(path)
+    whole = read_text(path, TEXT)
     if path.suffix.lower() != ".jsonl":
-        texts = ["\n".join(lines).strip()]
+        texts = [whole.strip()]
     else:
         texts = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}:{number} is not JSON: {error}") from None
+        for number, record in _records(whole, path):
             text = record.get("text") if isinstance(record, dict) else record
             if not isinstance(text, str):
                 raise InputError(f"{path}:{number} holds no text; expected a string or 'text'")
@@ -360,11 +349,10 @@ def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
     InputError
         As these do; also if there is nothing to score.
     """
-    first = next((line for line in _lines(path) if line.strip()), "")
-    try:
-        fields = set(json.loads(first)) if path.suffix.lower() == ".jsonl" else set()
-    except (ValueError, TypeError):
-        fields = set()
+    fields: set[str] = set()
+    if path.suffix.lower() == ".jsonl":
+        _, first = next(_records(read_text(path, TEXT), path), (0, None))
+        fields = set(first) if isinstance(first, dict) else set()
     if fields & set(_PROMPT) and fields & set(_ANSWER):
         passages = answers(tokenizer, read_pairs(path))
     else:
@@ -375,8 +363,8 @@ def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
     return passages
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from None
+def _records(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """What each line holds that is not blank, with its number."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, parse_json(line, f"{path}:{number}")

@@ -13,6 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: brackets stay, and descriptions get the width
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find, remove, add and measure one direction in a chat model's residual stream.",
 )
@@ -26,7 +27,8 @@ for command in (
     files.convert,
     machine.doctor,
 ):
-    app.command()(command)
+    # said outright, so that it is not cut
+    app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
 
 
 def main() -> None:

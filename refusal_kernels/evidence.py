@@ -56,7 +56,7 @@ class Evidence:
         By set of prompts: the unmodified stream on the unit direction, at the position where the
         direction was read; for the input of every block and the output of the last, one a prompt.
     settings : dict
-        What it depends on: seed, lengths, batch size.
+        What it depends on: seed, lengths, batch size, the system prompt (None: the template's).
     """
 
     direction: dict[str, Any]
@@ -224,7 +224,7 @@ def gather_evidence(
         projections=projections,
         settings={
             "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-            "random_controls": random_controls,
+            "random_controls": random_controls, "system": chat.system, "thinking": chat.thinking,
         },
     )  # fmt: skip
 

@@ -160,6 +160,7 @@ def run_tasks(
     limit: float | None = None,
     num_fewshot: int | None = None,
     chat: bool = False,
+    system: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -182,8 +183,8 @@ def run_tasks(
         Only so many examples of each task (below 1: this share).
     num_fewshot
         Examples shown before the question; by default the task's own number.
-    chat
-        Ask in the tokenizer's chat format.
+    chat, system
+        Ask in the tokenizer's chat format, with this system prompt.
     batch_size, seed
         Requests at once; the seed of the few-shot examples.
     progress
@@ -212,7 +213,8 @@ def run_tasks(
         try:
             result = lm_eval.simple_evaluate(
                 model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
-                num_fewshot=num_fewshot, apply_chat_template=chat, log_samples=True,
+                num_fewshot=num_fewshot, apply_chat_template=chat,
+                system_instruction=system, log_samples=True,
                 bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip

@@ -1,5 +1,6 @@
 """Files from anyone: refused in one line, nothing run, little memory taken."""
 
+import io
 import json
 import pickle
 import random
@@ -17,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refusal_kernels import formats
+from refusal_kernels import formats, report
+from refusal_kernels.capability import read_pairs, read_texts
+from refusal_kernels.commands.evidence import read_selection
 from refusal_kernels.control_vector import ControlVector
 from refusal_kernels.direction import Direction, write_tensors
 from refusal_kernels.errors import InputError
@@ -55,6 +58,14 @@ def make_direction(path: Path) -> None:
     Direction(torch.randn(HIDDEN), "org/model", 3, -1).save(path)
 
 
+SELECTION = json.dumps({
+    "scores": [
+        {"position": -1, "layer": 1, "bypass": 0.5, "induce": None, "kl": 0.1, "discarded": None}
+    ],
+    "refusal_tokens": [3], "position": -1, "layer": 1, "bypass": 0.5,
+})  # fmt: skip
+
+
 # name of the file: how to write a good one, how it is read, and what comes out
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "direction.safetensors": (make_direction, Direction.load),
@@ -68,6 +79,9 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "a.jsonl": (make_text('"one"\n{"instruction": "t\\u00e9a", "x": {}}\n'), read_prompts),
     "a.csv": (make_text('goal,target\n"one, two",x\nthree,"y\nz"\n'), read_prompts),
     "a.txt": (make_text("one\ntwo\n\nthr\u00e9e\n"), read_prompts),
+    "pairs.jsonl": (make_text('{"prompt": "a", "answer": "b"}\n'), read_pairs),
+    "texts.jsonl": (make_text('"one"\n{"text": "two"}\n'), read_texts),
+    "selection.json": (make_text(SELECTION), read_selection),
     "b.json": (make_text('{"weight_map": {"a": "b.safetensors"}, "n": -1}'), read_json),
 }
 
@@ -80,7 +94,10 @@ def is_valid(found: Any) -> bool:
     if isinstance(found, ControlVector):
         return all(is_valid(direction) for direction in found.directions)
     if isinstance(found, list):
-        return bool(found) and all(isinstance(prompt, str) and prompt.strip() for prompt in found)
+        texts = [text for row in found for text in (row if isinstance(row, tuple) else (row,))]
+        return bool(found) and all(isinstance(text, str) and text.strip() for text in texts)
+    if isinstance(found, dict) and "refusal_tokens" in found:
+        report.plot_candidates(io.BytesIO(), found["scores"], (found["position"], found["layer"]))
     return isinstance(found, Moments | dict | int | float | str | None)
 
 
@@ -311,6 +328,11 @@ HOSTILE: dict[str, bytes | Callable[[Path], Any]] = {
     "surrogate.json": b'["\\ud800"]',
     "long.json": b'["' + b"a" * 1_000_000 + b'"]',
     "nested.jsonl": b'"one"\n' + b"[" * 1_000_000,
+    "nested_pairs.jsonl": b"[" * 1_000_000,
+    "nested_texts.jsonl": b'"one"\n' + b"[" * 1_000_000,
+    "sparse_texts.txt": lambda path: sparse(path, {}, 1 << 36),
+    "sparse_pairs.jsonl": lambda path: sparse(path, {}, 1 << 36),
+    "nested_selection.json": b"[" * 1_000_000,
     "lines.jsonl": b"\n" * 60_000_000,
     "field.csv": b'prompt\n"' + b"a" * 1_000_000 + b'"\n',
     "open.csv": b'prompt\n"' + b"a\n" * 100_000,
@@ -335,6 +357,8 @@ READ_THEM = textwrap.dedent(
     from pathlib import Path
     import torch, gguf
     from refusal_kernels import formats
+    from refusal_kernels.capability import read_pairs, read_texts
+    from refusal_kernels.commands.evidence import read_selection
     from refusal_kernels.errors import InputError
     from refusal_kernels.extraction.moments import Moments
     from refusal_kernels.extraction.sources import read_prompts
@@ -354,6 +378,8 @@ READ_THEM = textwrap.dedent(
             reader = read_prompts
         if "groups" in name or "deep" in name:
             reader = Moments.load
+        own = {"pairs": read_pairs, "texts": read_texts, "selection": read_selection}
+        reader = next((own[word] for word in own if word in name), reader)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             before = status("VmRSS")

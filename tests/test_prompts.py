@@ -126,6 +126,8 @@ def test_templates_that_do_not_serve_are_refused() -> None:
     assert ChatFormat(strict).positions == 1
     with pytest.raises(InputError, match="refuses the conversation"):
         ChatFormat(strict, system="be kind")
+    with pytest.raises(InputError, match="leaves the system prompt out"):
+        ChatFormat(template("", " :"), system="be kind")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -8,9 +8,9 @@ import datasets
 import pytest
 import torch
 
-from refusal_kernels import toy
+from refusal_kernels import cli, formats, toy
 from refusal_kernels.errors import InputError
-from refusal_kernels.extraction import last_logits
+from refusal_kernels.extraction import ChatFormat, last_logits, mean_difference
 from refusal_kernels.extraction.sources import (
     PRESETS,
     SIZES,
@@ -305,3 +305,41 @@ def test_the_model_decides_what_is_kept() -> None:
     nothing = {"harmful": harmless, "harmless": harmless}
     refused("refuses none of the 12 harmful", filtered, model, tokenizer, nothing,
             refusal_tokens=tokens)  # fmt: skip
+
+
+def test_extract_filters_and_takes_a_system_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = toy.load()
+    harmful, harmless = (toy.prompts(name, "validation")[:8] for name in ("harmful", "harmless"))
+    # what belongs to the other side, and would change the means if it stayed
+    for name, own in (
+        ("harmful", [*harmful, *harmless[:3]]),
+        ("harmless", [*harmless, harmful[0]]),
+    ):
+        (tmp_path / f"{name}.txt").write_text("\n".join(own))
+    files = tmp_path / "harmful.txt", tmp_path / "harmless.txt"
+    out = tmp_path / "out.safetensors"
+    options = ["--harmful", files[0], "--harmless", files[1], "--out", out, "--seed", 7]
+
+    def extracted(*more: Any) -> torch.Tensor:
+        monkeypatch.setattr(
+            sys, "argv", ["refusal-kernels", "extract", *map(str, [*options, *more])]
+        )
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert not exit_.value.code
+        return formats.read(out).tensor
+
+    train = prompts_for("toy", "train", *files, 7)
+    expected = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
+    assert torch.equal(extracted(), expected)
+    kept = filtered(model, tokenizer, train)
+    assert kept != train
+    expected = mean_difference(model, tokenizer, kept["harmful"], kept["harmless"])
+    assert torch.equal(extracted("--filter"), expected)
+    system = "please repeat after me"
+    chat = ChatFormat(tokenizer, system)
+    expected = mean_difference(model, chat, train["harmful"], train["harmless"])
+    found = extracted("--system", system)
+    assert torch.equal(found, expected) and not torch.equal(found, extracted())

@@ -25,6 +25,18 @@ _PROMPTS = (
 )
 HarmfulOption = Annotated[str | None, typer.Option(help=_PROMPTS)]
 HarmlessOption = Annotated[str | None, typer.Option(help="Prompts, as for --harmful.")]
+SeedOption = Annotated[int, typer.Option(help="Of the cut into train, validation and test.")]
+FilterOption = Annotated[
+    bool,
+    typer.Option("--filter", help="Only prompts that the model refuses, or answers, as it should."),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="A system prompt; default: what the template says.")
+]
+ThinkingOption = Annotated[
+    bool, typer.Option("--thinking", help="Let a model that can think before it answers do so.")
+]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="Where an answer is cut.")]
 BatchOption = Annotated[int, typer.Option(help="Prompts at once.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what was found here too.")]
 DirectionOption = Annotated[Path, typer.Option("--direction", help="A file made by 'select'.")]

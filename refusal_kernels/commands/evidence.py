@@ -23,6 +23,9 @@ from refusal_kernels.commands.common import (
     HarmlessOption,
     JsonOption,
     ModelOption,
+    NewTokensOption,
+    SystemOption,
+    ThinkingOption,
     console,
     finish,
     progress_bars,
@@ -33,9 +36,11 @@ from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import generate as generate_
 from refusal_kernels.evidence import ABLATED, ADDED, MAIN, STRENGTHS, UNMODIFIED, gather_evidence
+from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import read_json
 from refusal_kernels.findings import percent, statements
+from refusal_kernels.formats import CANDIDATES
 from refusal_kernels.interventions import Ablate, Add, Intervention
 from refusal_kernels.judges import Judge, SubstringJudge, TokenJudge, load_judge
 from refusal_kernels.loading import load, prompts_for
@@ -45,7 +50,6 @@ from refusal_kernels.patching import patch
 from refusal_kernels.selection import find_refusal_tokens
 from refusal_kernels.toy.world import phrase, plan, requests
 
-CANDIDATES = "refusal_kernels.candidates"
 SPLITS = ("test", "validation", "train")
 DOSES = ",".join(f"{strength:g}" for strength in STRENGTHS)
 # what --quick leaves
@@ -113,7 +117,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the splits and the random directions.")] = SEED,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts, strengths, layers.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the HTML page here.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    system: SystemOption = None,
+    thinking: ThinkingOption = False,
+    max_new_tokens: NewTokensOption = 64,
     batch_size: BatchOption = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
@@ -156,29 +162,31 @@ def evaluate(
         asked = lm_eval.split(",")
         harness = functools.partial(
             run_tasks, tasks=asked, manager=find_tasks(asked, lm_eval_include), limit=limit,
-            num_fewshot=num_fewshot, chat=lm_eval_chat, batch_size=min(batch_size, 16), seed=seed,
+            num_fewshot=num_fewshot, chat=lm_eval_chat, system=system if lm_eval_chat else None,
+            batch_size=min(batch_size, 16), seed=seed,
         )  # fmt: skip
     for path in (report, json_file):
         if path is not None:
             writable(path)
 
     language_model, tokenizer = load(model, device, dtype, loaded)
+    chat = ChatFormat(tokenizer, system, thinking=thinking)
     context = context_of(language_model)
     texts = {
-        name: read_passages(Path(file), tokenizer, context)
+        name: read_passages(Path(file), chat, context)
         for name, file in _named(text or [], "--text").items()
     }
     if model == "toy":
         plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
         tasks = {**toy.skills(), **tasks}
-        texts = {**texts, "plans": answers(tokenizer, plans[:most])}
+        texts = {**texts, "plans": answers(chat, plans[:most])}
     tokens = chosen["refusal_tokens"] if chosen is not None else None
-    judges = _judges(judge or ["substrings"], language_model, tokenizer, sets, tokens, device)
+    judges = _judges(judge or ["substrings"], language_model, chat, sets, tokens, device)
 
     with progress_bars() as step:
         evidence = gather_evidence(
             language_model,
-            tokenizer,
+            chat,
             loaded,
             harmful=sets.pop("harmful"),
             harmless=sets.pop("harmless"),
@@ -237,10 +245,32 @@ def read_selection(path: Path) -> dict[str, Any]:
         If the file is missing or something else.
     """
     found = read_json(path)
-    needed = {"scores", "refusal_tokens", "position", "layer"}
-    if not isinstance(found, dict) or not needed <= set(found):
+    if not isinstance(found, dict) or not (
+        type(found.get("position")) is type(found.get("layer")) is int
+        and _list_of(found.get("refusal_tokens"), lambda token: type(token) is int)
+        and _list_of(found.get("scores"), _is_score)
+        and any(_place(row) == _place(found) for row in found["scores"])
+    ):
         raise InputError(f"{path} is no selection; expected what 'select --json' writes")
     return found
+
+
+def _list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(fits, value))
+
+
+def _is_score(row: Any) -> bool:
+    """Whether it is one candidate's row."""
+    if not isinstance(row, dict) or not {"discarded", "bypass", "induce", "kl"} <= set(row):
+        return False
+    scores = [row[key] for key in ("bypass", "induce", "kl")]
+    return all(type(place) is int and abs(place) < 1000 for place in _place(row)) and all(
+        score is None or isinstance(score, int | float) for score in scores
+    )
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row.get("position"), row.get("layer")
 
 
 def _strengths(text: str) -> list[float]:
@@ -268,7 +298,7 @@ def _named(given: Sequence[str], option: str, needs_name: bool = False) -> dict[
 def _judges(
     names: Sequence[str],
     model: Any,
-    tokenizer: Any,
+    chat: ChatFormat,
     sets: Mapping[str, Sequence[str]],
     tokens: Sequence[int] | None,
     device: str,
@@ -278,8 +308,8 @@ def _judges(
         if name == "substrings":
             found.append(SubstringJudge())
         elif name == "tokens":
-            own = tokens or find_refusal_tokens(model, tokenizer, sets["harmful"], sets["harmless"])
-            found.append(TokenJudge(model, tokenizer, own))
+            own = tokens or find_refusal_tokens(model, chat, sets["harmful"], sets["harmless"])
+            found.append(TokenJudge(model, chat, own))
         else:
             found.append(load_judge(name, device))
     return found
@@ -332,7 +362,9 @@ def generate(
     add: Annotated[bool, typer.Option("--add", help="Add the direction, not ablate it.")] = False,
     layer: Annotated[int | None, typer.Option(help="Add here; default: the file's.")] = None,
     strength: Annotated[float, typer.Option(help="1 is the edit as defined, 0 none.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    system: SystemOption = None,
+    thinking: ThinkingOption = False,
+    max_new_tokens: NewTokensOption = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
@@ -348,11 +380,12 @@ def generate(
             else Ablate(loaded, strength, layer=layer)
         )
     language_model, tokenizer = load(model, device, dtype, loaded)
-    found = {"unmodified": generate_(language_model, tokenizer, prompt, max_new_tokens)}
+    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    found = {"unmodified": generate_(language_model, chat, prompt, max_new_tokens)}
     if intervention is not None:
         name = type(intervention).__name__.lower()
         with patch(language_model, intervention):
-            found[name] = generate_(language_model, tokenizer, prompt, max_new_tokens)
+            found[name] = generate_(language_model, chat, prompt, max_new_tokens)
     for i, text in enumerate(prompt):
         console.print(Text(text, style="bold"))
         for name, texts in found.items():

@@ -12,10 +12,14 @@ from refusal_kernels.commands.common import (
     BatchOption,
     DeviceOption,
     DtypeOption,
+    FilterOption,
     HarmfulOption,
     HarmlessOption,
     JsonOption,
     ModelOption,
+    SeedOption,
+    SystemOption,
+    ThinkingOption,
     console,
     errors,
     finish,
@@ -23,9 +27,10 @@ from refusal_kernels.commands.common import (
     writable,
 )
 from refusal_kernels.direction import read_tensors, write_tensors
-from refusal_kernels.extraction import mean_difference
+from refusal_kernels.extraction import ChatFormat, mean_difference
+from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import write_json
-from refusal_kernels.loading import demo_material, load, prompts_for
+from refusal_kernels.loading import demo_material, filtered, load, prompts_for
 from refusal_kernels.selection import select as select_
 
 CANDIDATES = "refusal_kernels.candidates"
@@ -63,19 +68,26 @@ def extract(
     positions: Annotated[
         int | None, typer.Option(min=1, help="Tokens from the end; default: the template's.")
     ] = None,
+    seed: SeedOption = SEED,
+    filter_prompts: FilterOption = False,
+    system: SystemOption = None,
+    thinking: ThinkingOption = False,
     batch_size: BatchOption = 32,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Compute the mean difference at every layer and end-of-instruction position."""
-    prompts = prompts_for(model, "train", harmful, harmless)
+    prompts = prompts_for(model, "train", harmful, harmless, seed)
     writable(out)
     language_model, tokenizer = load(model, device, dtype)
+    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    if filter_prompts:
+        prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
     with progress_bars() as step:
         candidates = mean_difference(
             language_model,
-            tokenizer,
+            chat,
             prompts["harmful"],
             prompts["harmless"],
             positions=positions,
@@ -104,20 +116,27 @@ def select(
     out: Annotated[Path, typer.Option(help="The direction's file.")] = Path(
         "out/direction.safetensors"
     ),
+    seed: SeedOption = SEED,
+    filter_prompts: FilterOption = False,
+    system: SystemOption = None,
+    thinking: ThinkingOption = False,
     batch_size: BatchOption = 32,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Choose the direction by the paper's three scores, on validation prompts."""
-    prompts = prompts_for(model, "validation", harmful, harmless)
+    prompts = prompts_for(model, "validation", harmful, harmless, seed)
     tensors, _ = read_tensors(candidates, CANDIDATES, ("candidates",))
     writable(out)
     language_model, tokenizer = load(model, device, dtype)
+    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    if filter_prompts:
+        prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
     with progress_bars() as step:
         selection = select_(
             language_model,
-            tokenizer,
+            chat,
             tensors["candidates"],
             prompts["harmful"],
             prompts["harmless"],

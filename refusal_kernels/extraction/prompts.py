@@ -51,8 +51,8 @@ class ChatFormat:
     Raises
     ------
     InputError
-        If there is no chat template, it refuses the system prompt, or nothing follows the
-        instruction.
+        If there is no chat template, it refuses the system prompt or leaves it out, or nothing
+        follows the instruction.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class ChatFormat:
         self.thinking = thinking
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = int(next(i for i in ids if i is not None))  # masked, so any will do
+        if system is not None and system.strip() not in self.render("a"):
+            raise InputError("the chat template leaves the system prompt out; expected one with it")
         self.positions = self._end_of_instruction()
 
     @classmethod
