@@ -1,5 +1,6 @@
 """Certify that edited weights are what ablation at run time is, by running both."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,13 +14,14 @@ from torch.utils._pytree import tree_map
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate
+from refusal_kernels.orthogonalize.projection import project_, unit
 from refusal_kernels.orthogonalize.writers import INSTEAD, Writers, evaluating, random_ids, run
 from refusal_kernels.patching import patch
 
-BLOCK_NUMBERS = 1 << 18  # in float64 at once: 2 MiB, and as much for what is taken away
+TOKENS = 64
 
-# Largest |r.h| / |h|: the rounding of the weights and of sums, over layers; a few eps. In a model in
-# float64 many a family still keeps its stream, or sums a branch, in float32.
+# Largest |r.h| / |h|: the rounding of the weights and of sums, over layers; a few eps. In a model
+# in float64 many a family still keeps its stream, or sums a branch, in float32.
 COMPONENT = {
     torch.float64: 1e-6,
     torch.float32: 1e-5,
@@ -79,6 +81,15 @@ class Certificate:
             )
         return None
 
+    @property
+    def layers(self) -> dict[str, float]:
+        """The largest component of each layer ("embed", "layers.0", ...), in order."""
+        found: dict[str, float] = {}
+        for name, component in self.components.items():
+            layer = ".".join(name.split(".")[:2])
+            found[layer] = max(found.get(layer, 0.0), component)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
         return {**asdict(self), "component": self.component, "problem": self.problem}
@@ -86,8 +97,9 @@ class Certificate:
     def __str__(self) -> str:
         return (
             f"on {self.tokens} tokens: |r.h| <= {self.component:.1e} |h| at all "
-            f"{len(self.components)} places; logits within {self.relative:.1e} of the ablated "
-            f"model's (ablation moves them by {self.effect:.1e}), in {self.dtype}"
+            f"{len(self.components)} places; logits within {self.logit_difference:.1e} "
+            f"({self.relative:.1e} of the largest) of the ablated model's, which ablation moves by "
+            f"{self.effect:.1e} of the largest, in {self.dtype}"
         )
 
 
@@ -120,8 +132,28 @@ def certify(
     InputError
         If one of the models cannot be patched, or does not run on token ids alone.
     """
-    ids = random_ids(model, 1, 64) if ids is None else ids
-    return _compared(model, lambda: (orthogonalized, nullcontext()), direction, ids)
+    return Ablated.of(model, direction, ids).certify(orthogonalized)
+
+
+def certify_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    direction: Direction,
+    load: Callable[[str], Any],
+) -> Certificate:
+    """`certify` two folders, of which one at a time is in memory.
+
+    Parameters
+    ----------
+    source, target
+        What `orthogonalize_checkpoint` read, and what it wrote.
+    direction
+        What was removed.
+    load
+        Loads the model of a folder.
+    """
+    expected = Ablated.of(load(os.fspath(source)), direction)
+    return expected.certify(load(os.fspath(target)))
 
 
 def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
@@ -132,73 +164,70 @@ def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
     InputError
         If the edited model would not be the ablated one.
     """
-    ids = random_ids(model, 1, 8)
-    certificate = _compared(
-        model, lambda: (model, _Projected(model, writers, direction)), direction, ids
-    )
+    expected = Ablated.of(model, direction)
+    certificate = expected.certify(model, _Projected(model, writers, direction))
     if certificate.problem:
         raise InputError(f"{type(model).__name__}: {certificate.problem}{INSTEAD}")
     return certificate
 
 
-@torch.no_grad()
-def _compared(
-    model: Any,
-    edited: Callable[[], tuple[Any, AbstractContextManager[Any]]],
-    direction: Direction,
-    ids: Tensor,
-) -> Certificate:
-    with evaluating(model):
-        plain = run(model, ids)
-        with patch(model, Ablate(direction), fuse_norms=False):
-            expected = run(model, ids)
-    other, context = edited()
-    components: dict[str, float] = {}
-    hidden = direction.hidden
+@dataclass(frozen=True)
+class Ablated:
+    """What a model gives under ablation: all that is needed of it to certify another.
 
-    def see(name: str, h: Tensor) -> None:
-        rows = h.detach().reshape(-1, hidden).double()
-        r = unit(direction).to(rows.device)
-        share = (rows @ r).abs() / rows.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
-        components[name] = float(share.max())
-
-    handle = patch(other, Ablate(direction, 0.0), fuse_norms=False)  # strength 0 changes nothing
-    with evaluating(other), handle, handle.watch(see), context:
-        got = run(other, ids)
-    scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
-    difference = float((got.double() - expected.double()).abs().max())
-    dtype = next(p.dtype for p in other.parameters() if p.is_floating_point())
-    return Certificate(
-        ids.numel(),
-        difference,
-        difference / scale,
-        components,
-        float((plain.double() - expected.double()).abs().max()) / scale,
-        str(dtype).removeprefix("torch."),
-    )
-
-
-def unit(direction: Direction) -> Tensor:
-    """Return the unit vector in float64."""
-    return direction.vector.double() / direction.norm
-
-
-def project_(tensor: Tensor, axis: int, r: Tensor) -> None:
-    """Remove the component along r, float64 [hidden], from a tensor's axis, in place.
-
-    In float64 and rounded once to the tensor's dtype, some rows at a time.
+    Attributes
+    ----------
+    direction
+        What is ablated.
+    ids
+        Token ids, int64 [batch, tokens].
+    logits, plain
+        Under ablation, and of the model as it is: [batch, tokens, vocabulary].
     """
-    r = r.to(tensor.device)
-    rows = tensor.movedim(axis, -1)
-    if rows.ndim == 1:
-        rows = rows.unsqueeze(0)
-    if rows.ndim > 2:
-        for part in rows:
-            project_(part, part.ndim - 1, r)
-        return
-    for block in rows.split(max(1, BLOCK_NUMBERS // len(r))):
-        wide = block.double()
-        block.copy_(wide.sub_(torch.outer(wide @ r, r)))
+
+    direction: Direction
+    ids: Tensor
+    logits: Tensor
+    plain: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, direction: Direction, ids: Tensor | None = None) -> "Ablated":
+        """Run a model as it is, and under ablation."""
+        ids = random_ids(model, 1, TOKENS) if ids is None else ids
+        with evaluating(model):
+            plain = run(model, ids)
+            with patch(model, Ablate(direction), fuse_norms=False):
+                logits = run(model, ids)
+        return cls(direction, ids, logits, plain)
+
+    @torch.no_grad()
+    def certify(
+        self, edited: Any, reading: AbstractContextManager[Any] | None = None
+    ) -> Certificate:
+        """Run a model with edited weights, or one whose weights are read as if they were."""
+        components: dict[str, float] = {}
+        r, hidden = unit(self.direction), self.direction.hidden
+
+        def see(name: str, h: Tensor) -> None:
+            rows = h.detach().reshape(-1, hidden).double()
+            share = (rows @ r.to(rows.device)).abs() / rows.norm(dim=-1).clamp_min(1e-300)
+            components[name] = max(components.get(name, 0.0), float(share.max()))
+
+        handle = patch(edited, Ablate(self.direction, 0.0), fuse_norms=False)  # changes nothing
+        with evaluating(edited), handle, handle.watch(see), reading or nullcontext():
+            got = run(edited, self.ids)
+        expected, plain = self.logits.double(), self.plain.double()
+        scale = max(float(expected.abs().max()), 1e-300)
+        difference = float((got.to(expected) - expected).abs().max())
+        return Certificate(
+            self.ids.numel(),
+            difference,
+            difference / scale,
+            components,
+            float((plain - expected).abs().max()) / scale,
+            str(edited.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        )
 
 
 class _Projected(TorchDispatchMode):

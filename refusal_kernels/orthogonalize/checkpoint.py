@@ -20,7 +20,6 @@ from torch import Tensor
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json, write_json
-from refusal_kernels.orthogonalize.certificate import BLOCK_NUMBERS, project_, unit
 from refusal_kernels.orthogonalize.plan import (
     Plan,
     build_on_meta,
@@ -28,12 +27,12 @@ from refusal_kernels.orthogonalize.plan import (
     read_config,
     untied_config,
 )
+from refusal_kernels.orthogonalize.projection import BLOCK_NUMBERS, project_, unit
 from refusal_kernels.orthogonalize.shards import (
     DTYPES,
     INDEX,
     Entry,
     Shard,
-    inside,
     other_files,
     read_shards,
 )
@@ -45,7 +44,7 @@ except ImportError:  # not a POSIX system: two runs at once are not kept apart
 
 CHUNK = 4 << 20  # bytes copied at once
 VERSION = 1  # of what is computed: a change makes what an older version left useless
-STATE, LOCK = ".state.json", ".lock"
+STATE = ".state.json"
 Progress = Callable[[int, int], None]
 """Called with how many bytes are done, and how many there are."""
 
@@ -137,8 +136,6 @@ def orthogonalize_checkpoint(
     if plan.head is not None:
         _check_untied(source, len(plan.axes))
     along, left_out = other_files(source)
-    for name in along:
-        inside(source, name)
     named = {shard.name for shard in shards} | {INDEX}
     partial = target.with_name(f".{target.name}.partial")
     key = _key(source, shards, direction, plan)
@@ -200,13 +197,16 @@ def _key(source: Path, shards: list[Shard], direction: Direction, plan: Plan) ->
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the lock of a process that was killed is gone with it."""
-    with open(folder / LOCK, "w") as file:
+    number = os.open(folder, os.O_RDONLY)
+    try:
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 raise InputError(f"another run is writing {folder}") from None
         yield
+    finally:
+        os.close(number)
 
 
 def _write_all(
@@ -265,7 +265,7 @@ def _taken_over(partial: Path, key: str) -> dict[str, str]:
         if Path(name).name == name and _digest(partial / name) == digest
     }
     for path in partial.iterdir():
-        if path.name in done or path.name == LOCK:
+        if path.name in done:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -298,7 +298,6 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
 def _finish(partial: Path, target: Path) -> None:
     """Give the folder its name, with nothing of the making left in it."""
     (partial / STATE).unlink()
-    (partial / LOCK).unlink()
     _sync(partial)
     partial.rename(target)
     _sync(target.parent)

@@ -21,6 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from refusal_kernels.orthogonalize.dims import (
+    TURNS,
+    index_spares_last,
+    last_stays,
+    touches_last,
+    view_axes,
+)
 from refusal_kernels.patching.plan import base_class
 from refusal_kernels.patching.site import Site
 
@@ -39,12 +46,7 @@ _ALONG = frozenset(
     """select slice split split_with_sizes unbind cat stack sum mean index_select
     narrow""".split()
 )
-_TURNS = frozenset("t transpose permute".split())
-_VIEWS = (_ROWS | _ALONG | _TURNS | {"index"}) - {"sum", "mean", "cat", "stack"}
-_SAME_AXES = frozenset(
-    """clone _to_copy detach alias lift_fresh slice split split_with_sizes narrow
-    index_select""".split()
-)
+_VIEWS = (_ROWS | _ALONG | TURNS | {"index"}) - {"sum", "mean", "cat", "stack"}
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "_grouped_mm": (0, 1)} | {
     "addmm": (1, 2),
     "baddbmm": (1, 2),
@@ -277,7 +279,7 @@ class Flow(TorchDispatchMode):
         first = self.value(args[0][0] if several else args[0] if args else None)
         if name in _VIEWS and first.axes is not None:
             (parameter,) = first.depends
-            axes = _view_axes(name, args, first.axes, out)
+            axes = view_axes(name, args, first.axes, out)
             return self._parameter(parameter, axes, out.shape) if axes else None
         if not self._rows(out) or not out.is_floating_point():
             return None
@@ -290,20 +292,20 @@ class Flow(TorchDispatchMode):
         if name in ("mul", "div"):
             return self._scaled(name, args)
         if name in _INTO:
-            return self._union(args[0], args[_INTO[name]])
+            return self._union(args[0], args[_INTO[name]]) if _into_rows(name, args) else None
         if name == "where":
             return self._picked(args)
         if name == "masked_fill":
             zero = not isinstance(args[2], Tensor) and args[2] == 0
             return self._scaled("mul", (args[0], args[1])) if zero else None
-        if name in ("cat", "stack") and not _touches_last(name, args, kwargs):
+        if name in ("cat", "stack") and not touches_last(name, args, kwargs):
             return self._union(*args[0])
         keeps = (
             name in _ROWS
             or name == "neg"
-            or (name in _TURNS and _last_stays(name, args))
-            or (name in _ALONG - {"cat", "stack"} and not _touches_last(name, args, kwargs))
-            or (name == "index" and _index_spares_last(args))
+            or (name in TURNS and last_stays(name, args))
+            or (name in _ALONG - {"cat", "stack"} and not touches_last(name, args, kwargs))
+            or (name == "index" and index_spares_last(args))
         )
         if keeps and self._rows(args[0]):
             return Value(first.writes, first.depends, None, first.why)
@@ -408,66 +410,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
+def _into_rows(name: str, args: tuple) -> bool:
+    """Whether an op puts whole rows into a tensor."""
+    if name == "copy":
+        return True
+    if name == "index_put":
+        return index_spares_last(args)
+    spared = args[1] % args[0].ndim != args[0].ndim - 1
+    return spared and (name != "scatter_add" or _same_along_rows(args[2]))
+
+
 def _same_along_rows(factor: Any) -> bool:
     """Whether a factor is one number per row."""
     return factor.ndim == 0 or factor.shape[-1] == 1 or factor.stride(-1) == 0
-
-
-def _dims(name: str, args: tuple, kwargs: dict) -> tuple[list[int], int]:
-    """Return the dimensions that an op acts along, and how many there are."""
-    tensor = args[0][0] if isinstance(args[0], list | tuple) else args[0]
-    place = 2 if name in ("split", "split_with_sizes") else 1
-    given = args[place] if len(args) > place else kwargs.get("dim", 0)
-    count = tensor.ndim + (name == "stack")
-    if name in ("sum", "mean") and (len(args) < 2 or not given):
-        return list(range(count)), count
-    return [d % count for d in (given if isinstance(given, list | tuple) else [given])], count
-
-
-def _touches_last(name: str, args: tuple, kwargs: dict) -> bool:
-    dims, count = _dims(name, args, kwargs)
-    return count - 1 in dims
-
-
-def _order(name: str, args: tuple) -> list[int]:
-    """Return where each dimension of a turned tensor comes from."""
-    count = args[0].ndim
-    order = list(range(count))
-    if name == "t":
-        return order[::-1]
-    if name == "permute":
-        return [d % count for d in args[1]]
-    a, b = args[1] % count, args[2] % count
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-def _last_stays(name: str, args: tuple) -> bool:
-    return _order(name, args)[-1] == args[0].ndim - 1
-
-
-def _index_spares_last(args: tuple) -> bool:
-    """Whether indexing by tensors picks whole rows."""
-    used = [1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim for i in args[1]]
-    return sum(used) < args[0].ndim or (sum(used) == args[0].ndim and args[1][-1] is None)
-
-
-def _view_axes(
-    name: str, args: tuple, axes: tuple[int | None, ...], out: Tensor
-) -> tuple[int | None, ...] | None:
-    """Return which axis of a parameter each dimension of a new view of it is."""
-    tensor = args[0]
-    if name in _TURNS:
-        return tuple(axes[d] for d in _order(name, args))
-    if name == "index_select" and _touches_last(name, args, {}):
-        return (None,) * out.ndim
-    if name in _SAME_AXES:
-        return axes
-    if name in ("select", "unbind"):
-        dims, _ = _dims(name, args, {})
-        return tuple(axis for d, axis in enumerate(axes) if d != dims[0])
-    if name == "index" and not _index_spares_last(args):
-        return (None,) * out.ndim
-    # the last dimension is the same one if it is as long as before
-    same = tensor.ndim > 0 and out.ndim > 0 and out.shape[-1] == tensor.shape[-1]
-    return (None,) * (out.ndim - 1) + ((axes[-1],) if same else (None,)) if out.ndim else ()

@@ -5,6 +5,9 @@ there (`find_writers`); transformers' own renaming says which tensor becomes whi
 """
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from refusal_kernels.orthogonalize.shards import DTYPES, Entry, Shard, inside
 from refusal_kernels.orthogonalize.writers import find_writers
 
 LIMIT_BUFFER = 64 << 20  # bytes: tables of positions and masks; a larger one stays on meta
+LIMIT_COUNT = 1 << 16  # of layers, heads or experts: each may be an object
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ def make_plan(folder: Path, shards: list[Shard], direction: Direction, text_only
         edit would not be ablation (as `orthogonalize`).
     """
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
-    model = _meta_model(folder, len(entries))
+    model = build_on_meta(read_config(folder, len(entries)))
+    _check_sizes(model, sum(math.prod(entry.shape) for entry in entries.values()))
     if direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"
@@ -87,10 +92,20 @@ def make_plan(folder: Path, shards: list[Shard], direction: Direction, text_only
     return Plan(axes, _head(model, names, entries, axes), sorted(unread), writers.unproved)
 
 
-def _meta_model(folder: Path, tensors: int) -> Any:
-    """Build the model of a checkpoint on the meta device, with its small buffers on the CPU."""
-    config = read_config(folder, tensors)
-    return build_on_meta(config)
+def _check_sizes(model: Any, numbers: int) -> None:
+    """Make sure that what a forward pass draws at random is no larger than the checkpoint.
+
+    Raises
+    ------
+    InputError
+        If a parameter has more numbers than all tensors of the checkpoint.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > numbers:
+            raise InputError(
+                f"{name} would be {list(parameter.shape)} by the configuration; the checkpoint "
+                f"holds {numbers} numbers"
+            )
 
 
 def read_config(folder: Path, tensors: int) -> Any:
@@ -99,8 +114,8 @@ def read_config(folder: Path, tensors: int) -> Any:
     Raises
     ------
     InputError
-        If transformers has no model for it, it is quantised, or it has more layers than the
-        checkpoint has tensors.
+        If transformers has no model for it, it is quantised, it has more layers than the checkpoint
+        has tensors, or a number of heads or experts that is absurd.
     """
     document = read_json(inside(folder, "config.json"))
     if not isinstance(document, dict):
@@ -112,6 +127,9 @@ def read_config(folder: Path, tensors: int) -> Any:
                 f"{folder} is quantised (quantization_config); expected a checkpoint in float32, "
                 "bfloat16 or float16"
             )
+    for name, value in _settings(document):
+        if re.search("layers?$|heads?$|experts?$", name) and value > LIMIT_COUNT:
+            raise InputError(f"{folder / 'config.json'} says {name} is {value}")
     from transformers import AutoConfig
 
     try:
@@ -127,6 +145,16 @@ def read_config(folder: Path, tensors: int) -> Any:
             f"{folder / 'config.json'} says {layers} layers; the checkpoint has {tensors} tensors"
         )
     return config
+
+
+def _settings(document: Any) -> Iterator[tuple[str, int]]:
+    """Return all whole numbers of a configuration, with their names."""
+    items = document.items() if isinstance(document, dict) else enumerate(document)
+    for name, value in items:
+        if isinstance(value, dict | list):
+            yield from _settings(value)
+        elif isinstance(value, int):
+            yield str(name), value
 
 
 def build_on_meta(config: Any) -> Any:
@@ -158,14 +186,35 @@ def build_on_meta(config: Any) -> Any:
     return model.eval()
 
 
+@contextmanager
+def _as_known() -> Iterator[None]:
+    """Say so where transformers renames tensors in another way than is known here."""
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError, ValueError, StopIteration) as error:
+        import transformers
+
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"transformers {transformers.__version__} names the tensors of a checkpoint in a way "
+            f"that is not known here ({first}); load the model and use rk.orthogonalize, then save "
+            "it"
+        ) from error
+
+
 class _Names:
-    """Says which parameter a tensor of a checkpoint becomes, as transformers would load it."""
+    """Says which parameter a tensor of a checkpoint becomes, as transformers would load it.
+
+    There is no public way to ask. What is used here is what PEFT uses, and where a version of
+    transformers has it no more, that is said.
+    """
 
     def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        with _as_known():
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        mapping = get_model_conversion_mapping(model)
+            mapping = get_model_conversion_mapping(model)
         self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
         self._prefix = model.base_model_prefix
@@ -174,16 +223,17 @@ class _Names:
 
     def target(self, name: str) -> tuple[str, Any]:
         """Return the parameter's name, and the converter that makes it, or None."""
-        from transformers.core_model_loading import rename_source_key
+        with _as_known():
+            from transformers.core_model_loading import rename_source_key
 
-        target, pattern = rename_source_key(
-            name, self._renamings, self._converters, self._prefix, self._there
-        )
-        if pattern is None:
-            return target, None
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
-        if any(type(op).__name__ == "MergeModulelist" for op in converter.operations):
-            self._merged.add(target)
+            target, pattern = rename_source_key(
+                name, self._renamings, self._converters, self._prefix, self._there
+            )
+            if pattern is None:
+                return target, None
+            converter = next(c for c in self._converters if pattern in c.source_patterns)
+            if any(type(op).__name__ == "MergeModulelist" for op in converter.operations):
+                self._merged.add(target)
         return target, converter
 
     def merged(self, target: str, parts: dict[str, int]) -> bool:

@@ -212,6 +212,11 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
 
     The second are weights in other formats, or that the index does not name: unedited, they would
     make the folder mean two things.
+
+    Raises
+    ------
+    InputError
+        If something that would go along is a link out of the folder, or neither file nor folder.
     """
     along: list[str] = []
     weights: list[str] = []
@@ -221,8 +226,10 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
             path = Path(where, name).relative_to(folder)
             if path.suffix in _WEIGHTS or name.endswith(_WEIGHT_INDEXES):
                 weights.append(str(path))
-            else:
-                along.append(str(path))
+                continue
+            if not inside(folder, str(path)).is_file():  # a pipe would wait for ever
+                raise InputError(f"{folder / path} is no file; expected files and folders alone")
+            along.append(str(path))
     return along, weights
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.models import hidden_size
-from refusal_kernels.orthogonalize.certificate import Certificate, project_, prove, unit
+from refusal_kernels.orthogonalize.certificate import Certificate, prove
+from refusal_kernels.orthogonalize.projection import project_, unit
 from refusal_kernels.orthogonalize.writers import find_writers
 from refusal_kernels.patching.handle import is_patched
 

@@ -73,7 +73,9 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     for site in flow.sites:
         for value in (site.branch, site.stream):
             if value.writes is None:
-                raise InputError(f"{site.name} of {type(model).__name__}: {_because(value)}{INSTEAD}")
+                raise InputError(
+                    f"{site.name} of {type(model).__name__}: {_because(value)}{INSTEAD}"
+                )
             sources |= value.writes
     writers = _spread(model, sources, flow.touched)
     for name in sorted({name for name, _ in sources}):
