@@ -14,7 +14,10 @@ LISTS = ("layers", "h", "blocks", "block", "layer")
 def decoder(model: Any) -> nn.Module:
     """Return the module that holds a model's text decoder."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return found if isinstance(found, nn.Module) else getattr(model, "base_model", model)
+    if isinstance(found, nn.Module) and any(True for _ in found.children()):
+        return found
+    found = getattr(model, "base_model", model)  # what some models call their decoder is the head
+    return found if isinstance(found, nn.Module) else model
 
 
 def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:

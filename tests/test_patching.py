@@ -382,19 +382,20 @@ def test_a_second_patch_is_refused(model, direction):
 
 
 def test_a_model_without_a_residual_stream_is_refused_by_name():
-    from transformers import BertConfig, BertLMHeadModel, MiniMaxConfig, MiniMaxForCausalLM
+    from transformers import BertConfig, BertLMHeadModel, ReformerConfig, ReformerModelWithLMHead
 
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
     bert = BertLMHeadModel(BertConfig(**small, intermediate_size=64, is_decoder=True))
     with pytest.raises(InputError, match=r"BertLayer\.forward adds nothing to the stream"):
         patch(bert, Ablate(Direction(torch.ones(64))))
-    minimax = MiniMaxForCausalLM(
-        MiniMaxConfig(**small, intermediate_size=64, num_local_experts=2, pad_token_id=0)
-    )
-    with pytest.raises(
-        InputError, match=r"MiniMaxDecoderLayer has no residual stream: .*post-norm"
-    ):
-        patch(minimax, Ablate(Direction(torch.ones(64))))
+    axial = {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 48]}
+    config = ReformerConfig(**small, **axial, is_decoder=True, attn_layers=["local", "local"])
+    reformer = ReformerModelWithLMHead(config)
+    with pytest.raises(InputError, match=r"ReformerLayer has no residual stream: two reversible"):
+        patch(reformer, Ablate(Direction(torch.ones(64))))
+    for refused in (bert, reformer):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in refused.modules())
+        assert not any("teered" in type(m).__name__ for m in refused.modules())
     with pytest.raises(InputError, match="Linear holds no list of decoder layers"):
         patch(torch.nn.Linear(2, 2), Ablate(Direction(torch.ones(64))))
 

@@ -119,7 +119,8 @@ def _compare(
             hooked = [s.name for s in report.sites if s.path == "hook" and s.name != "embed"]
             if hooked:
                 finding.verdict = UNFUSED
-                finding.note = f"{len(hooked)} places by hooks on submodules"
+                many = "places by hooks" if len(hooked) > 1 else "place by a hook"
+                finding.note = f"{len(hooked)} {many} on submodules"
             if finding.score > 1e-5:
                 problems.append(f"|r.h| is {finding.score:.1e} |h|")
     with rk.patch(model, rk.Ablate(direction, 0.0), fuse_norms=False):
@@ -141,23 +142,28 @@ def reference(model: Any, inputs: dict[str, Tensor], edit: Callable[[Tensor], Te
     """Return the logits with every value of the stream edited, by other means than the patch."""
     if not post_norm(model):
         return stream_reference.steered_forward(model, inputs, edit)
-    # what a post-norm model passes on is what its LayerNorms return
+    # what a post-norm model passes on is what its norms return
     layers = decoder_layers(model)
-    start = layers[0].register_forward_pre_hook(lambda _, args: (edit(args[0]), *args[1:]))
-    norms = [m for layer in layers for m in layer.modules() if isinstance(m, nn.LayerNorm)]
-    hooks = [norm.register_forward_hook(lambda _, __, out: edit(out)) for norm in norms]
+    if model.config.model_type == "minimax":  # the norm of the next block; a sum is left at the end
+        parts = [m for x in layers for m in (x.input_layernorm, x.post_attention_layernorm)]
+        hooks = [*parts, layers[-1]]
+    else:
+        hooks = [m for layer in layers for m in layer.modules() if isinstance(m, nn.LayerNorm)]
+    made = [module.register_forward_hook(lambda _, __, out: edit(out)) for module in hooks]
+    if model.config.model_type != "minimax":
+        start = layers[0].register_forward_pre_hook(lambda _, args: (edit(args[0]), *args[1:]))
+        made.append(start)
     try:
         logits: Tensor = model(**inputs).logits
         return logits
     finally:
-        for hook in (start, *hooks):
+        for hook in made:
             hook.remove()
 
 
 def post_norm(model: Any) -> bool:
     """Whether the norms of a model follow its adds."""
-    reason = stream_reference.NOT_A_STREAM.get(model.config.model_type, "")
-    return reason.startswith("post-norm: LayerNorm")
+    return stream_reference.NOT_A_STREAM.get(model.config.model_type, "").startswith("post-norm")
 
 
 class Taken:

@@ -9,9 +9,10 @@ from torch import nn
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.models import decoder_layers, hidden_size
+from refusal_kernels.patching.families import TOKENS_FIRST
 from refusal_kernels.patching.handle import PatchHandle, copied, is_patched
-from refusal_kernels.patching.plan import FUSED, HOOK, Place, places
-from refusal_kernels.patching.site import Program, Route, Site
+from refusal_kernels.patching.plan import FUSED, HOOK, Place, base_class, places
+from refusal_kernels.patching.site import Program, Route, Site, TokensFirst
 
 
 def patch(
@@ -59,7 +60,8 @@ def patch(
     programs = copied(_programs(interventions))
     found = places(model, norms=fuse_norms)
     _check(model, programs, found)
-    route = Route(len(programs))
+    first = base_class(decoder_layers(model)[0]).__name__ in TOKENS_FIRST
+    route = (TokensFirst if first else Route)(len(programs))
     groups: dict[tuple[tuple[int, ...], ...], Program] = {}
     met: set[int] = set()
     steered: list[tuple[Place, Site]] = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType, TracebackType
@@ -95,9 +96,11 @@ class PatchHandle:
         self._modules = _apply(steered_places, plain_places, self._layers[1])
         self._expected = len(self._sites)
         if any(i.positions != "all" for i in self._interventions):
-            hook = decoder(model).register_forward_pre_hook(_Positions(route), with_kwargs=True)
-            self._modules.append(decoder(model))
-            hook.id  # noqa: B018  (found and removed by what it calls, as all others)
+            around = _around(model, decoder(model))
+            for module in around:
+                hook = _Positions(module, route, inner=module is around[-1])
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+            self._modules += around
 
     # --- dials
 
@@ -274,23 +277,61 @@ class PatchHandle:
         self.remove()
 
 
-class _Positions:
-    """Tells the route what kind of token each is: a pre-hook of the decoder."""
+# What versions and families of transformers call what is kept of the tokens before.
+CACHES = ("cache", "past_key_values", "cache_params", "state", "mems")
 
-    def __init__(self, route: Route) -> None:
+
+class _Positions:
+    """Tells the route what kind of token each is: a pre-hook of the decoder.
+
+    And of the modules around it, from outside in: some hand it masks made for its attention instead
+    of the one that says which tokens are padding.
+    """
+
+    def __init__(self, module: nn.Module, route: Route, *, inner: bool) -> None:
         self.route = route
+        self.inner = inner
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.route.mask = mask
+        if not self.inner:
+            return
         if kwargs.get("cu_seq_lens_q") is not None:
             raise InputError(
                 "several sequences are packed into one row (continuous batching), where it is not "
                 'known which tokens are whose; expected positions="all"'
             )
         x = kwargs.get("inputs_embeds")
-        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()  # of a static cache a tensor
-        self.route.find_phases(x, past, kwargs.get("attention_mask"))
+        x = x if x is not None else kwargs["input_ids"]
+        caches = (kwargs.get(name) for name in CACHES)
+        past = _past(next((cache for cache in caches if cache is not None), None))
+        mask, self.route.mask = self.route.mask, None
+        self.route.find_phases(x, past, mask)
+
+
+def _past(cache: Any) -> int | Tensor:
+    """Return how many tokens a cache holds (of a static one a tensor), or 1 for any number."""
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        return 1
+    layers = getattr(cache, "layers", None)
+    if layers and not any(hasattr(layer, "keys") for layer in layers):
+        return int(cache.has_previous_state())  # of recurrent states, which have no length
+    length: int | Tensor = cache.get_seq_length()
+    return length
+
+
+def _around(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
+    """Return the modules on the way from a model to one inside it, both included."""
+    path = next((name for name, module in model.named_modules() if module is inner), "")
+    parts = path.split(".") if path else []
+    above = [model.get_submodule(".".join(parts[:k])) for k in range(len(parts))]
+    return [*above, inner]
 
 
 def _apply(

@@ -32,16 +32,19 @@ class Route:
     phases
         int64 [batch, tokens] of the forward pass that this thread runs, or None where no position
         matters.
+    mask
+        What the model around the decoder was told of the padding, until the decoder is called.
     """
 
     def __init__(self, programs: int) -> None:
         self.programs = programs
         self.rows: Tensor | None = None
+        self._mask: Tensor | None = None
         self._latest: Tensor | None = None
         self._own = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": None, "_own": None}
+        return {**self.__dict__, "_mask": None, "_latest": None, "_own": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _own=threading.local())
@@ -55,12 +58,31 @@ class Route:
         return own
 
     @property
+    def mask(self) -> Tensor | None:
+        """See above."""
+        own: Tensor | None = self._mask
+        return own if torch.compiler.is_compiling() else getattr(self._own, "mask", None)
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self._mask = mask
+        else:
+            self._own.mask = mask
+
+    @property
     def plain(self) -> int:
         """The program of rows that are left alone."""
         return self.programs
 
     def cells(self, x: Tensor) -> Tensor | None:
-        """Return the cell of every token of x, [..., hidden], in order; None: all take program 0.
+        """Return the cell of every token of x, in order; None: all take program 0.
+
+        Parameters
+        ----------
+        x
+            [batch, tokens, hidden]; also [batch * tokens, hidden], or with several streams of each
+            token, [batch, tokens, streams, hidden].
 
         Raises
         ------
@@ -69,23 +91,27 @@ class Route:
         """
         if self.rows is None and self._latest is None:
             return None
-        tokens = x.shape[:-1].numel()
-        cells = torch.zeros(tokens, dtype=torch.int64, device=x.device)
+        count = x.shape[:-1].numel()
+        cells = torch.zeros(count, dtype=torch.int64, device=x.device)
         if self.rows is not None:
             # beams and the like repeat each row of the batch in its place
-            if (x.shape[0] if x.ndim > 2 else tokens) % self.rows.numel():
+            if (x.shape[0] if x.ndim > 2 else count) % self.rows.numel():
                 raise InputError(
                     f"the route has {self.rows.numel()} rows, which does not divide a batch of "
                     f"{list(x.shape[:-1])}"
                 )
             rows = self.rows.to(x.device)
-            cells = rows.repeat_interleave(tokens // rows.numel(), output_size=tokens) * PHASES
+            cells = rows.repeat_interleave(count // rows.numel(), output_size=count) * PHASES
         if self.phases is not None:
-            phases = self.phases.to(x.device).reshape(-1)
-            cells = cells + phases.repeat_interleave(
-                tokens // phases.numel(),
-                output_size=tokens,  # several streams of each token
-            )
+            phases = self.phases.to(x.device)
+            batch, given = phases.shape
+            tokens = x.shape[1] if x.ndim > 2 else count // batch
+            if tokens < given:  # the cache has the others
+                phases = phases[:, given - tokens :]
+            elif tokens > given:  # the model has tokens of its own before those that it is given
+                phases = nn.functional.pad(phases, (tokens - given, 0))
+            phases = phases.reshape(-1)
+            cells = cells + phases.repeat_interleave(count // phases.numel(), output_size=count)
         return cells
 
     def find_phases(self, x: Tensor, past: int | Tensor, mask: Tensor | None) -> None:
@@ -106,10 +132,19 @@ class Route:
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= tokens:
             here = mask[:, -tokens:].to(x.device) != 0
             last = (place * here).amax(dim=1, keepdim=True)
-        generated = torch.as_tensor(past > 0, device=x.device).long()
-        self._latest = 2 * generated + (place == last).long()
+        generated = (past > 0).long() if isinstance(past, Tensor) else int(past > 0)
+        self._latest = (place == last).long() + 2 * generated
         if not torch.compiler.is_compiling():
             self._own.phases = self._latest
+
+
+class TokensFirst(Route):
+    """The route of a model whose stream is [tokens, batch, hidden]."""
+
+    def cells(self, x: Tensor) -> Tensor | None:
+        """See `Route.cells`."""
+        cells = super().cells(x.transpose(0, 1))
+        return cells if cells is None else cells.view(x.shape[1], x.shape[0]).T.reshape(-1)
 
 
 class Program:
