@@ -1,13 +1,24 @@
 """What the commands share: their options, the terminal, and how a result is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.sources import PRESETS
@@ -60,14 +71,52 @@ def finish(out: Path | None, json_file: Path | None, document: Any) -> None:
         console.print(f"written: {json_file}")
 
 
+class _Rate(ProgressColumn):
+    """How fast a step goes: a second's worth, or how long one takes where that is more."""
+
+    def render(self, task: Task) -> Text:
+        """Show nothing until there is something to go by."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Give a function that announces a step and returns what is told of its progress."""
-    columns = (TextColumn("{task.description:<52}"), BarColumn(24), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=errors) as bars:
+def progress_bars(
+    visible: bool = True,
+) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Give a function that announces a step and returns what is told of its progress.
+
+    Shown are how much is done, how fast, since when, and for how much longer.
+    """
+    columns = (
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
+        BarColumn(16),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, expand=True, disable=not visible) as bars:
 
         def step(description: str) -> Callable[[int, int], None]:
             task = bars.add_task(description, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
         yield step
+
+
+def named_sources(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:
+    """Split NAME=FILE; a file without a name has its own."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, file = item.partition("=")
+        if not equals:
+            if needs_name:
+                raise InputError(f"{option} is '{item}'; expected NAME=SOURCE")
+            name, file = Path(item).stem, item
+        if not name or not file or name in found:
+            raise InputError(f"{option} is '{item}'; expected NAME=FILE, each name once")
+        found[name] = file
+    return found
