@@ -22,6 +22,7 @@ from refusal_kernels.orthogonalize import (
     certify,
     orthogonalize,
     orthogonalize_checkpoint,
+    orthogonalize_lora,
 )
 from refusal_kernels.patching import PatchHandle, patch
 from refusal_kernels.selection import Selection, select
@@ -54,6 +55,7 @@ __all__ = [
     "ops",
     "orthogonalize",
     "orthogonalize_checkpoint",
+    "orthogonalize_lora",
     "patch",
     "read_prompts",
     "select",

@@ -20,6 +20,7 @@ from torch import Tensor
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json, write_json
+from refusal_kernels.orthogonalize.folder import check_new
 from refusal_kernels.orthogonalize.plan import (
     Plan,
     build_on_meta,
@@ -160,8 +161,7 @@ def orthogonalize_checkpoint(
 
 
 def _check_target(source: Path, target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target} is there already; expected a folder that can be made")
+    check_new(target)
     if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target} lies in {source}, which is only read; expected another place")
 

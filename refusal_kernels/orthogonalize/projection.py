@@ -13,6 +13,15 @@ def unit(direction: Direction) -> Tensor:
     return direction.vector.double() / direction.norm
 
 
+def times(tensor: Tensor, axis: int, r: Tensor) -> Tensor:
+    """Return the component along r, float64 [hidden], of everything along an axis: float64."""
+    rows = tensor.movedim(axis, -1)
+    if rows.ndim > 2:
+        return torch.stack([times(part, part.ndim - 1, r) for part in rows])
+    r = r.to(rows.device)
+    return torch.cat([block.double() @ r for block in rows.split(max(1, BLOCK_NUMBERS // len(r)))])
+
+
 def project_(tensor: Tensor, axis: int, r: Tensor) -> None:
     """Remove the component along r, float64 [hidden], from a tensor's axis, in place.
 
