@@ -28,11 +28,12 @@ from refusal_kernels.commands.common import (
 )
 from refusal_kernels.direction import write_tensors
 from refusal_kernels.errors import InputError
-from refusal_kernels.extraction import ChatFormat, mean_difference
+from refusal_kernels.extraction import ChatFormat
 from refusal_kernels.extraction.distributed import PeerError, joined
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import sweep
 from refusal_kernels.loading import filtered, load, prompts_for
+from refusal_kernels.methods import MEAN_DIFFERENCE, METHODS, check_method, find_candidates
 
 CANDIDATES = "refusal_kernels.candidates"
 
@@ -44,6 +45,7 @@ def extract(
     out: Annotated[Path, typer.Option(help="The candidates' file.")] = Path(
         "out/candidates.safetensors"
     ),
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = MEAN_DIFFERENCE,
     positions: Annotated[
         int | None, typer.Option(min=1, help="Tokens from the end; default: the template's.")
     ] = None,
@@ -66,10 +68,14 @@ def extract(
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Compute the mean difference at every layer and end-of-instruction position.
+    """Compute the candidate directions: one for every layer and end-of-instruction position.
 
-    Under torchrun the processes share the work, and the result is the same.
+    Under torchrun the processes share the work, and the result is the same. The other methods than
+    the mean difference keep the activations and run in one process, without a checkpoint.
     """
+    check_method(method)
+    if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"method '{method}' runs in one process; expected no torchrun")
     state = checkpoint or out.with_name(f"{out.stem}.part{out.suffix}")
     if state.resolve() == out.resolve():
         raise InputError(f"{out} cannot be both the checkpoint and the candidates' file")
@@ -84,11 +90,12 @@ def extract(
             prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
         with progress_bars(visible=rank == 0) as step:
             try:
-                candidates = mean_difference(
+                candidates = find_candidates(
                     language_model,
                     chat,
                     prompts["harmful"],
                     prompts["harmless"],
+                    method=method,
                     positions=positions,
                     last_layer=last_layer,
                     batch_size=batch_size,
@@ -100,15 +107,18 @@ def extract(
                 raise typer.Exit(1) from None
     if rank == 0:
         sweep(out)
-        write_tensors(out, CANDIDATES, {"candidates": candidates}, {"model": model})
+        write_tensors(
+            out, CANDIDATES, {"candidates": candidates}, {"model": model, "method": method}
+        )
         norms = candidates.norm(dim=-1)  # [position, layer]
-        console.print(_table(norms, model))
-        finish(out, json_file, {"candidates": str(out), "norm": norms.tolist(), "model": model})
+        console.print(_table(norms, model, method))
+        found = {"candidates": str(out), "norm": norms.tolist(), "model": model, "method": method}
+        finish(out, json_file, found)
         state.unlink(missing_ok=True)
 
 
-def _table(norms: Tensor, model: str) -> Table:
-    table = Table(title=f"Norm of the mean difference, {model}")
+def _table(norms: Tensor, model: str, method: str) -> Table:
+    table = Table(title=f"Norm of the candidates ({method}), {model}")
     table.add_column("layer", justify="right")
     for position in range(-len(norms), 0):
         table.add_column(f"position {position}", justify="right")
