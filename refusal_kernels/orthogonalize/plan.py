@@ -267,6 +267,11 @@ def _check(entry: Entry, shape: tuple[int, ...], axis: int, hidden: int) -> None
         raise InputError(
             f"{entry.name} is {entry.dtype}; expected one of {', '.join(DTYPES)}, not quantised"
         )
+    if axis < len(shape) - 2:
+        raise InputError(
+            f"{entry.name} has the stream along axis {axis} of {len(shape)}; load the model and use "
+            "rk.orthogonalize, then save it"
+        )
     if entry.shape != shape or shape[axis] != hidden or not math.prod(shape):
         raise InputError(
             f"{entry.name} is {list(entry.shape)}; the model of its configuration has {list(shape)}"
