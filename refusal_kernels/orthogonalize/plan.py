@@ -269,8 +269,8 @@ def _check(entry: Entry, shape: tuple[int, ...], axis: int, hidden: int) -> None
         )
     if axis < len(shape) - 2:
         raise InputError(
-            f"{entry.name} has the stream along axis {axis} of {len(shape)}; load the model and use "
-            "rk.orthogonalize, then save it"
+            f"{entry.name} has the stream along axis {axis} of {len(shape)}; load the model and "
+            "use rk.orthogonalize, then save it"
         )
     if entry.shape != shape or shape[axis] != hidden or not math.prod(shape):
         raise InputError(
