@@ -1,4 +1,4 @@
-"""The selection of Arditi et al. 2024 as its text says it, plain and slow: what `select` must equal.
+"""The selection of Arditi et al. 2024 as its text says it, plain and slow: what `select` equals.
 
 Nothing of the package is used: the tokenizer's own chat template, left padding, hooks on every
 block, one candidate at a time, whole forward passes with all logits, in the dtype of the model that
