@@ -28,6 +28,7 @@ from refusal_kernels.commands.common import (
     ThinkingOption,
     console,
     finish,
+    named_sources,
     progress_bars,
     writable,
 )
@@ -139,7 +140,7 @@ def evaluate(
     sets: dict[str, Sequence[str]] = dict(
         prompts_for(model, None if split == "all" else split, harmful, harmless, seed)
     )
-    for name, file in _named(prompts or [], "--prompts", needs_name=True).items():
+    for name, file in named_sources(prompts or [], "--prompts", needs_name=True).items():
         if name in sets:
             raise InputError(f"--prompts {name}=...: there is a set of that name already")
         sets[name] = prompts_for("", None, file, file)["harmful"]
@@ -148,7 +149,7 @@ def evaluate(
     if quick:
         doses = [s for s in doses if s in QUICK_STRENGTHS]
         layer_controls = min(layer_controls, QUICK_LAYERS)
-    tasks = {n: read_pairs(Path(f)) for n, f in _named(task or [], "--task").items()}
+    tasks = {n: read_pairs(Path(f)) for n, f in named_sources(task or [], "--task").items()}
     if match not in MATCHES:
         raise InputError(f"--match is '{match}'; expected one of {', '.join(MATCHES)}")
     chosen = None if selection is None else read_selection(selection)
@@ -174,7 +175,7 @@ def evaluate(
     context = context_of(language_model)
     texts = {
         name: read_passages(Path(file), chat, context)
-        for name, file in _named(text or [], "--text").items()
+        for name, file in named_sources(text or [], "--text").items()
     }
     if model == "toy":
         plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
@@ -278,21 +279,6 @@ def _strengths(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"--strengths is '{text}'; expected numbers, as -1,0,1") from None
-
-
-def _named(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:
-    """Split NAME=FILE; a file without a name has its own."""
-    found: dict[str, str] = {}
-    for item in given:
-        name, equals, file = item.partition("=")
-        if not equals:
-            if needs_name:
-                raise InputError(f"{option} is '{item}'; expected NAME=SOURCE")
-            name, file = Path(item).stem, item
-        if not name or not file or name in found:
-            raise InputError(f"{option} is '{item}'; expected NAME=FILE, each name once")
-        found[name] = file
-    return found
 
 
 def _judges(
