@@ -107,14 +107,16 @@ def identity_of(
 
 
 def _checksum(tensor: Tensor) -> int | None:
-    """One that every single number changes, at one pass where the tensor is; None if it has none.
+    """One that every single number changes, at one pass where the tensor is; None if there is none.
 
-    None: an offloaded tensor, which is elsewhere, or a dtype that PyTorch cannot do this for.
+    That is so for an offloaded tensor, whose numbers are elsewhere, and for a quantised one of a
+    class that PyTorch cannot do this for.
     """
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
     if tensor.is_meta or not tensor.numel():
         return None
     try:
-        return int(torch.hash_tensor(tensor.detach()))
-    except (NotImplementedError, RuntimeError, TypeError):
+        bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # float8
+        return int(torch.hash_tensor(bits).view(torch.int64))
+    except NotImplementedError:
         return None
