@@ -72,9 +72,9 @@ class Certificate:
     def problem(self) -> str | None:
         """What is beyond the rounding of the dtype, or None."""
         dtype = getattr(torch, self.dtype)
-        worst = max(self.components, key=lambda name: self.components[name])
-        if not self.component <= COMPONENT[dtype]:
-            return f"the direction is still written at {worst}: |r.h| is {self.component:.1e} |h|"
+        for name, share in self.components.items():
+            if not share <= COMPONENT[dtype]:
+                return f"the direction is still written at {name}: |r.h| is {share:.1e} |h|"
         if not self.relative <= LOGITS.get(dtype, float("inf")):
             return (
                 f"the logits differ from those under ablation by {self.relative:.1e} of the largest"
