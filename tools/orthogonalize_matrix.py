@@ -95,9 +95,11 @@ def examine(model_type: str) -> Finding:
 
 
 def _short(error: Exception) -> str:
-    """Cut the advice off a message, and what PEFT says in the order of a set."""
-    text = str(error).partition("; ")[0].partition(", so removing")[0]
-    return text.partition(". Incompatible modules")[0].replace("|", "\\|")
+    """Cut the advice off a message, the numbers of a random model, and a set in any order."""
+    text = str(error)
+    for end in ("; ", ", so removing", ": |r.h| is", ". Incompatible modules"):
+        text = text.partition(end)[0]
+    return text
 
 
 @torch.no_grad()
