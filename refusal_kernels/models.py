@@ -73,5 +73,8 @@ def hidden_size(model: Any) -> int:
 
 def input_device(model: Any) -> torch.device:
     """Return where the model takes its tokens; model.device is not it where it is spread out."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":  # offloaded by accelerate, which says where it will run
+        device = torch.device(embedding._hf_hook.execution_device)
     return device

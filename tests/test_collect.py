@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -303,6 +304,26 @@ def test_a_patched_model_is_read_as_it_runs() -> None:
     unit = direction.unit.double()
     assert (ablated.mean("harmful") @ unit).abs().max() < 1e-6
     assert (plain.mean("harmful") @ unit).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("how", ["layers", "decoder", "model", "offloaded"])
+def test_compiled_and_offloaded_models(how: str) -> None:
+    """Compiled code would not see the hooks; what is offloaded is fetched as the pass goes."""
+    model = tiny_model()
+    expected = collect(model, tiny_tokenizer(), HARMFUL, last_layer=1)
+    if how == "layers":
+        for layer in model.model.layers:
+            layer.compile()
+    elif how == "decoder":
+        model.model.compile()
+    elif how == "model":
+        model = torch.compile(model)
+    else:
+        model = accelerate.cpu_offload(model, torch.device("cpu"))
+    for _ in range(2):
+        found = collect(model, tiny_tokenizer(), HARMFUL, last_layer=1)
+        assert torch.equal(found.mean("harmful"), expected.mean("harmful"))
+    assert all(p.is_meta for p in model.parameters()) == (how == "offloaded")
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

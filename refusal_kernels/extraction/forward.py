@@ -74,7 +74,8 @@ def read_inputs(
         for i, layer in enumerate(layers)
     ]
     try:
-        decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled may not see these hooks
+            decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
     except _Enough:
         pass
     finally:
