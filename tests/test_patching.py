@@ -6,7 +6,8 @@ import traceback
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, plain_hooks, tiny_model
+from transformers import DynamicCache
 
 from refusal_kernels import ops
 from refusal_kernels.direction import Direction
@@ -409,6 +410,58 @@ def test_a_layer_whose_output_is_no_sum_is_refused():
 
     with pytest.raises(InputError, match=r"PostNorm\.forward returns no sum: the norm follows"):
         steered(PostNorm)
+
+
+def test_of_a_block_that_can_not_be_read_the_input_is_steered(direction, tokens):
+    """It has no source of its own to rewrite; a hook on what passes between blocks is exact."""
+
+    class Around(type(tiny_model("llama").model.layers[0])):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.__class__ = Around
+    plain = model(tokens).logits
+    for everywhere in (Ablate(direction), Ablate(direction, sites=["mlp"], layers=[1])):
+        with pytest.raises(InputError, match=r"Around.forward is .*; only the inputs of blocks"):
+            patch(model, everywhere)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with plain_hooks(model, add=0.7 * direction.vector, layer=2):
+        want = model(tokens).logits
+    with patch(model, Add(direction, coefficient=0.7, layer=2)) as handle:
+        (site,) = handle.report().sites
+        assert (site.name, site.path) == ("layers.1", "hook")
+        assert torch.allclose(model(tokens).logits, want, atol=1e-5)
+    seen = {}
+    with (
+        patch(model, Ablate(direction, sites=["block_input"])) as handle,
+        handle.watch(lambda name, h: seen.update({name: h})),
+    ):
+        model(tokens)
+    assert list(seen) == ["embed", "layers.0", "layers.1"]
+    assert all((h @ direction.unit).abs().max() < 1e-5 for h in seen.values())
+    assert torch.equal(model(tokens).logits, plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_layer_takes_a_cache_by_the_names_that_it_took(direction, tokens, name):
+    """Versions of transformers call it differently; code that calls layers itself calls it so."""
+    model = tiny_model("llama")
+    where = {"position_embeddings": model.model.rotary_emb(tokens[:, None] * 1.0, tokens)}
+
+    def cached():
+        cache, h = DynamicCache(config=model.config), model.model.embed_tokens(tokens)
+        for layer in model.model.layers:
+            h = layer(h, **where, **{name: cache})
+        return cache.get_seq_length()
+
+    plain = cached()
+    with patch(model, Ablate(direction)):
+        assert cached() == plain
+    if "past_key_values" not in inspect.signature(type(model.model).forward).parameters:
+        assert plain == tokens.shape[1]  # both names
 
 
 def test_compile_program_shapes(direction):

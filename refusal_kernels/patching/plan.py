@@ -44,6 +44,8 @@ class Place:
         For a hook: whether it acts on the module's input, not on its output.
     link
         The norm that reads what is written here, or None.
+    unread
+        Why the adds of the block were not found, so that only what it returns can be steered.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Place:
     passed_on: bool = True
     on_input: bool = False
     link: Link | None = field(default=None, repr=False)
+    unread: str = ""
 
 
 def places(model: Any, *, norms: bool = True) -> list[Place]:
@@ -69,8 +72,8 @@ def places(model: Any, *, norms: bool = True) -> list[Place]:
     Raises
     ------
     InputError
-        If the model has no list of layers, a layer has no residual stream, or one of its adds can
-        not be found; with the class and the reason.
+        If the model has no list of layers, or a layer has no residual stream; with the class and
+        the reason.
     """
     layers = decoder_layers(model)
     found: list[Place] = [_start(layers[0])]
@@ -140,7 +143,11 @@ def _in_layer(
             yield Place(name(writers), module, None, None, number, writers), [], []
     for path, stream, writer in ADDERS.get(cls.__name__, (("", None, ""),)):
         module = layer.get_submodule(path)
-        made: Steered = steered(base_class(module), stream)
+        try:
+            made: Steered = steered(base_class(module), stream)
+        except InputError as error:
+            yield Place(f"layers.{number}", layer, None, None, number, unread=str(error)), [], []
+            return
         for k, add in enumerate(made.adds):
             if not add.live(module):
                 continue
