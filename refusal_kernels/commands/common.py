@@ -26,6 +26,7 @@ from refusal_kernels.files import write_json
 
 console = Console()
 errors = Console(stderr=True)
+SPEED_S = 600.0  # the rate is that of the last ten minutes: a batch of a large model takes one
 
 ModelOption = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
@@ -98,7 +99,14 @@ def progress_bars(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, expand=True, disable=not visible) as bars:
+    bars = Progress(
+        *columns,
+        console=errors,
+        speed_estimate_period=SPEED_S,
+        expand=True,
+        disable=not visible,
+    )
+    with bars:
 
         def step(description: str) -> Callable[[int, int], None]:
             task = bars.add_task(description, total=None)
