@@ -84,6 +84,18 @@ class Route:
         """
         if self.rows is None and self._latest is None:
             return None
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing:
+            return self._cells(x)
+        # the sites of a pass ask for the same, and a tensor of inference mode is of no use outside
+        same = x.shape[:-1], x.device, torch.is_inference_mode_enabled()
+        rows, phases, kept, cells = getattr(self._own, "kept", (None, None, None, None))
+        if rows is not self.rows or phases is not self.phases or kept != same:
+            cells = self._cells(x)
+            self._own.kept = self.rows, self.phases, same, cells
+        return cells
+
+    def _cells(self, x: Tensor) -> Tensor:
         count = x.shape[:-1].numel()
         cells = torch.zeros(count, dtype=torch.int64, device=x.device)
         if self.rows is not None:
@@ -143,10 +155,9 @@ class Route:
 class TokensFirst(Route):
     """The route of a model whose stream is [tokens, batch, hidden]."""
 
-    def cells(self, x: Tensor) -> Tensor | None:
-        """See `Route.cells`."""
-        cells = super().cells(x.transpose(0, 1))
-        return cells if cells is None else cells.view(x.shape[1], x.shape[0]).T.reshape(-1)
+    def _cells(self, x: Tensor) -> Tensor:
+        cells = super()._cells(x.transpose(0, 1))
+        return cells.view(x.shape[1], x.shape[0]).T.reshape(-1)
 
 
 # What versions and families of transformers call what is kept of the tokens before.

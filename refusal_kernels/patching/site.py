@@ -45,6 +45,7 @@ class Program:
             params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
             table = torch.tensor(cells, dtype=torch.int32)
         self.idle = cells[0] < 0  # program 0 does nothing here
+        self._kept: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._slots = slots
         self._tensors = {torch.device("cpu"): (bank, params, table)}
         self.write_params()
@@ -61,6 +62,19 @@ class Program:
             with torch.inference_mode(False):
                 self._tensors[device] = bank.to(device), params.to(device), table.to(device)
         return self._tensors[device]
+
+    def route(self, cells: Tensor, table: Tensor) -> Tensor:
+        """Return what each token takes of the bank, int32 [tokens]: once for the sites of a pass."""
+        if torch.compiler.is_compiling():
+            return table[cells]
+        of, by, route = self._kept
+        if of is not cells or by is not table or route is None:
+            route = table[cells]
+            self._kept = cells, table, route
+        return route
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": (None, None, None)}
 
     def write_params(self) -> None:
         """Write the dials into the tensors that the kernels read: no kernel is made anew."""
@@ -172,7 +186,7 @@ class Site(_StandsForAnAdd):
         cells = self.route.cells(x)
         if cells is None and self.program.idle:
             return x if residual is None else residual + x
-        route = None if cells is None else table[cells]
+        route = None if cells is None else self.program.route(cells, table)
         add, add_norm = serve["scores" if self.keep_scores else "training" if grad else "inference"]
         link = self.link
         # with gradients the model's own norm runs: a norm is in another gradient checkpoint than
