@@ -64,7 +64,7 @@ class Program:
         return self._tensors[device]
 
     def route(self, cells: Tensor, table: Tensor) -> Tensor:
-        """Return what each token takes of the bank, int32 [tokens]: once for the sites of a pass."""
+        """Return what each token takes of the bank, int32 [tokens]; once for a pass."""
         if torch.compiler.is_compiling():
             return table[cells]
         of, by, route = self._kept
