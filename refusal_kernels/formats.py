@@ -21,6 +21,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_bytes, read_json
 
 CANDIDATES = "refusal_kernels.candidates"
+SUFFIXES = (".safetensors", ".gguf", ".glp", ".pt")
 METHOD = "mean_difference"
 _WHERE = ("layer", "pos")
 # All that torch.save writes for one dense tensor. Nothing else is run, whatever torch would allow:

@@ -153,7 +153,7 @@ def test_a_direction_must_fit(tmp_path: Path, capsys: Any) -> None:
     for name, words in (
         ("deep.safetensors", "read at layer 8; expected one of 8"),
         ("short.safetensors", "hidden size 64"),
-        ("many.pt", "holds a Candidates; expected one direction"),
+        ("many.pt", "holds candidates; expected a direction"),
         ("none.pt", "is not there"),
     ):
         code, _, err = reproduce(capsys, "--out", tmp_path / "out", "--direction", tmp_path / name)

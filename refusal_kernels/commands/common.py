@@ -20,9 +20,11 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.sources import PRESETS
 from refusal_kernels.files import write_json
+from refusal_kernels.formats import SUFFIXES, Candidates, read
 
 console = Console()
 errors = Console(stderr=True)
@@ -51,7 +53,26 @@ ThinkingOption = Annotated[
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Where an answer is cut.")]
 BatchOption = Annotated[int, typer.Option(help="Prompts at once.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what was found here too.")]
-DirectionOption = Annotated[Path, typer.Option("--direction", help="A file made by 'select'.")]
+DirectionOption = Annotated[
+    Path, typer.Option("--direction", help="Made by 'select', or the paper's direction.pt.")
+]
+
+
+def read_direction(path: Path) -> Direction:
+    """Read a file that holds one direction, in any format.
+
+    Raises
+    ------
+    InputError
+        As `refusal_kernels.formats.read`; also if it holds something else.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        return Direction.load(path)
+    found = read(path)
+    if not isinstance(found, Direction):
+        what = "candidates" if isinstance(found, Candidates) else "a control vector"
+        raise InputError(f"{path} holds {what}; expected a direction: take one out with 'convert'")
+    return found
 
 
 def writable(path: Path) -> None:

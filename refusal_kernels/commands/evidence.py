@@ -30,6 +30,7 @@ from refusal_kernels.commands.common import (
     finish,
     named_sources,
     progress_bars,
+    read_direction,
     writable,
 )
 from refusal_kernels.direction import Direction, read_tensors
@@ -134,7 +135,7 @@ def evaluate(
     """
     if split not in (*SPLITS, "all"):
         raise InputError(f"--split is '{split}'; expected one of {', '.join(SPLITS)}, all")
-    loaded = Direction.load(direction)
+    loaded = read_direction(direction)
     at = _layer(loaded, layer, direction)
     doses = _strengths(strengths)
     sets: dict[str, Sequence[str]] = dict(
@@ -359,7 +360,7 @@ def generate(
     intervention: Intervention | None = None
     loaded = None
     if direction is not None:
-        loaded = Direction.load(direction)
+        loaded = read_direction(direction)
         intervention = (
             Add(loaded, strength=strength, layer=_layer(loaded, layer, direction))
             if add

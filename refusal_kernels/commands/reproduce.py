@@ -29,16 +29,15 @@ from refusal_kernels.commands.common import (
     finish,
     named_sources,
     progress_bars,
+    read_direction,
     writable,
 )
-from refusal_kernels.direction import Direction
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Rate
 from refusal_kernels.extraction import ChatFormat
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import replacing, write_json
-from refusal_kernels.formats import read
 from refusal_kernels.loading import load
 from refusal_kernels.models import input_device
 from refusal_kernels.page import write_page
@@ -127,7 +126,7 @@ def reproduce(
     model is compared with the row that was recorded of it.
     """
     rows = _rows(model, row, against)
-    given = None if direction is None else _direction(direction)
+    given = None if direction is None else read_direction(direction)
     prompts = read_material(model, harmful, harmless, harmful_test, seed)
     own_texts = named_sources(text or [], "--text")
     manager: Any = None
@@ -199,13 +198,6 @@ def _rows(model: str, row: str | None, against: Path | None) -> list[Row]:
     if model == "toy" and row is None:
         return [read_row(TOY_ROW)] if TOY_ROW.is_file() else []
     return paper_rows(row or model)
-
-
-def _direction(path: Path) -> Direction:
-    found = read(path)
-    if not isinstance(found, Direction):
-        raise InputError(f"{path} holds a {type(found).__name__}; expected one direction")
-    return found
 
 
 def _identity(name: str, model: Any) -> list[Any]:

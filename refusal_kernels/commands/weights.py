@@ -19,6 +19,7 @@ from refusal_kernels.commands.common import (
     errors,
     finish,
     progress_bars,
+    read_direction,
     writable,
 )
 from refusal_kernels.direction import Direction
@@ -70,7 +71,7 @@ def orthogonalize(
     """
     check_new(out)
     writable(out)
-    loaded = Direction.load(direction)
+    loaded = read_direction(direction)
     shards = Path(model).is_dir() and not lora and not in_memory and dtype == "auto"
     with progress_bars() as step:
         if shards:
