@@ -17,12 +17,13 @@ do.
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from refusal_kernels.scoring import kl_divergence, refusal_score
 
 CHECKPOINT = "refusal_kernels.selection_checkpoint"
 DONE = "batches"  # how far the run has come
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,14 @@ class _Unit(NamedTuple):
 
 def same_length(ids: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
     """Batch prompts of one length each, the longest first: nothing is padded."""
-    return [
-        _batch(ids, rows[start : start + batch_size])
-        for rows in _by_length(ids)
-        for start in range(0, len(rows), batch_size)
-    ]
+    return [_batch(ids, part) for rows in _by_length(ids) for part in _even_parts(rows, batch_size)]
+
+
+def _even_parts(rows: Sequence[Row], most: int) -> list[list[Row]]:
+    """Cut into as few parts as there must be, of sizes that differ by one at most."""
+    count = -(-len(rows) // most)
+    ends = [len(rows) * k // count for k in range(count + 1)]
+    return [list(rows[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def _by_length(ids: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -123,6 +128,7 @@ class Measurement:
 
     def __init__(self, model: Any, question: Question, directions: Sequence[Direction]) -> None:
         self.model, self.question, self.directions = model, question, directions
+        self._layers = decoder_layers(model)
         self._prompts = [*question.harmful, *question.harmless]  # harmful first
         self._harmful = len(question.harmful)
         # for every candidate and prompt: the refusal score of a harmful one, the KL of a harmless
@@ -145,8 +151,7 @@ class Measurement:
 
     def _units(self, candidates: list[int], prompts: list[int]) -> list[_Unit]:
         pairs = [(c, p) for c in candidates for p in prompts]
-        size = self.question.batch_size
-        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        parts = _even_parts(pairs, self.question.batch_size)
         return [_Unit([c for c, _ in part], [p for _, p in part]) for part in parts]
 
     def _by_layer(self) -> dict[int, list[int]]:
@@ -269,7 +274,7 @@ class Measurement:
         if layer in replay.layers:
             steered = replay.starting_at(layer, add(streams[layer][unit.prompts]))
         else:
-            steered = changed_input(decoder_layers(self.model)[layer], add)
+            steered = changed_input(self._layers[layer], add)
         with steered:
             logits = self._logits([self.question.harmless[prompt] for prompt in prompts])
         found = refusal_score(logits, self.question.tokens).cpu()

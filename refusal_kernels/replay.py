@@ -61,11 +61,10 @@ class Replay:
         ids: list[int],
         inputs: Mapping[int, Tensor],
     ) -> None:
-        self.model = model
         self.layers: set[int] = set()
+        self._every = decoder_layers(model)
         outputs: list[Any] = []
-        first = decoder_layers(model)[0]
-        handle = first.register_forward_hook(lambda _, __, output: outputs.append(output))
+        handle = self._every[0].register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
             whole = forward(ids)
             forward(ids[::-1])  # whatever a skipped layer has left somewhere is another prompt's
@@ -88,13 +87,12 @@ class Replay:
         The passes inside take the tokens that the stream belongs to: masks and positions are made
         from them.
         """
-        every = decoder_layers(self.model)
-        skipped = [module.__dict__ for module in every[:layer]]
+        skipped = [module.__dict__ for module in self._every[:layer]]
         before = [own.get("forward") for own in skipped]  # where accelerate wraps it, it is there
         try:
             for own in skipped:
                 own["forward"] = self._hand_on
-            with changed_input(every[layer], lambda _: stream):
+            with changed_input(self._every[layer], lambda _: stream):
                 yield
         finally:
             for own, forward in zip(skipped, before, strict=True):

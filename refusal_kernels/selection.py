@@ -111,7 +111,7 @@ def select(
     kl_threshold: float = 0.1,
     induce_threshold: float = 0.0,
     prune_last: float = 0.2,
-    batch_size: int = 32,
+    batch_size: int = 64,
     model_name: str | None = None,
     method: str = "mean_difference",
     checkpoint: str | os.PathLike[str] | None = None,

@@ -67,7 +67,7 @@ def select(
     filter_prompts: FilterOption = False,
     system: SystemOption = None,
     thinking: ThinkingOption = False,
-    batch_size: BatchOption = 32,
+    batch_size: BatchOption = 64,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "auto",
     json_file: JsonOption = None,
