@@ -103,11 +103,12 @@ def check_size(path: str | os.PathLike[str], what: str, limit_bytes: int) -> int
         If that is so. A folder, a device or a pipe is no file.
     """
     try:
-        if not Path(path).is_file():
-            raise InputError(f"{path} is not there; expected {what}")
-        size = Path(path).stat().st_size
+        there = Path(path).is_file()
+        size = Path(path).stat().st_size if there else 0
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
         raise InputError(f"{path} cannot be read: {error}") from None
+    if not there:
+        raise InputError(f"{path} is not there; expected {what}")
     if size > limit_bytes:
         raise InputError(f"{path} has {size} bytes; expected {what} of at most {limit_bytes}")
     return size

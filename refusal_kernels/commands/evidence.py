@@ -141,7 +141,8 @@ def evaluate(
     sets: dict[str, Sequence[str]] = dict(
         prompts_for(model, None if split == "all" else split, harmful, harmless, seed)
     )
-    for name, file in named_sources(prompts or [], "--prompts", needs_name=True).items():
+    more = named_sources(prompts or [], "--prompts", needs_name=True)
+    for name, file in more.items():
         if name in sets:
             raise InputError(f"--prompts {name}=...: there is a set of that name already")
         sets[name] = prompts_for("", None, file, file)["harmful"]
@@ -226,6 +227,7 @@ def evaluate(
         "sources": {
             "harmful prompts": f"{harmful or 'of the toy model'} (split: {split})",
             "harmless prompts": f"{harmless or 'of the toy model'} (split: {split})",
+            **{f"{name} prompts": file for name, file in more.items()},
         },
         "versions": versions(),
         "device": describe_device(input_device(language_model)),
