@@ -266,7 +266,7 @@ def _taken_over(partial: Path, key: str) -> dict[str, str]:
         if Path(name).name == name and _digest(partial / name) == digest
     }
     for path in partial.iterdir():
-        if path.name in done:
+        if path.name in done or (done and path.name == STATE):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
