@@ -1,6 +1,8 @@
 """The protocol as a whole: on the toy model, with a wrong direction, on other prompts."""
 
 import json
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from refusal_kernels.extraction import ChatFormat, sources
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.judges import is_refusal
 from refusal_kernels.patching import patch
-from refusal_kernels.rows import read_row
+from refusal_kernels.rows import paper_rows, read_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -317,3 +319,22 @@ def test_texts_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     rows[paper.PILE.name] = [{"other": "x"}]
     with pytest.raises(InputError, match="no column text; it has other"):
         paper.read_texts(chat, 7)
+
+
+def test_the_page_about_it_names_what_is_there() -> None:
+    """Every command of the page parses, and its tolerances are those in force."""
+    from typer.main import get_command
+
+    text = (Path(__file__).parent.parent / "docs" / "reproduce.md").read_text()
+    command = get_command(cli.app).commands["reproduce"]
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    assert len(lines) == 7
+    for line in lines:
+        assert line[:2] == ["refusal-kernels", "reproduce"]
+        command.make_context("reproduce", line[2:])
+    tolerances = paper_rows("gemma-2b-it")[0].tolerances
+    numbers = [f"{tolerances[f'{s}_score'].within:g}" for s in ("bypass", "induce", "kl")]
+    assert f"within {', '.join(numbers)} |" in text
+    for task, shots in (("MMLU", 5), ("ARC challenge", 25), ("GSM8K", 5), ("TruthfulQA", 0)):
+        assert re.search(rf"{task} \({shots}", text)
