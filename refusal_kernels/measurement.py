@@ -6,7 +6,7 @@ The protocol asks for three passes over a set of prompts per candidate. Here
 - bypass and KL, which need the same ablation, come from the same batches;
 - a batch holds prompts of one length only: nothing is padded, no mask is needed;
 - an addition at layer l leaves the layers before l alone: they run once per prompt, unmodified, and
-  all candidates start from the kept input of layer l;
+  all candidates start from the kept input of layer l (of a few families the whole model is run);
 - logits are made at the last token only.
 
 The batches depend on prompts, candidates and batch size alone, and are always run in the same
@@ -34,10 +34,12 @@ from refusal_kernels.extraction.batches import Batch
 from refusal_kernels.extraction.collect import Progress
 from refusal_kernels.extraction.forward import model_inputs, read_inputs
 from refusal_kernels.files import sweep
-from refusal_kernels.interventions import Ablate
+from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.models import decoder_layers, input_device
 from refusal_kernels.patching import patch
-from refusal_kernels.replay import Replay, changed_input
+from refusal_kernels.patching.families import STARTS
+from refusal_kernels.patching.plan import base_class
+from refusal_kernels.replay import Replay
 from refusal_kernels.scoring import kl_divergence, refusal_score
 
 CHECKPOINT = "refusal_kernels.selection_checkpoint"
@@ -128,7 +130,6 @@ class Measurement:
 
     def __init__(self, model: Any, question: Question, directions: Sequence[Direction]) -> None:
         self.model, self.question, self.directions = model, question, directions
-        self._layers = decoder_layers(model)
         self._prompts = [*question.harmful, *question.harmless]  # harmful first
         self._harmful = len(question.harmful)
         # for every candidate and prompt: the refusal score of a harmful one, the KL of a harmless
@@ -220,10 +221,15 @@ class Measurement:
     def _replay(self) -> Replay:
         """Try out, on the longest prompt, from which of the layers the model can be run."""
         longest = self._additions[0][0].rows[0]
+        layers = {layer for layer in self._by_layer() if layer > 0}
+        if base_class(decoder_layers(self.model)[0]).__name__ in STARTS:
+            layers = set()  # what is added to the stream is not added to the input of a block
         try:
-            inputs = self._inputs([longest], {layer for layer in self._by_layer() if layer > 0})
+            inputs = self._inputs([longest], layers)
         except InputError:  # it does not call its layers one after the other
             inputs = {}
+        if any(stream.shape[2:] != self.directions[0].vector.shape for stream in inputs.values()):
+            inputs = {}  # it has several streams
         ids = self.question.harmless[longest]
         return Replay(self.model, lambda ids: self._logits([ids]), ids, inputs)
 
@@ -264,18 +270,20 @@ class Measurement:
     def _score_added(
         self, unit: _Unit, layer: int, batch: Batch, streams: dict[int, Tensor], replay: Replay
     ) -> None:
-        vectors = torch.stack([self.directions[c].vector for c in unit.candidates])[:, None]
-
-        def add(stream: Tensor) -> Tensor:
-            # in float32 and rounded once, as `Add` does
-            return (stream.float() + vectors.to(stream.device)).to(stream.dtype)
-
         prompts = [batch.rows[place] for place in unit.prompts]
-        if layer in replay.layers:
-            steered = replay.starting_at(layer, add(streams[layer][unit.prompts]))
-        else:
-            steered = changed_input(self._layers[layer], add)
-        with steered:
+        directions = [self.directions[candidate] for candidate in unit.candidates]
+        with contextlib.ExitStack() as stack:
+            if layer in replay.layers:
+                stream = streams[layer][unit.prompts]
+                vectors = torch.stack([d.vector for d in directions])[:, None].to(stream.device)
+                # in float32 and rounded once, as `Add` does
+                added = (stream.float() + vectors).to(stream.dtype)
+                stack.enter_context(replay.starting_at(layer, added))
+            else:
+                programs = sorted(set(unit.candidates))
+                edits = ([Add(self.directions[c], layer=layer)] for c in programs)
+                handle = stack.enter_context(patch(self.model, *edits))
+                stack.enter_context(handle.route([programs.index(c) for c in unit.candidates]))
             logits = self._logits([self.question.harmless[prompt] for prompt in prompts])
         found = refusal_score(logits, self.question.tokens).cpu()
         self._added[torch.tensor(unit.candidates), torch.tensor(prompts)] = found
@@ -286,12 +294,13 @@ class Measurement:
         """Everything that the scores depend on, each under the name that a message gives it."""
         question = self.question
         vectors = torch.stack([d.vector for d in self.directions])
+        places = [(d.position, d.layer) for d in self.directions]
         prompts = json.dumps([question.harmful, question.harmless])
         return {
             "set of prompts or chat format": _digest(prompts.encode()),
             # the logits stand for the weights, and for what is not in them
             "model, patch, machine or number of threads": _digest(question.baseline.numpy()),
-            "set of candidates": _digest(vectors.numpy()),
+            "set of candidates": _digest(str(places).encode() + vectors.numpy().tobytes()),
             "set of refusal tokens": str(list(question.tokens)),
             "batch size": str(question.batch_size),
         }

@@ -13,7 +13,7 @@ from refusal_kernels import cli
 from refusal_kernels.direction import Direction, read_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import mean_difference
-from refusal_kernels.formats import CANDIDATES
+from refusal_kernels.formats import CANDIDATES, Candidates, read
 from refusal_kernels.methods import (
     METHODS,
     find_candidates,
@@ -177,6 +177,11 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
     direction = Direction.load(out)
     assert direction.method == "probe"
     assert torch.equal(direction.vector, tensors["candidates"][direction.position, direction.layer])
+    candidates = read(file)
+    assert isinstance(candidates, Candidates)
+    assert candidates.at(direction.layer, direction.position).method == "probe"
+    candidates.save(tmp_path / "copy.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == file.read_bytes()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
 
