@@ -80,12 +80,11 @@ def orthogonalize(
             found = _in_memory(model, out, loaded, text_only, lora, device, dtype, step)
     _tell(found)
     certificate: Certificate | None = found["certificate"]
-    said = certificate and certificate.to_dict()
-    finish(
-        out, json_file, {"model": str(out), "text_only": text_only, **found, "certificate": said}
-    )
+    document = {"model": str(out), "text_only": text_only, **found}
+    finish(out, json_file, {**document, "certificate": certificate and certificate.to_dict()})
     if certificate is not None and certificate.problem:
-        errors.print(f"error: {out} is not the ablated model: {certificate.problem}", style="red")
+        said = f"error: {out} is not the ablated model: {certificate.problem}"
+        errors.print(said, style="red", soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -24,7 +24,7 @@ from refusal_kernels.orthogonalize.certificate import Ablated, Certificate
 from refusal_kernels.orthogonalize.folder import check_new, new_folder
 from refusal_kernels.orthogonalize.projection import project_, times, unit
 from refusal_kernels.orthogonalize.weights import check_model
-from refusal_kernels.orthogonalize.writers import find_writers
+from refusal_kernels.orthogonalize.writers import evaluating, find_writers
 
 EDIT = "; use rk.orthogonalize, which edits the weights themselves"
 
@@ -208,7 +208,7 @@ def _adapted(model: Any, parts: _Parts, folder: Path | None = None) -> Iterator[
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with evaluating(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied embeddings, and of what it puts right itself
             yield _peft(model, config, folder)
     finally:
