@@ -20,9 +20,11 @@ TOTAL = 2 * 29  # batches: 456 harmful and 456 harmless prompts, 16 at once
 class Run:
     """A child that extracts, and what it says of its batches."""
 
-    def __init__(self, folder: Path, die_at: tuple[str, int] | None = None) -> None:
-        out = str(folder / "candidates.safetensors")
-        arguments = ["extract", "--out", out, "--batch-size", "16", "--last-layer", "2"]
+    def __init__(
+        self, folder: Path, die_at: tuple[str, int] | None = None, last_layer: int = 2
+    ) -> None:
+        out = ["--out", str(folder / "candidates.safetensors")]
+        arguments = ["extract", *out, "--batch-size", "16", "--last-layer", str(last_layer)]
         self.process, self.listen = forks.start("command_line", arguments, die_at)
 
     def begun(self) -> int:
@@ -109,3 +111,16 @@ def test_killed_again_and_again(undisturbed: tuple[bytes, float], tmp_path: Path
         begun = run.begun()
         assert run.process.exitcode == -signal.SIGKILL
     check_and_finish(tmp_path, done(tmp_path) + (begun > 0), undisturbed[0])
+
+
+@pytest.mark.parametrize("last_layer", [1, 8])
+def test_another_run_is_refused_and_nothing_is_lost(
+    undisturbed: tuple[bytes, float], tmp_path: Path, last_layer: int
+) -> None:
+    begun = Run(tmp_path, ("after the rename", 20)).begun()
+    state = tmp_path / "candidates.part.safetensors"
+    before = state.read_bytes()
+    other = Run(tmp_path, last_layer=last_layer)
+    assert other.begun() == 0 and other.process.exitcode == 2
+    assert os.listdir(tmp_path) == [state.name] and state.read_bytes() == before
+    check_and_finish(tmp_path, begun, undisturbed[0])

@@ -1,7 +1,6 @@
 """Several processes that share the batches: the bits of one, and no end in silence."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,11 +89,8 @@ def test_a_model_that_is_spread_over_the_processes_is_not_split(monkeypatch: Any
 
 def test_torchrun(tmp_path: Path) -> None:
     """The command line, as it is typed, against one process of it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = ["-m", "refusal_kernels", "extract", "--batch-size", "16", "--last-layer", "2"]
-    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *run, *command, "--out", str(tmp_path / "two.safetensors")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

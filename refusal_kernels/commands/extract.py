@@ -83,6 +83,8 @@ def extract(
         prompts = prompts_for(model, "train", harmful, harmless, seed)
         for path in (out, state, *([json_file] if json_file else [])):
             writable(path)
+            if rank == 0:
+                sweep(path)
         where = f"cuda:{local_rank}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
         language_model, tokenizer = load(model, where, dtype)
         chat = ChatFormat(tokenizer, system, thinking=thinking)
@@ -106,7 +108,6 @@ def extract(
                 errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
                 raise typer.Exit(1) from None
     if rank == 0:
-        sweep(out)
         write_tensors(
             out, CANDIDATES, {"candidates": candidates}, {"model": model, "method": method}
         )
@@ -114,7 +115,8 @@ def extract(
         console.print(_table(norms, model, method))
         found = {"candidates": str(out), "norm": norms.tolist(), "model": model, "method": method}
         finish(out, json_file, found)
-        state.unlink(missing_ok=True)
+        if method == MEAN_DIFFERENCE:
+            state.unlink(missing_ok=True)
 
 
 def _table(norms: Tensor, model: str, method: str) -> Table:
