@@ -325,6 +325,18 @@ def test_a_certificate_tells_an_edited_model_from_one_that_is_not() -> None:
     assert problem is not None and "logits" in problem
 
 
+def test_a_token_that_is_all_direction_is_no_problem() -> None:
+    model = tiny_model()
+    vector = random_direction().vector
+    model.model.embed_tokens.weight[IDS[0, 0]] = 0.1 * vector
+    edited = copy.deepcopy(model)
+    orthogonalize(edited, random_direction())
+    left = edited.model.embed_tokens.weight[IDS[0, 0]]
+    assert left.norm() < 1e-6 and (left @ vector).abs() > 1e-3 * vector.norm() * left.norm()
+    certificate = rk.certify(model, edited, random_direction(), IDS)
+    assert certificate.problem is None and certificate.component < 1e-6
+
+
 def test_a_certificate_in_half_precision_says_what_rounding_leaves() -> None:
     model, direction = tiny_model(dtype=torch.bfloat16), random_direction()
     certificate = orthogonalize(copy.deepcopy(model), direction).certificate
