@@ -16,6 +16,7 @@ from refusal_kernels.evaluation import evaluate, generate
 from refusal_kernels.evidence import Evidence, gather_evidence
 from refusal_kernels.extraction import ChatFormat, Moments, collect, mean_difference, read_prompts
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
+from refusal_kernels.methods import find_candidates
 from refusal_kernels.ops import explain, use_backend
 from refusal_kernels.orthogonalize import (
     Certificate,
@@ -49,6 +50,7 @@ __all__ = [
     "collect",
     "evaluate",
     "explain",
+    "find_candidates",
     "gather_evidence",
     "generate",
     "mean_difference",
