@@ -328,11 +328,12 @@ def test_a_certificate_tells_an_edited_model_from_one_that_is_not() -> None:
 def test_a_token_that_is_all_direction_is_no_problem() -> None:
     model = tiny_model()
     vector = random_direction().vector
-    model.model.embed_tokens.weight[IDS[0, 0]] = 0.1 * vector
+    model.model.embed_tokens.weight[IDS[0, 0]] = vector
     edited = copy.deepcopy(model)
     orthogonalize(edited, random_direction())
-    left = edited.model.embed_tokens.weight[IDS[0, 0]]
-    assert left.norm() < 1e-6 and (left @ vector).abs() > 1e-3 * vector.norm() * left.norm()
+    left = edited.model.embed_tokens.weight[IDS[0, 0]].double()
+    assert 0 < left.norm() < 1e-12
+    assert (left @ vector.double()).abs() > 1e-3 * vector.norm() * left.norm()
     certificate = rk.certify(model, edited, random_direction(), IDS)
     assert certificate.problem is None and certificate.component < 1e-6
 
