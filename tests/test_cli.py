@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     (path / "harmful.txt").write_text("\n".join(f"curse the {w}" for w in ("box", "tea", "boat")))
     (path / "harmless.txt").write_text("\n".join(f"paint the {w}" for w in ("box", "tea", "boat")))
     (path / "empty.txt").write_text("\n\n")
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0 it is the embedding of a word, bit for bit
     Direction(torch.randn(64), layer=1, position=-1).save(path / "direction.safetensors")
     Direction(torch.randn(32), layer=1).save(path / "short.safetensors")
     whole = (path / "direction.safetensors").read_bytes()
