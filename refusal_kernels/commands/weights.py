@@ -72,7 +72,8 @@ def orthogonalize(
     check_new(out)
     writable(out)
     loaded = read_direction(direction)
-    shards = Path(model).is_dir() and not lora and not in_memory and dtype == "auto"
+    here = model != "toy" and Path(model).is_dir()
+    shards = here and not lora and not in_memory and dtype == "auto"
     with progress_bars() as step:
         if shards:
             found = _by_shards(Path(model), out, loaded, text_only, certify, device, step)
