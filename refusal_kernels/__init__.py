@@ -15,8 +15,8 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import evaluate, generate
 from refusal_kernels.evidence import Evidence, gather_evidence
 from refusal_kernels.extraction import ChatFormat, Moments, collect, mean_difference, read_prompts
+from refusal_kernels.extraction.methods import find_candidates
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
-from refusal_kernels.methods import find_candidates
 from refusal_kernels.ops import explain, use_backend
 from refusal_kernels.orthogonalize import (
     Certificate,

@@ -41,7 +41,7 @@ def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
         What `Evidence.to_dict` gives. Beside that it may hold "model" (its name), "selection"
         (`Selection.to_dict`), "lm_eval" (`refusal_kernels.lm_eval_model.run_tasks`), "versions",
         "device", "command", "created", "sources" (where prompts and texts come from, by name) and
-        "comparisons" (`refusal_kernels.rows.Comparison.to_dict`).
+        "comparisons" (`refusal_kernels.reproduction.rows.Comparison.to_dict`).
     samples
         How many prompts of each set are shown with their completions.
 

@@ -28,7 +28,7 @@ from refusal_kernels.extraction.moments import Moments
 from refusal_kernels.extraction.sources import read_prompts
 from refusal_kernels.files import read_json
 from refusal_kernels.formats import CANDIDATES, Candidates
-from refusal_kernels.rows import Row, compare, read_row, recorded
+from refusal_kernels.reproduction.rows import Row, compare, read_row, recorded
 
 HIDDEN = 16
 
@@ -372,7 +372,7 @@ READ_THEM = textwrap.dedent(
     from refusal_kernels.errors import InputError
     from refusal_kernels.extraction.moments import Moments
     from refusal_kernels.extraction.sources import read_prompts
-    from refusal_kernels.rows import read_row
+    from refusal_kernels.reproduction.rows import read_row
 
     torch.set_num_threads(1)
 

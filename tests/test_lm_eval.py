@@ -10,13 +10,14 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from refusal_kernels import cli, paper, toy
+from refusal_kernels import cli, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Rate, generate
 from refusal_kernels.extraction import ChatFormat, mean_difference
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
+from refusal_kernels.reproduction import paper
 
 lm = pytest.importorskip("refusal_kernels.lm_eval_model", reason="lm-eval is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")

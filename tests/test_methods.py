@@ -13,14 +13,14 @@ from refusal_kernels import cli
 from refusal_kernels.direction import Direction, read_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import mean_difference
-from refusal_kernels.formats import CANDIDATES, Candidates, read
-from refusal_kernels.methods import (
+from refusal_kernels.extraction.methods import (
     METHODS,
     find_candidates,
     leace_vector,
     pca_vector,
     probe_vector,
 )
+from refusal_kernels.formats import CANDIDATES, Candidates, read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,7 +171,7 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
     tensors, metadata = read_tensors(file, CANDIDATES, ("candidates",))
     assert metadata["method"] == "probe" and tensors["candidates"].shape == (4, 3, 64)
     monkeypatch.setattr(
-        "refusal_kernels.selection._judged", lambda at, scores, *_: kept(at, scores)
+        "refusal_kernels.selection.algorithm._judged", lambda at, scores, *_: kept(at, scores)
     )
     assert run("select", "--candidates", file, "--out", out, "--refusal-tokens", "7,9") == 0
     direction = Direction.load(out)

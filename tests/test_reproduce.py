@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from refusal_kernels import cli, paper, toy
+from refusal_kernels import cli, toy
 from refusal_kernels.capability import cross_entropy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
@@ -20,7 +20,8 @@ from refusal_kernels.extraction import ChatFormat, sources
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.judges import is_refusal
 from refusal_kernels.patching import patch
-from refusal_kernels.rows import paper_rows, read_row
+from refusal_kernels.reproduction import paper
+from refusal_kernels.reproduction.rows import paper_rows, read_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,7 +239,7 @@ def test_a_family_that_is_not_orthogonalised_is_said(
     def refuse(model: Any, direction: Direction) -> None:
         raise InputError("a norm follows what writes")
 
-    monkeypatch.setattr("refusal_kernels.reproduce.orthogonalize", refuse)
+    monkeypatch.setattr("refusal_kernels.reproduction.run.orthogonalize", refuse)
     code, shown, _ = reproduce(capsys, *small)
     assert code == 0 and "not measured: a norm follows what writes" in " ".join(shown.split())
     assert not any("orthogonalized" in name for name in verdicts(tmp_path / "out"))

@@ -7,7 +7,7 @@ import pytest
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Rate
-from refusal_kernels.rows import (
+from refusal_kernels.reproduction.rows import (
     TOY_ROW,
     Row,
     Tolerance,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import refusal_kernels as rk
-from refusal_kernels import measurement
 from refusal_kernels.extraction.collect import batch_logits
-from refusal_kernels.measurement import Measurement, Question, same_length
 from refusal_kernels.models import decoder_layers, hidden_size
-from refusal_kernels.replay import Replay
-from refusal_kernels.scoring import kl_divergence, refusal_score
+from refusal_kernels.selection import measurement
+from refusal_kernels.selection.measurement import Measurement, Question, same_length
+from refusal_kernels.selection.replay import Replay
+from refusal_kernels.selection.scoring import kl_divergence, refusal_score
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import tiny_families

@@ -11,14 +11,14 @@ import torch
 from protocol import Table, discarded, measure, winner
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from refusal_kernels import measurement, scoring, toy
+from refusal_kernels import toy
 from refusal_kernels.extraction.collect import mean_difference
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.interventions import Ablate
 from refusal_kernels.loading import load
-from refusal_kernels.measurement import Measurement
-from refusal_kernels.replay import Replay
-from refusal_kernels.selection import Selection, select
+from refusal_kernels.selection import Selection, measurement, scoring, select
+from refusal_kernels.selection.measurement import Measurement
+from refusal_kernels.selection.replay import Replay
 
 FAMILIES = [*tiny.FAMILIES, "gemma"]
 LAYERS = 5

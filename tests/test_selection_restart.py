@@ -17,14 +17,14 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from refusal_kernels import measurement, toy
+from refusal_kernels import toy
 from refusal_kernels.direction import read_tensors, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import mean_difference
 from refusal_kernels.formats import CANDIDATES
 from refusal_kernels.loading import load
-from refusal_kernels.measurement import CHECKPOINT
-from refusal_kernels.selection import Selection, select
+from refusal_kernels.selection import Selection, measurement, select
+from refusal_kernels.selection.measurement import CHECKPOINT
 
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]

@@ -30,10 +30,15 @@ from refusal_kernels.direction import write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction import ChatFormat
 from refusal_kernels.extraction.distributed import PeerError, joined
+from refusal_kernels.extraction.methods import (
+    MEAN_DIFFERENCE,
+    METHODS,
+    check_method,
+    find_candidates,
+)
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import sweep
 from refusal_kernels.loading import filtered, load, prompts_for
-from refusal_kernels.methods import MEAN_DIFFERENCE, METHODS, check_method, find_candidates
 
 CANDIDATES = "refusal_kernels.candidates"
 

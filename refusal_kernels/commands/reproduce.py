@@ -41,7 +41,7 @@ from refusal_kernels.files import replacing, write_json
 from refusal_kernels.loading import load
 from refusal_kernels.models import input_device
 from refusal_kernels.page import write_page
-from refusal_kernels.paper import (
+from refusal_kernels.reproduction.paper import (
     BENCHMARKS,
     PASSAGES,
     Benchmarks,
@@ -50,8 +50,7 @@ from refusal_kernels.paper import (
     read_texts,
     toy_texts,
 )
-from refusal_kernels.reproduce import Reproduction, run
-from refusal_kernels.rows import (
+from refusal_kernels.reproduction.rows import (
     TOY_ROW,
     Comparison,
     Row,
@@ -63,7 +62,8 @@ from refusal_kernels.rows import (
     read_row,
     recorded,
 )
-from refusal_kernels.scoring import paper_refusal_tokens
+from refusal_kernels.reproduction.run import Reproduction, run
+from refusal_kernels.selection.scoring import paper_refusal_tokens
 
 COLUMNS = ("", "found", "expected", "verdict", "source")
 

@@ -27,11 +27,11 @@ from refusal_kernels.commands.common import (
 from refusal_kernels.direction import read_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction import ChatFormat
+from refusal_kernels.extraction.methods import MEAN_DIFFERENCE
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import sweep
 from refusal_kernels.formats import CANDIDATES
 from refusal_kernels.loading import filtered, load, prompts_for
-from refusal_kernels.methods import MEAN_DIFFERENCE
 from refusal_kernels.selection import AUTO, PAPER, Selection
 from refusal_kernels.selection import select as select_
 

@@ -18,13 +18,11 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import Progress, batch_logits
 from refusal_kernels.extraction.prompts import ChatFormat
-from refusal_kernels.measurement import Measurement, Question, same_length
 from refusal_kernels.models import decoder_layers, hidden_size, text_config
-from refusal_kernels.scoring import (
+from refusal_kernels.selection.measurement import Measurement, Question, same_length
+from refusal_kernels.selection.scoring import (
     check_tokens,
     distinctive_tokens,
-    find_refusal_tokens,
-    kl_divergence,
     paper_refusal_tokens,
     refusal_score,
 )
@@ -288,14 +286,3 @@ def _best(rows: list[Candidate], kl_threshold: float, induce_threshold: float) -
         f"{closest.layer}, was discarded for {closest.discarded} "
         f"(kl {closest.kl:.4g}, induce {closest.induce:.4g}, bypass {closest.bypass:.4g})"
     )
-
-
-__all__ = [
-    "Candidate",
-    "Selection",
-    "find_refusal_tokens",
-    "kl_divergence",
-    "paper_refusal_tokens",
-    "refusal_score",
-    "select",
-]

@@ -35,8 +35,8 @@ from refusal_kernels.formats import Candidates, read
 from refusal_kernels.loading import filtered
 from refusal_kernels.models import decoder_layers
 from refusal_kernels.orthogonalize import orthogonalize
-from refusal_kernels.paper import BENCHMARKS, Material
-from refusal_kernels.rows import Found
+from refusal_kernels.reproduction.paper import BENCHMARKS, Material
+from refusal_kernels.reproduction.rows import Found
 from refusal_kernels.selection import find_refusal_tokens, select
 
 

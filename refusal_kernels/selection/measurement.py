@@ -39,8 +39,8 @@ from refusal_kernels.models import decoder_layers, input_device
 from refusal_kernels.patching import patch
 from refusal_kernels.patching.families import STARTS
 from refusal_kernels.patching.plan import base_class
-from refusal_kernels.replay import Replay
-from refusal_kernels.scoring import kl_divergence, refusal_score
+from refusal_kernels.selection.replay import Replay
+from refusal_kernels.selection.scoring import kl_divergence, refusal_score
 
 CHECKPOINT = "refusal_kernels.selection_checkpoint"
 DONE = "batches"  # how far the run has come

@@ -1,0 +1,1 @@
+"""Run the paper's protocol on a model, and set every number beside a recorded row."""
