@@ -208,8 +208,8 @@ def document(findings: Sequence[Finding]) -> str:
         "- *in memory*: `rk.orthogonalize`. *text only*: with `text_only=True`; what images or "
         "audio write is left as it is.",
         "- *shard by shard*: `rk.orthogonalize_checkpoint`, whose files hold the bits of the model "
-        "edited in memory and saved. It takes little more memory than the largest tensor, and a run that was killed goes on "
-        "where it was.",
+        "edited in memory and saved. It takes less memory than 2.5 of the largest tensor, and a "
+        "run that was killed goes on where it was.",
         "- *adapter*: `rk.orthogonalize_lora`, of rank one; what PEFT loads gives the edited "
         "model's logits. Biases that write have no LoRA term: the adapter holds their new values, "
         "and switching it off does not bring the old ones back. Where the output matrix is the "
