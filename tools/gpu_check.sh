@@ -93,7 +93,7 @@ step build 200 "$PYTHON" setup.py build_ext --inplace
 step extension 60 "$PYTHON" -c \
   'from refusal_kernels import _C, ops; print(_C.build_summary()); print(ops.explain(device="cuda"))'
 step tests 200 "$PYTHON" -m pytest tests/test_ops.py tests/test_accuracy.py tests/test_gradients.py \
-  tests/test_moments_op.py tests/test_registration.py tests/test_patching.py \
+  tests/test_moments_op.py tests/test_registration.py tests/test_patching.py tests/test_positions.py \
   tests/test_routing.py \
   -p no:cacheprovider --durations=10
 step bench 260 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 180
