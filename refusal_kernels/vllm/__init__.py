@@ -1,0 +1,15 @@
+"""The vLLM plugin: steering per request, in an engine that costs what it cost before.
+
+Installed beside vLLM it does nothing until an engine asks for it, with
+``additional_config={"refusal_kernels": {...}}``; docs/serving.md describes that.
+"""
+
+
+def register() -> None:
+    """The entry point in the group ``vllm.general_plugins``."""
+    from refusal_kernels.vllm import plugin
+
+    plugin.register()
+
+
+__all__ = ["register"]

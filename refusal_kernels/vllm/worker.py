@@ -1,0 +1,159 @@
+"""The worker's side: a loaded model is claimed, and the tokens of every batch are routed."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refusal_kernels import __version__
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.bank import Bank
+from refusal_kernels.vllm.config import GRAPH, KEY, Settings, read_settings
+from refusal_kernels.vllm.families import find_places
+from refusal_kernels.vllm.programs import parse_program
+from refusal_kernels.vllm.requests import RESOLVED, Steering
+from refusal_kernels.vllm.sites import Site, claim
+
+logger = logging.getLogger("vllm.refusal_kernels")  # so that vLLM's handlers print it
+STATE = "refusal_kernels_state"
+
+
+class WorkerState:
+    """What one model runner knows of steering."""
+
+    def __init__(self, runner: Any, settings: Settings) -> None:
+        config = runner.vllm_config
+        refuse_unsupported(config)
+        scheduler = config.scheduler_config
+        architecture = config.model_config.architecture
+        names = config.model_config.hf_config.architectures or [architecture]
+        places = find_places(runner.model, names[0])
+        hidden = config.model_config.get_hidden_size()
+        captured = config.compilation_config.max_cudagraph_capture_size or 0
+        self.bank = Bank(
+            places,
+            hidden,
+            rows=scheduler.max_num_seqs,
+            slots=settings.slots,
+            tokens=max(scheduler.max_num_batched_tokens, captured),
+            device=str(runner.device),
+        )
+        for program in settings.programs.values():
+            self.bank.add(program)
+        self.sites: list[Site] = claim(places, self.bank)
+        self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
+        # The key of vLLM's compile cache covers its own configuration and code, not what stands in
+        # the model; all that the graph depends on must be there.
+        config.additional_config[KEY] = {
+            **config.additional_config[KEY],
+            GRAPH: [
+                __version__,
+                [place.name for place in places],
+                list(self.bank.vectors.shape),
+                self.bank.route.shape[0],
+            ],
+        }
+        logger.info(
+            "refusal_kernels: %d places of %s, %d programs, %d rows of %d slots",
+            *(len(places), names[0], len(settings.programs), *self.bank.vectors.shape[::2]),
+        )
+
+    def route(self, req_ids: Sequence[str], params: Sequence[Any], counts: np.ndarray) -> None:
+        """Route a batch.
+
+        Parameters
+        ----------
+        req_ids
+            The requests, in their order in the batch.
+        params
+            The sampling (or pooling) parameters of each.
+        counts
+            How many tokens of each are in the batch.
+        """
+        known = self.steering
+        asked = []
+        for req_id, one in zip(req_ids, params, strict=True):
+            if req_id not in known:
+                known[req_id] = resolved(one)
+            asked.append(known[req_id])
+        self.bank.route_batch(asked, counts)
+
+    def forget(self, req_ids: Any) -> None:
+        """Forget requests that have ended."""
+        for req_id in req_ids:
+            self.steering.pop(req_id, None)
+
+
+def resolved(params: Any) -> Steering | None:
+    """Return what the front end made of a request."""
+    extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+    pair = extra.get(RESOLVED)
+    return None if pair is None else Steering(str(pair[0]), float(pair[1]))
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what would steer the wrong tokens, or none.
+
+    Raises
+    ------
+    InputError
+        With the setting that is in the way.
+    """
+    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    for wrong, name in (
+        (getattr(passes, "enable_sp", False), "pass_config.enable_sp (sequence parallel)"),
+        (getattr(parallel, "enable_dbo", False), "enable_dbo (two microbatches)"),
+        (getattr(parallel, "num_ubatches", 1) > 1, "microbatches"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
+    ):
+        if wrong:
+            raise InputError(f"{name} splits the tokens of a batch, which steering can not follow")
+
+
+def attach(runner: Any) -> None:
+    """Claim the model that a runner has loaded, if its engine asks for it."""
+    settings = read_settings(runner.vllm_config)
+    if settings is not None:
+        setattr(runner, STATE, WorkerState(runner, settings))
+
+
+def state_of(runner: Any) -> WorkerState | None:
+    """Return what a runner knows of steering; None where nothing is steered."""
+    state: WorkerState | None = getattr(runner, STATE, None)
+    return state
+
+
+def update_programs(
+    worker: Any, vectors: dict[str, list[float]], programs: dict[str, Any], keep: list[str]
+) -> str | None:
+    """Make programs available while the engine runs; a method that every worker is given.
+
+    Parameters
+    ----------
+    vectors
+        The directions of the new programs, by name.
+    programs
+        New programs in their JSON form, by name.
+    keep
+        The versions that are still named, or that a request still holds; all others are dropped.
+
+    Returns
+    -------
+    str or None
+        Why it can not be done; nothing is changed then.
+    """
+    state = state_of(worker.model_runner)
+    if state is None:
+        return f"this engine was started without additional_config[{KEY!r}]"
+    import torch
+
+    try:
+        directions = {name: Direction(torch.tensor(v)) for name, v in vectors.items()}
+        for name, given in programs.items():
+            state.bank.add(parse_program(name, given, directions))
+    except InputError as error:
+        return str(error)
+    state.bank.keep_only(keep)
+    return None
