@@ -17,14 +17,18 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.models import layer_list
 from refusal_kernels.patching.plan import _in_layer
 
-# Every add is fused into a norm: vLLM's own code.
-FUSED = frozenset(
-    """
-    GemmaForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM LlamaForCausalLM MistralForCausalLM
-    MixtralForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3ForCausalLM
-    Qwen3MoeForCausalLM
-    """.split()
-)
+# Every add is fused into a norm: vLLM's own code. The first ones are compared, token by token, with
+# Hugging Face in tests/vllm; the second ones have code of the same shape.
+COMPARED = """
+    Gemma2ForCausalLM Gemma3ForCausalLM GemmaForCausalLM LlamaForCausalLM MistralForCausalLM
+    MixtralForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM
+"""
+ALIKE = """
+    ApertusForCausalLM DeepseekV2ForCausalLM DeepseekV3ForCausalLM Glm4ForCausalLM
+    Glm4MoeForCausalLM GptOssForCausalLM InternLM2ForCausalLM InternLM3ForCausalLM
+    OlmoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM
+"""
+FUSED = frozenset((COMPARED + ALIKE).split())
 # The layer's forward adds: vLLM's own code, or through its Transformers backend.
 ADDING = frozenset("GPT2LMHeadModel GPTNeoXForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM".split())
 
@@ -117,9 +121,19 @@ def _after_mlp(block: int, norm: nn.Module, feeds: int | None) -> Place:
 def _fused_norms(module: nn.Module) -> list[nn.Module]:
     """Return the norms that a module's forward calls with a residual, in the order of its source.
 
-    These are ``a, b = self.norm(a, b)``: two in, two out.
+    These are ``a, b = self.norm(a, b)``: two in, two out. Some forwards only call their parent's.
     """
-    source = inspect.getsource(inspect.unwrap(type(module).forward))
+    for cls in type(module).__mro__:
+        if "forward" in cls.__dict__ and (names := _called_with_residual(cls, module)):
+            return [getattr(module, name) for name in names]
+    return []
+
+
+def _called_with_residual(cls: type, module: nn.Module) -> list[str]:
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.__dict__["forward"]))
+    except (OSError, TypeError):
+        return []
     names: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(textwrap.dedent(source))):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
@@ -132,4 +146,4 @@ def _fused_norms(module: nn.Module) -> list[nn.Module]:
         norm: Any = getattr(module, call.func.attr, None)
         if of_self and type(norm).__name__ in ("RMSNorm", "GemmaRMSNorm"):
             names.append((node.lineno, call.func.attr))
-    return [getattr(module, name) for name in dict.fromkeys(name for _, name in sorted(names))]
+    return list(dict.fromkeys(name for _, name in sorted(names)))

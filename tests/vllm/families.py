@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**EXPERTS, "sliding_window": None}),
     "phi3": ("Phi3Config", {"sliding_window": None}),
     "gemma": ("GemmaConfig", {}),
-    "gemma2": ("Gemma2Config", GEMMA),
+    "gemma2": ("Gemma2Config", {**GEMMA, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3TextConfig", GEMMA),
     "gpt2": ("GPT2Config", GPT2),
     "olmo2": ("Olmo2Config", {}),
