@@ -1,9 +1,13 @@
-"""The start-up check: a forward pass through the loaded model, with every site watched.
+"""The start-up check: two dummy passes through the loaded model, before any request.
 
-Unknown code fails silently: an add that no site sees leaves the model unsteered, and nothing else
-shows it. So one pass of dummy tokens is run eagerly, and it is demanded that every site is called
-exactly once, in order; that each adds to the very tensor that the site before returned, so that
-nothing else writes to the stream; and that a projection leaves nothing along its direction.
+Unknown code fails silently: an add that no site sees, or a compiled graph from another engine's
+cache, leaves the model unsteered and nothing else shows it. So it is demanded
+
+- of an eager pass: that every site is called exactly once, in order; that each adds to the very
+  tensor that the site before it returned, so that nothing else writes to the stream; and that a
+  projection leaves nothing along its direction;
+- of a compiled model: that it says what the eager one says, where token k is pushed far along a
+  direction at place k alone. A graph without one of the sites gives another row.
 """
 
 import contextlib
@@ -16,50 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.bank import PLAIN
+from refusal_kernels.vllm.bank import PLAIN, Bank
 from refusal_kernels.vllm.worker import WorkerState
 
 logger = logging.getLogger("vllm.refusal_kernels")
 TOKENS = 8
-# |h.r| / |h| after a projection in float32, rounded to the dtype of h: each of the `hidden` channels
-# is off by at most eps/2 of itself, so the component along r, of norm 1, by at most eps/2 of |h|.
-# Twice that is left for the dot product that measures it.
-ROUNDING = 1.0
-
-
-class Watch:
-    """What the sites did in one forward pass."""
-
-    def __init__(self, state: WorkerState, direction: Tensor) -> None:
-        self.places = state.bank.places
-        self.direction = direction
-        self.calls: list[str] = []
-        self.faults: list[str] = []
-        self.left: dict[str, float] = {}
-        self._stream: Tensor | None = None
-
-    def seen(self, number: int, site: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook of a site."""
-        place = self.places[number]
-        residual = args[1]
-        h = output[1] if isinstance(output, tuple) else output
-        expected = self.places[len(self.calls)].name if len(self.calls) < len(self.places) else "no"
-        if place.name != expected:
-            self.faults.append(f"{place.name} was called where {expected} was expected")
-        self.calls.append(place.name)
-        if self._stream is not None and not _same(residual, self._stream):
-            self.faults.append(f"what {place.name} adds to is not what the site before it returned")
-        self._stream = h.clone()
-        rows = h.reshape(-1, h.shape[-1]).float()
-        along = (rows @ self.direction).abs() / rows.norm(dim=-1).clamp(min=1e-30)
-        self.left[place.name] = float(along.max())
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits; a NaN equals itself."""
-    if a.numel() != b.numel() or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+# |h.r| / |h| after a projection whose result is rounded to the dtype of h: every channel is off by
+# at most eps/2 of itself, so the component along r, of norm 1, by at most eps/2 of |h|; another
+# eps/2 is left for the float32 sums of the projection and of the measurement.
+ROUNDINGS = 1.0
+# Far compared with a residual stream, whose largest channels are some thousands, and spread over
+# all channels still within float16.
+PUSH = 1e4
+# The rows of an eager and a compiled pass differ by roundings, which the push dwarfs; a row whose
+# push is missing points elsewhere, at a distance of about sqrt(2).
+NEAR, FAR = 0.1, 0.5
 
 
 def check(runner: Any, state: WorkerState) -> None:
@@ -70,63 +45,171 @@ def check(runner: Any, state: WorkerState) -> None:
     InputError
         With what the model does that its family's entry does not say.
     """
-    watch = watched_pass(runner, state)
-    faults = list(watch.faults)
-    if missing := [p.name for p in state.bank.places if p.name not in watch.calls]:
-        faults.insert(0, f"never called: {', '.join(missing)}")
-    limit = ROUNDING * torch.finfo(runner.model_config.dtype).eps
-    worst = max(watch.left, key=lambda name: watch.left[name], default=None)
-    if worst is not None and not watch.left[worst] <= limit:
-        faults.append(f"|h.r| / |h| is {watch.left[worst]:.3g} after {worst}; expected {limit:.3g}")
+    if not state.sites:
+        return
+    model = runner.get_model()
+    with kept(state.bank):
+        r = _direction(state.bank)
+        watch = _watched_pass(runner, state, r)
+        faults = watch.all_faults(ROUNDINGS * torch.finfo(runner.model_config.dtype).eps)
+        if not faults and any(_compiled(model)):
+            faults = _compiled_faults(runner, state.bank, r)
     if faults:
-        name = type(runner.get_model()).__name__
-        raise InputError(f"{name} can not be steered: {'; '.join(faults[:4])}")
+        raise InputError(f"{type(model).__name__} can not be steered: {'; '.join(faults[:4])}")
     logger.info(
-        "refusal_kernels: %d of %d places called, each once; |h.r| / |h| at most %.2g",
-        *(len(watch.calls), len(state.bank.places), max(watch.left.values(), default=0.0)),
+        "refusal_kernels: all %d places called, each once; |h.r| / |h| at most %.2g",
+        *(len(watch.calls), max(watch.left.values())),
     )
 
 
-def watched_pass(runner: Any, state: WorkerState) -> Watch:
-    """Ablate a random direction from dummy tokens, in an eager pass, and watch every site."""
+class Watch:
+    """What the sites did in one eager pass."""
+
+    def __init__(self, bank: Bank, direction: Tensor) -> None:
+        self.places = bank.places
+        self.direction = direction
+        self.calls: list[str] = []
+        self.faults: list[str] = []
+        self.left: dict[str, float] = {}  # |h.r| / |h|, by place
+        self._stream: Tensor | None = None
+
+    def seen(self, number: int, site: nn.Module, args: Any, output: Any) -> None:
+        """Take note of a call: a forward hook of a site."""
+        name, residual = self.places[number].name, args[1]
+        h = output[1] if isinstance(output, tuple) else output
+        position = len(self.calls)
+        if position >= len(self.places) or self.places[position].name != name:
+            self.faults.append(f"{name} was called as number {position + 1}")
+        if self._stream is not None and not _same(residual, self._stream):
+            self.faults.append(f"{name} adds to something else than the place before it left")
+        self.calls.append(name)
+        self._stream = h.clone()
+        rows = h.reshape(-1, h.shape[-1]).float()
+        along = (rows @ self.direction).abs() / rows.norm(dim=-1).clamp(min=1e-30)
+        self.left[name] = float(along.max())
+
+    def all_faults(self, limit: float) -> list[str]:
+        """Return all that was wrong; nothing but `limit` may be left along the direction."""
+        missing = [p.name for p in self.places if p.name not in self.calls]
+        faults = [f"never called: {', '.join(missing)}"] if missing else []
+        faults += self.faults
+        for name, left in self.left.items():
+            if not left <= limit:
+                faults.append(f"|h.r| / |h| is {left:.3g} after {name}; expected {limit:.3g}")
+        return faults
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; a NaN equals itself."""
+    if a is None or a.numel() != b.numel() or a.dtype != b.dtype:
+        return False
+    first, second = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(first, second)
+
+
+def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
+    """Ablate r from dummy tokens in an eager pass, with every site watched."""
     bank = state.bank
-    r = torch.randn(bank.vectors.shape[-1], generator=torch.Generator().manual_seed(0))
-    r = (r.double() / r.double().norm()).float().to(bank.vectors.device)
-    watch = Watch(state, r)
-    kept = bank.vectors[0].clone(), bank.params[:, 0].clone()
+    watch = Watch(bank, r)
     hooks = [
         site.register_forward_hook(functools.partial(watch.seen, number))
         for number, site in enumerate(state.sites)
     ]
+    bank.vectors[0, :, 0] = r
+    bank.params[:, 0, 0, 0] = -1.0
+    bank.route.zero_()
     try:
-        bank.vectors[0].zero_()
-        bank.params[:, 0].zero_()
-        bank.vectors[0, :, 0] = r
-        bank.params[:, 0, 0] = torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.0], device=r.device)
-        bank.route.zero_()
-        with eager(runner.get_model()), torch.inference_mode():
-            runner._dummy_run(TOKENS, **dummy_settings(runner))
+        with _eager(runner.get_model()):
+            _outputs(runner, TOKENS)
     finally:
         for hook in hooks:
             hook.remove()
-        bank.vectors[0].copy_(kept[0])
-        bank.params[:, 0].copy_(kept[1])
-        bank.route.fill_(PLAIN)
-        bank.unroute()
     return watch
 
 
-def dummy_settings(runner: Any) -> dict[str, Any]:
-    """Return how a runner's dummy pass is asked for, without a CUDA graph."""
+def _compiled_faults(runner: Any, bank: Bank, r: Tensor) -> list[str]:
+    """Compare the compiled model with its own code, at each place alone."""
+    rows, faults = bank.vectors.shape[0], []
+    for first in range(0, len(bank.places), rows):
+        places = bank.places[first : first + rows]
+        bank.vectors.zero_()
+        bank.params.zero_()
+        bank.vectors[: len(places), :, 0] = r
+        bank.route.fill_(PLAIN)
+        for k in range(len(places)):
+            bank.params[first + k, k, 0] = torch.tensor([0.0, 0.0, PUSH, 0.0, 0.0])
+            bank.route[k] = k
+        compiled = _outputs(runner, len(places))
+        with _eager(runner.get_model()):
+            expected = _outputs(runner, len(places))
+            bank.route.fill_(PLAIN)
+            plain = _outputs(runner, len(places))
+        for place, got, want, without in zip(places, compiled, expected, plain, strict=True):
+            if _distance(without, want) < FAR:
+                continue  # nothing can be told here: attention alone hands the push to all rows
+            if not _distance(got, want) < NEAR:
+                faults.append(f"the compiled graph does not steer at {place.name}")
+    return faults
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Distance of two rows as directions: 0 for the same, sqrt(2) for unrelated ones."""
+    return float((a / a.norm() - b / b.norm()).norm())
+
+
+def _outputs(runner: Any, tokens: int) -> Tensor:
+    """Run dummy tokens; return what this rank hands on, float32 [tokens, hidden]."""
     from vllm.config import CUDAGraphMode
 
-    return {"cudagraph_runtime_mode": CUDAGraphMode.NONE, "skip_eplb": True}
+    taken: list[Any] = []
+    hook = runner.get_model().register_forward_hook(lambda _, __, output: taken.append(output))
+    try:
+        with torch.inference_mode():
+            runner._dummy_run(
+                tokens,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                force_attention=True,
+                skip_eplb=True,
+            )
+    finally:
+        hook.remove()
+    output = taken[-1]
+    if isinstance(output, tuple):  # with hidden states for a drafter
+        output = output[0]
+    if not isinstance(output, Tensor):  # a pipeline stage: (hidden, residual), or their sum
+        output = sum(output.tensors.values())
+    return output.reshape(-1, output.shape[-1])[:tokens].float().clone()
+
+
+def _direction(bank: Bank) -> Tensor:
+    r = torch.randn(bank.vectors.shape[-1], generator=torch.Generator().manual_seed(0))
+    return (r.double() / r.double().norm()).float().to(bank.vectors.device)
 
 
 @contextlib.contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Call the parts of a model that vLLM has compiled by their own forward."""
-    compiled = [m for m in model.modules() if getattr(m, "do_not_compile", True) is False]
+def kept(bank: Bank) -> Iterator[None]:
+    """Lend the bank's tensors out, zeroed; they are as before afterwards."""
+    before = bank.vectors.clone(), bank.params.clone()
+    bank.vectors.zero_()
+    bank.params.zero_()
+    try:
+        yield
+    finally:
+        bank.vectors.copy_(before[0])
+        bank.params.copy_(before[1])
+        bank.route.fill_(PLAIN)
+        bank.unroute()
+
+
+def _compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts of a model that vLLM compiles."""
+    return (m for m in model.modules() if getattr(m, "do_not_compile", True) is False)
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Call the compiled parts of a model by their own forward."""
+    compiled = list(_compiled(model))
     for module in compiled:
         module.do_not_compile = True
     try:
@@ -134,4 +217,3 @@ def eager(model: nn.Module) -> Iterator[None]:
     finally:
         for module in compiled:
             module.do_not_compile = False
-
