@@ -8,7 +8,7 @@ from refusal_kernels.vllm.programs import Program, parse_directions, parse_progr
 
 KEY = "refusal_kernels"
 GRAPH = "graph"  # written by the plugin itself, for vLLM's compile cache: see worker.py
-KNOWN = ("directions", "programs", "default", "slots", "monitor")
+KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor")
 MOST_SLOTS = 16
 
 
@@ -43,6 +43,11 @@ class Settings:
     slots
         How many interventions a program may have: fixed for the life of the engine, because the
         compiled graph depends on it.
+    fuse_norms
+        Whether an add takes the norm that reads it along. Then nothing is read or written twice,
+        but the norm rounds once, where vLLM's own rounds twice: in half precision a request that is
+        left alone may differ in the last bit from an engine without the plugin. False: it has
+        vLLM's bits, at a further pass.
     monitor
         What is watched, or None.
     """
@@ -51,6 +56,7 @@ class Settings:
     programs: dict[str, Program]
     default: str | None
     slots: int
+    fuse_norms: bool
     monitor: Monitor | None
 
     @property
@@ -95,7 +101,11 @@ def parse_settings(given: Any) -> Settings:
         raise InputError(f"slots is {slots!r}; expected a number from 1 to {MOST_SLOTS}")
     if largest > slots:
         raise InputError(f"slots is {slots}, but a program has {largest} interventions")
-    return Settings(directions, programs, default, slots, _monitor(given, directions))
+    fuse_norms = given.get("fuse_norms", True)
+    if not isinstance(fuse_norms, bool):
+        raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
+    monitor = _monitor(given, directions)
+    return Settings(directions, programs, default, slots, fuse_norms, monitor)
 
 
 def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | None:

@@ -34,6 +34,16 @@ class Site(nn.Module):
         steered: Tensor = op(x, residual, self.bank, self.params, self.route[:tokens])
         return steered
 
+    def before_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to hand to vLLM's own norm: untouched rows, and (h, 0) for steered ones.
+
+        So a request that is left alone gets the bits of vLLM's norm, which adds in float32 and
+        rounds in its own places.
+        """
+        steered = (self.route[: x.shape[0]] >= 0).unsqueeze(-1)
+        h = self(x, residual)
+        return torch.where(steered, h, x), torch.where(steered, 0.0, residual)
+
 
 class NormSite(Site):
     """The steered add with the RMSNorm that reads it."""
@@ -51,25 +61,29 @@ class NormSite(Site):
 class SteeredRMSNorm(RMSNorm):
     """vLLM's RMSNorm, at a residual add. `forward` itself, not a platform's form, is replaced."""
 
-    rk_site: NormSite
+    rk_site: Site
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """As `RMSNorm.forward`."""
         if residual is None:
             return super().forward(x)
-        return self.rk_site(x, residual, self.weight, self.variance_epsilon, 0.0)
+        if isinstance(self.rk_site, NormSite):
+            return self.rk_site(x, residual, self.weight, self.variance_epsilon, 0.0)
+        return super().forward(*self.rk_site.before_norm(x, residual))
 
 
 class SteeredGemmaRMSNorm(GemmaRMSNorm):
     """The same for Gemma, whose norms multiply by (1 + weight)."""
 
-    rk_site: NormSite
+    rk_site: Site
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """As `GemmaRMSNorm.forward`."""
         if residual is None:
             return super().forward(x)
-        return self.rk_site(x, residual, self.weight, self.variance_epsilon, 1.0)
+        if isinstance(self.rk_site, NormSite):
+            return self.rk_site(x, residual, self.weight, self.variance_epsilon, 1.0)
+        return super().forward(*self.rk_site.before_norm(x, residual))
 
 
 STEERED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
@@ -78,16 +92,17 @@ STEERED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def claim(places: list[Place], bank: Bank) -> list[Site]:
+def claim(places: list[Place], bank: Bank, fuse_norms: bool) -> list[Site]:
     """Put a site at every place of a loaded model; return them, in the order of the forward.
 
     Norms and layers keep everything but their class: weights, hooks and names stay.
     """
     sites: list[Site] = []
+    site: Site
     for number, place in enumerate(places):
         module = place.module
         if place.kind == NORM:
-            site: Site = NormSite(bank, number)
+            site = NormSite(bank, number) if fuse_norms else Site(bank, number)
             module.rk_site = site
             module.__class__ = STEERED_NORMS[type(module)]
         elif place.kind == ADD:

@@ -42,7 +42,7 @@ class WorkerState:
         )
         for program in settings.programs.values():
             self.bank.add(program)
-        self.sites: list[Site] = claim(places, self.bank)
+        self.sites: list[Site] = claim(places, self.bank, settings.fuse_norms)
         self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
         # The key of vLLM's compile cache covers its own configuration and code, not what stands in
         # the model; all that the graph depends on must be there.

@@ -95,3 +95,30 @@ def greedy(
             pad_token_id=0,
         )
     return out[0, len(prompt) :].tolist()
+
+
+def prompts(count: int = 4, seed: int = 3, longest: int = 30) -> list[list[int]]:
+    """Make prompts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def served(llm: Any, asked: list[tuple[list[int], Any]], tokens: int = 16) -> list[list[int]]:
+    """Generate greedily, all requests at once; ``asked`` has (prompt, steer) pairs."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=tokens,
+            min_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=None if steer is None else {"steer": steer},
+        )
+        for _, steer in asked
+    ]
+    inputs = [{"prompt_token_ids": prompt} for prompt, _ in asked]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
