@@ -4,6 +4,8 @@ Installed beside vLLM it does nothing until an engine asks for it, with
 ``additional_config={"refusal_kernels": {...}}``; docs/serving.md describes that.
 """
 
+from refusal_kernels.vllm.frontend import set_programs, set_programs_async
+
 
 def register() -> None:
     """The entry point in the group ``vllm.general_plugins``."""
@@ -12,4 +14,4 @@ def register() -> None:
     plugin.register()
 
 
-__all__ = ["register"]
+__all__ = ["register", "set_programs", "set_programs_async"]

@@ -5,7 +5,7 @@ batch always finds room, whatever its requests ask for; rows that no request of 
 what they hold until another pair needs the room, the longest unused first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -92,9 +92,10 @@ class Bank:
         for slot, i in enumerate(program.interventions):
             if slot not in met:
                 raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
+        self._programs.pop(program.version, None)  # the latest last
         self._programs[program.version] = vectors, params
 
-    def keep_only(self, versions: Sequence[str]) -> None:
+    def keep_only(self, versions: Collection[str]) -> None:
         """Forget every other program."""
         kept = set(versions)
         self._programs = {v: p for v, p in self._programs.items() if v in kept}

@@ -3,9 +3,10 @@
 Unknown code fails silently: an add that no site sees, or a compiled graph from another engine's
 cache, leaves the model unsteered and nothing else shows it. So it is demanded
 
-- of an eager pass: that every site is called exactly once, in order; that each adds to the very
-  tensor that the site before it returned, so that nothing else writes to the stream; and that a
-  projection leaves nothing along its direction;
+- of an eager pass: that every site is called exactly once, in order; that the first steers the
+  embedding, each of the others adds to the very tensor that the one before it returned, and what
+  the last returned is handed on, so that nothing else writes to the stream; and that a projection
+  leaves nothing along its direction;
 - of a compiled model: that it says what the eager one says, where token k is pushed far along a
   direction at place k alone. A graph without one of the sites gives another row.
 """
@@ -18,9 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import CUDAGraphMode
+from vllm.distributed import get_pp_group
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.bank import PLAIN, Bank
+from refusal_kernels.vllm.families import ADD, START
 from refusal_kernels.vllm.worker import WorkerState
 
 logger = logging.getLogger("vllm.refusal_kernels")
@@ -48,7 +52,7 @@ def check(runner: Any, state: WorkerState) -> None:
     if not state.sites:
         return
     model = runner.get_model()
-    with kept(state.bank):
+    with kept(state.bank), _noise_in(runner.kv_caches):
         r = _direction(state.bank)
         watch = _watched_pass(runner, state, r)
         faults = watch.all_faults(ROUNDINGS * torch.finfo(runner.model_config.dtype).eps)
@@ -72,6 +76,7 @@ class Watch:
         self.faults: list[str] = []
         self.left: dict[str, float] = {}  # |h.r| / |h|, by place
         self._stream: Tensor | None = None
+        self._returned: tuple[Tensor, ...] = ()
 
     def seen(self, number: int, site: nn.Module, args: Any, output: Any) -> None:
         """Take note of a call: a forward hook of a site."""
@@ -84,9 +89,18 @@ class Watch:
             self.faults.append(f"{name} adds to something else than the place before it left")
         self.calls.append(name)
         self._stream = h.clone()
+        outputs = output if isinstance(output, tuple) else (output,)
+        self._returned = tuple(t.clone() for t in outputs)
         rows = h.reshape(-1, h.shape[-1]).float()
         along = (rows @ self.direction).abs() / rows.norm(dim=-1).clamp(min=1e-30)
         self.left[name] = float(along.max())
+
+    def handed_on(self, output: Any) -> None:
+        """Take note of what follows the last site: what the model or the last layer returns."""
+        tensors = list(output.values()) if isinstance(output, dict) else output
+        tensors = tensors if isinstance(tensors, list | tuple) else [tensors]
+        if not any(_same(t, own) for t in tensors for own in self._returned):
+            self.faults.append(f"what {self.places[-1].name} leaves is not what is handed on")
 
     def all_faults(self, limit: float) -> list[str]:
         """Return all that was wrong; nothing but `limit` may be left along the direction."""
@@ -115,12 +129,20 @@ def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
         site.register_forward_hook(functools.partial(watch.seen, number))
         for number, site in enumerate(state.sites)
     ]
+    last = bank.places[-1]
+    if last.kind == ADD:
+        follows = last.module.register_forward_hook(lambda _, __, output: watch.handed_on(output))
+        hooks.append(follows)
+    if get_pp_group().is_first_rank and bank.places[0].kind != START:
+        watch.faults.append("the embedding is not steered")
     bank.vectors[0, :, 0] = r
     bank.params[:, 0, 0, 0] = -1.0
     bank.route.zero_()
     try:
         with _eager(runner.get_model()):
-            _outputs(runner, TOKENS)
+            output = _output(runner, TOKENS)
+        if last.kind != ADD:
+            watch.handed_on(getattr(output, "tensors", output))
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,9 +180,15 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _outputs(runner: Any, tokens: int) -> Tensor:
-    """Run dummy tokens; return what this rank hands on, float32 [tokens, hidden]."""
-    from vllm.config import CUDAGraphMode
+    """Run dummy tokens; return the stream that this rank hands on, float32 [tokens, hidden]."""
+    output = _output(runner, tokens)
+    if not isinstance(output, Tensor):  # a pipeline stage: (hidden, residual), or their sum
+        output = sum(output.tensors.values())
+    return output.reshape(-1, output.shape[-1])[:tokens].float().clone()
 
+
+def _output(runner: Any, tokens: int) -> Any:
+    """Run dummy tokens; return what the model of this rank returns."""
     taken: list[Any] = []
     hook = runner.get_model().register_forward_hook(lambda _, __, output: taken.append(output))
     try:
@@ -173,12 +201,7 @@ def _outputs(runner: Any, tokens: int) -> Tensor:
             )
     finally:
         hook.remove()
-    output = taken[-1]
-    if isinstance(output, tuple):  # with hidden states for a drafter
-        output = output[0]
-    if not isinstance(output, Tensor):  # a pipeline stage: (hidden, residual), or their sum
-        output = sum(output.tensors.values())
-    return output.reshape(-1, output.shape[-1])[:tokens].float().clone()
+    return taken[-1][0] if isinstance(taken[-1], tuple) else taken[-1]  # beside: for a drafter
 
 
 def _direction(bank: Bank) -> Tensor:
@@ -201,7 +224,23 @@ def kept(bank: Bank) -> Iterator[None]:
         bank.unroute()
 
 
-def _compiled(model: nn.Module) -> Iterator[nn.Module]:
+@contextlib.contextmanager
+def _noise_in(caches: Any) -> Iterator[None]:
+    """Fill the KV cache, which dummy tokens only read: of an empty one attention writes zeros.
+
+    The bytes make positive numbers up to about 1 in any floating-point format.
+    """
+    tensors = [cache for cache in caches if isinstance(cache, Tensor)]
+    for cache in tensors:
+        cache.view(torch.uint8).random_(0, 64)
+    try:
+        yield
+    finally:
+        for cache in tensors:
+            cache.zero_()
+
+
+def _compiled(model: nn.Module) -> Iterator[Any]:
     """Yield the parts of a model that vLLM compiles."""
     return (m for m in model.modules() if getattr(m, "do_not_compile", True) is False)
 

@@ -76,6 +76,7 @@ def read_settings(vllm_config: Any) -> Settings | None:
     additional = vllm_config.additional_config
     if not isinstance(additional, dict) or KEY not in additional:
         return None
+    refuse_unsupported(vllm_config)
     return parse_settings(additional[KEY])
 
 
@@ -122,3 +123,24 @@ def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | Non
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
         raise InputError(f"monitor: layer is {layer!r}; expected the number of a block")
     return Monitor(direction, layer)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what would steer the wrong tokens, or none.
+
+    Raises
+    ------
+    InputError
+        With the setting that is in the way.
+    """
+    if config.use_v2_model_runner:
+        raise InputError("steering needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    for wrong, name in (
+        (getattr(passes, "enable_sp", False), "pass_config.enable_sp (sequence parallel)"),
+        (getattr(parallel, "enable_dbo", False), "enable_dbo (two microbatches)"),
+        (getattr(parallel, "num_ubatches", 1) > 1, "microbatches"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
+    ):
+        if wrong:
+            raise InputError(f"{name} splits the tokens of a batch, which steering can not follow")

@@ -88,9 +88,7 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
             for place, _, _ in _in_layer(number, layer):
                 if place.add is None:
                     raise InputError(f"{type(layer).__name__} adds in a submodule")
-                places.append(
-                    Place(place.name, ADD, layer, number, place.writers, None, place.add)
-                )
+                places.append(Place(place.name, ADD, layer, number, place.writers, None, place.add))
             places[-1].feeds = number + 1 if number + 1 < len(layers) else None
         return places
     for number, layer in local:
@@ -102,9 +100,7 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
             )
         if number > 0:  # the first layer's input norm has nothing to add
             places.append(_after_mlp(number - 1, norms[0], number))
-        places.append(
-            Place(f"layers.{number}.attn", NORM, norms[1], number, frozenset({"attn"}))
-        )
+        places.append(Place(f"layers.{number}.attn", NORM, norms[1], number, frozenset({"attn"})))
     if local[-1][0] == len(layers) - 1:
         parent = model.get_submodule(name.rpartition(".")[0])
         final = _fused_norms(parent)

@@ -92,12 +92,9 @@ def _forget(runner: Any, _: Any, scheduler_output: Any, *__: Any) -> None:
 
 
 def _check(worker: Any, _: Any, *__: Any) -> None:
-    from refusal_kernels.vllm.worker import state_of
+    from refusal_kernels.vllm.worker import check_attached
 
-    if (state := state_of(worker.model_runner)) is not None:
-        from refusal_kernels.vllm.check import check
-
-        check(worker.model_runner, state)
+    check_attached(worker)
 
 
 def _update(worker: Any, *args: Any) -> Any:

@@ -118,7 +118,9 @@ def number(value: Any, where: str) -> float:
 
 def _intervention(where: str, given: Any, directions: Mapping[str, Direction]) -> Intervention:
     if not isinstance(given, dict):
-        raise InputError(f"{where} holds {_kind(given)}; expected an object such as {{'ablate': 'r'}}")
+        raise InputError(
+            f"{where} holds {_kind(given)}; expected an object such as {{'ablate': 'r'}}"
+        )
     kinds = [kind for kind in KINDS if kind in given]
     if len(kinds) != 1:
         raise InputError(
@@ -154,9 +156,9 @@ def _place(where: str, key: str, value: Any) -> Any:
         return value
     if key == "layers" and isinstance(value, list) and value and all(map(integer, value)):
         return tuple(value)
-    if key == "sites" and isinstance(value, list) and value:
-        if all(isinstance(one, str) for one in value):
-            return tuple(value)
+    names = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    if key == "sites" and names:
+        return tuple(value)
     expected = {"layer": "a number", "layers": "a list of numbers", "sites": "a list of names"}
     raise InputError(f"{where}: {key} is {value!r}; expected {expected[key]}")
 

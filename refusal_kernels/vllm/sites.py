@@ -21,6 +21,10 @@ from refusal_kernels.vllm.families import ADD, NORM, Place
 class Site(nn.Module):
     """The steered add: it stands where ``residual + x`` stood in a layer's forward."""
 
+    bank: Tensor
+    params: Tensor
+    route: Tensor
+
     def __init__(self, bank: Bank, number: int) -> None:
         super().__init__()
         self.register_buffer("bank", bank.vectors, persistent=False)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
@@ -18,6 +19,7 @@ from refusal_kernels.vllm.sites import Site, claim
 
 logger = logging.getLogger("vllm.refusal_kernels")  # so that vLLM's handlers print it
 STATE = "refusal_kernels_state"
+MOST_VERSIONS = 1024  # of programs: 64 kB each at hidden size 8192
 
 
 class WorkerState:
@@ -25,7 +27,6 @@ class WorkerState:
 
     def __init__(self, runner: Any, settings: Settings) -> None:
         config = runner.vllm_config
-        refuse_unsupported(config)
         scheduler = config.scheduler_config
         architecture = config.model_config.architecture
         names = config.model_config.hf_config.architectures or [architecture]
@@ -93,30 +94,30 @@ def resolved(params: Any) -> Steering | None:
     return None if pair is None else Steering(str(pair[0]), float(pair[1]))
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Refuse what would steer the wrong tokens, or none.
-
-    Raises
-    ------
-    InputError
-        With the setting that is in the way.
-    """
-    parallel, passes = config.parallel_config, config.compilation_config.pass_config
-    for wrong, name in (
-        (getattr(passes, "enable_sp", False), "pass_config.enable_sp (sequence parallel)"),
-        (getattr(parallel, "enable_dbo", False), "enable_dbo (two microbatches)"),
-        (getattr(parallel, "num_ubatches", 1) > 1, "microbatches"),
-        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
-    ):
-        if wrong:
-            raise InputError(f"{name} splits the tokens of a batch, which steering can not follow")
-
-
 def attach(runner: Any) -> None:
     """Claim the model that a runner has loaded, if its engine asks for it."""
     settings = read_settings(runner.vllm_config)
     if settings is not None:
         setattr(runner, STATE, WorkerState(runner, settings))
+
+
+def check_attached(worker: Any) -> None:
+    """Run the start-up check of a worker whose engine asks for steering.
+
+    Raises
+    ------
+    InputError
+        If the check fails, or if this kind of model runner was never claimed.
+    """
+    from refusal_kernels.vllm.check import check
+
+    runner = worker.model_runner
+    state = state_of(runner)
+    if state is not None:
+        check(runner, state)
+    elif read_settings(worker.vllm_config) is not None:
+        kind = f"{type(runner).__module__}.{type(runner).__qualname__}"
+        raise InputError(f"the model of {kind} is not steered: that runner is not known here")
 
 
 def state_of(runner: Any) -> WorkerState | None:
@@ -126,34 +127,35 @@ def state_of(runner: Any) -> WorkerState | None:
 
 
 def update_programs(
-    worker: Any, vectors: dict[str, list[float]], programs: dict[str, Any], keep: list[str]
+    worker: Any, vectors: dict[str, list[float]], programs: dict[str, Any], named: list[str]
 ) -> str | None:
     """Make programs available while the engine runs; a method that every worker is given.
 
     Parameters
     ----------
     vectors
-        The directions of the new programs, by name.
+        Directions, by name.
     programs
         New programs in their JSON form, by name.
-    keep
-        The versions that are still named, or that a request still holds; all others are dropped.
+    named
+        The versions that requests can name from now on. Others are kept as long as a request holds
+        them, and for the sake of those on their way, the last `MOST_VERSIONS`.
 
     Returns
     -------
     str or None
-        Why it can not be done; nothing is changed then.
+        Why it can not be done.
     """
     state = state_of(worker.model_runner)
     if state is None:
         return f"this engine was started without additional_config[{KEY!r}]"
-    import torch
-
     try:
         directions = {name: Direction(torch.tensor(v)) for name, v in vectors.items()}
         for name, given in programs.items():
             state.bank.add(parse_program(name, given, directions))
     except InputError as error:
         return str(error)
-    state.bank.keep_only(keep)
+    held = {s.version for s in state.steering.values() if s is not None}
+    versions = state.bank.versions
+    state.bank.keep_only({*named, *held, *versions[-MOST_VERSIONS:]})
     return None

@@ -15,11 +15,11 @@ os.environ.update(
     }
 )
 
-import families  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import families
+import pytest
+import torch
 
-import refusal_kernels as rk  # noqa: E402
+import refusal_kernels as rk
 
 
 @pytest.fixture(scope="session")

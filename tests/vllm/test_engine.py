@@ -83,7 +83,7 @@ def test_a_cached_prefix_is_not_served_to_another_program(
             ((), 1.0),
         )
     ]
-    llm = engines(path, steering(programs=EIGHT), enable_prefix_caching=True, block_size=16)
+    llm = engines(path, steering(programs=EIGHT), enable_prefix_caching=True, block_size=32)
     steers = [
         {"program": "ablate"},
         {"program": "ablate", "strength": 0.5},
@@ -123,8 +123,8 @@ def test_chunked_prefill_and_preemption(path, directions, steering, engines):
         max_num_batched_tokens=32,  # of a prompt of 70
         enable_chunked_prefill=True,
         max_num_seqs=8,
-        block_size=16,
-        num_gpu_blocks_override=24,  # 384 tokens; the six need 660
+        block_size=32,
+        num_gpu_blocks_override=12,  # 384 tokens; the six need 660
     )
     assert served(llm, asked, 40) == wanted
 
@@ -166,7 +166,7 @@ def places_without(number):
 @pytest.mark.parametrize("number", [0, 3, -1])
 def test_an_add_that_no_site_sees_is_noticed(number, path, steering, engines, monkeypatch):
     monkeypatch.setattr("refusal_kernels.vllm.worker.find_places", places_without(number))
-    with pytest.raises(InputError, match="can not be steered|final"):
+    with pytest.raises(InputError, match="can not be steered"):
         engines(path, steering(programs=EIGHT))
 
 
@@ -195,7 +195,7 @@ def test_families_are_lists_of_names(path, steering, engines, monkeypatch):
     with pytest.raises(InputError, match="LlamaForCausalLM is not among those"):
         engines(path, steering(programs=EIGHT))
     monkeypatch.setattr("refusal_kernels.vllm.families.ADDING", frozenset({"LlamaForCausalLM"}))
-    with pytest.raises(InputError, match="adds nothing to the stream|returns no sum"):
+    with pytest.raises(InputError, match=r"adds nothing to the stream|returns no sum"):
         engines(path, steering(programs=EIGHT))
 
 
