@@ -62,8 +62,8 @@ def _read_programs(processor: Any, _: None, *__: Any, **___: Any) -> None:
 
 
 def _resolve(processor: Any, request: Any, *_: Any, **__: Any) -> None:
-    if processor.refusal_kernels is not None:
-        processor.refusal_kernels.resolve(request)
+    if (catalog := getattr(processor, "refusal_kernels", None)) is not None:
+        catalog.resolve(request)
 
 
 # --- the worker
