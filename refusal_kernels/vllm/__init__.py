@@ -4,7 +4,7 @@ Installed beside vLLM it does nothing until an engine asks for it, with
 ``additional_config={"refusal_kernels": {...}}``; docs/serving.md describes that.
 """
 
-from refusal_kernels.vllm.frontend import set_programs, set_programs_async
+from refusal_kernels.vllm.frontend import read_monitor, set_programs, set_programs_async
 
 
 def register() -> None:
@@ -14,4 +14,4 @@ def register() -> None:
     plugin.register()
 
 
-__all__ = ["register", "set_programs", "set_programs_async"]
+__all__ = ["read_monitor", "register", "set_programs", "set_programs_async"]

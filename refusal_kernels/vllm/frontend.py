@@ -10,7 +10,7 @@ from refusal_kernels.vllm.config import KEY, Settings, read_settings
 from refusal_kernels.vllm.programs import Program, check_name, parse_program
 from refusal_kernels.vllm.requests import RESOLVED, cache_salt, read_steering
 
-RPC = "refusal_kernels_update"
+UPDATE, MONITOR = "refusal_kernels_update", "refusal_kernels_monitor"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Catalog:
         self.directions = dict(settings.directions)
         self.default = settings.default
         self.slots = settings.slots
+        self.monitor = settings.monitor
         self._servers = servers
 
     @classmethod
@@ -156,7 +157,7 @@ def set_programs(
     """
     catalog = catalog_of(llm)
     change = catalog.plan(programs, directions or {})
-    catalog.commit(change, llm.collective_rpc(RPC, args=change.arguments))
+    catalog.commit(change, llm.collective_rpc(UPDATE, args=change.arguments))
 
 
 async def set_programs_async(
@@ -165,4 +166,29 @@ async def set_programs_async(
     """Do the same to a ``vllm.AsyncLLM``."""
     catalog = catalog_of(engine)
     change = catalog.plan(programs, directions or {})
-    catalog.commit(change, await engine.collective_rpc(RPC, args=change.arguments))
+    catalog.commit(change, await engine.collective_rpc(UPDATE, args=change.arguments))
+
+
+def read_monitor(llm: Any) -> dict[str, Any]:
+    """Return what the monitor of a ``vllm.LLM`` counted since it started.
+
+    Returns
+    -------
+    dict
+        ``edges`` (upper edges of the buckets, of shares from -1 to 1), ``counts`` (tokens in each)
+        and ``sum`` of the shares.
+
+    Raises
+    ------
+    InputError
+        If the engine was started without a monitor.
+    """
+    return first_answer(catalog_of(llm), llm.collective_rpc(MONITOR))
+
+
+def first_answer(catalog: Catalog, answers: list[Any]) -> dict[str, Any]:
+    """Return what the first rank that holds the watched block counted; the others hold the same."""
+    found: dict[str, Any] | None = next((a for a in answers if a is not None), None)
+    if catalog.monitor is None or found is None:
+        raise InputError("this engine was started without a monitor, or has no such block")
+    return found

@@ -1,4 +1,4 @@
-"""What is changed in vLLM itself: six methods, each of which looks for the plugin's state first.
+"""What is changed in vLLM itself: a few methods, each of which looks for the plugin's state first.
 
 An engine that does not ask for steering gets its own methods' results, from its own modules.
 """
@@ -6,6 +6,9 @@ An engine that does not ask for steering gets its own methods' results, from its
 import functools
 from collections.abc import Callable
 from typing import Any
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.requests import STEER
 
 MARK = "__refusal_kernels__"
 
@@ -21,6 +24,7 @@ def register() -> None:
     _after(GPUModelRunner, "load_model", _attach)
     _after(GPUModelRunner, "_prepare_inputs", _route)
     _after(GPUModelRunner, "_update_states", _forget)
+    _after(GPUModelRunner, "_model_forward", _count)
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -34,6 +38,7 @@ def register() -> None:
 
         _after(Worker, "compile_or_warm_up_model", _check)
     WorkerBase.refusal_kernels_update = _update
+    WorkerBase.refusal_kernels_monitor = _monitor
 
 
 def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
@@ -63,7 +68,18 @@ def _read_programs(processor: Any, _: None, *__: Any, **___: Any) -> None:
 
 def _resolve(processor: Any, request: Any, *_: Any, **__: Any) -> None:
     if (catalog := getattr(processor, "refusal_kernels", None)) is not None:
-        catalog.resolve(request)
+        try:
+            catalog.resolve(request)
+        except InputError as error:
+            raise _refusal()(str(error), parameter=STEER) from None
+
+
+@functools.cache
+def _refusal() -> Any:
+    """Make the error that the server answers with status 400, and that is a ValueError too."""
+    from vllm.exceptions import VLLMValidationError
+
+    return type("SteeringError", (VLLMValidationError, ValueError), {})
 
 
 # --- the worker
@@ -91,6 +107,13 @@ def _forget(runner: Any, _: Any, scheduler_output: Any, *__: Any) -> None:
         state.forget(scheduler_output.finished_req_ids)
 
 
+def _count(runner: Any, _: Any, *__: Any, **___: Any) -> None:
+    from refusal_kernels.vllm.worker import state_of
+
+    if (state := state_of(runner)) is not None:
+        state.count()
+
+
 def _check(worker: Any, _: Any, *__: Any) -> None:
     from refusal_kernels.vllm.worker import check_attached
 
@@ -101,3 +124,9 @@ def _update(worker: Any, *args: Any) -> Any:
     from refusal_kernels.vllm.worker import update_programs
 
     return update_programs(worker, *args)
+
+
+def _monitor(worker: Any) -> Any:
+    from refusal_kernels.vllm.worker import read_monitor
+
+    return read_monitor(worker)

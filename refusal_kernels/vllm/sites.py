@@ -16,6 +16,7 @@ from refusal_kernels.patching.plan import base_class
 from refusal_kernels.patching.rewrite import SITES, steered
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.families import ADD, NORM, Place
+from refusal_kernels.vllm.monitor import Meter
 
 
 class Site(nn.Module):
@@ -27,6 +28,7 @@ class Site(nn.Module):
 
     def __init__(self, bank: Bank, number: int) -> None:
         super().__init__()
+        self.meter: Meter | None = None
         self.register_buffer("bank", bank.vectors, persistent=False)
         self.register_buffer("params", bank.params[number], persistent=False)
         self.register_buffer("route", bank.route, persistent=False)
@@ -36,6 +38,8 @@ class Site(nn.Module):
         tokens = x.numel() // x.shape[-1]  # the Transformers backend has a batch of one
         op = torch.ops.refusal_kernels.add_steer_inference
         steered: Tensor = op(x, residual, self.bank, self.params, self.route[:tokens])
+        if self.meter is not None:
+            self.meter(steered)
         return steered
 
     def before_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +63,8 @@ class NormSite(Site):
         op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
         route = self.route[: x.shape[0]]
         normed, h = op(x, residual, weight, eps, self.bank, self.params, route, offset)
+        if self.meter is not None:
+            self.meter(h)
         return normed, h
 
 

@@ -13,6 +13,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import GRAPH, KEY, Settings, read_settings
 from refusal_kernels.vllm.families import find_places
+from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import RESOLVED, Steering
 from refusal_kernels.vllm.sites import Site, claim
@@ -45,6 +46,8 @@ class WorkerState:
             self.bank.add(program)
         self.sites: list[Site] = claim(places, self.bank, settings.fuse_norms)
         self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
+        self.monitor = self._watch(config, settings)
+        self._tokens = 0  # of the batch that is under way
         # The key of vLLM's compile cache covers its own configuration and code, not what stands in
         # the model; all that the graph depends on must be there.
         config.additional_config[KEY] = {
@@ -80,6 +83,30 @@ class WorkerState:
                 known[req_id] = resolved(one)
             asked.append(known[req_id])
         self.bank.route_batch(asked, counts)
+        self._tokens = int(counts.sum())
+
+    def count(self) -> None:
+        """Count what the monitor saw in the batch that was routed; of dummy batches nothing."""
+        if self.monitor is not None and self._tokens:
+            self.monitor.count(self._tokens)
+        self._tokens = 0
+
+    def _watch(self, config: Any, settings: Settings) -> Histogram | None:
+        """Put a meter at the place that is watched, if it is on this rank."""
+        if settings.monitor is None:
+            return None
+        layers = config.model_config.get_total_num_hidden_layers()
+        if settings.monitor.layer >= layers:
+            raise InputError(
+                f"monitor: layer is {settings.monitor.layer}; the model has {layers} blocks"
+            )
+        direction = settings.directions[settings.monitor.direction]
+        for place, site in zip(self.bank.places, self.sites, strict=True):
+            if place.feeds == settings.monitor.layer:
+                tokens, device = self.bank.route.shape[0], str(self.bank.route.device)
+                site.meter = Meter(direction, tokens, device)
+                return Histogram(site.meter)
+        return None
 
     def forget(self, req_ids: Any) -> None:
         """Forget requests that have ended."""
@@ -159,3 +186,9 @@ def update_programs(
     versions = state.bank.versions
     state.bank.keep_only({*named, *held, *versions[-MOST_VERSIONS:]})
     return None
+
+
+def read_monitor(worker: Any) -> dict[str, Any] | None:
+    """Return what the monitor of a worker counted; a method that every worker is given."""
+    state = state_of(worker.model_runner)
+    return None if state is None or state.monitor is None else state.monitor.read()
