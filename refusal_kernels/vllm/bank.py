@@ -26,6 +26,10 @@ class Bank:
 
     Attributes
     ----------
+    places
+        Those of this rank, in the order of the forward.
+    whole
+        Those of all ranks of a pipeline.
     vectors
         float32 [rows, 2, slots, hidden]: what each row reads and writes, the same at all places.
     params
@@ -35,9 +39,17 @@ class Bank:
     """
 
     def __init__(
-        self, places: Sequence[Place], hidden: int, rows: int, slots: int, tokens: int, device: str
+        self,
+        places: Sequence[Place],
+        hidden: int,
+        rows: int,
+        slots: int,
+        tokens: int,
+        device: str,
+        whole: Sequence[Place] | None = None,
     ) -> None:
         self.places = tuple(places)
+        self.whole = self.places if whole is None else tuple(whole)
         self.slots = slots
         self.vectors = torch.zeros(rows, 2, slots, hidden, device=device)
         self.params = torch.zeros(len(places), rows, slots, NUMBERS, device=device)
@@ -75,7 +87,9 @@ class Bank:
             )
         vectors = torch.zeros(2, self.slots, hidden)
         params = torch.zeros(len(self.places), self.slots, NUMBERS)
-        met = set()
+        for i in program.interventions:
+            if not any(i.meets(p.block, p.writers, p.feeds) for p in self.whole):
+                raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
         for slot, i in enumerate(program.interventions):
             vectors[0, slot], vectors[1, slot] = i.read, i.write
         for at, place in enumerate(self.places):
@@ -88,10 +102,6 @@ class Bank:
                 compile_program([i for _, i in here])  # refuses what is no projection together
             for slot, i in here:
                 params[at, slot] = i.params(i.strength)
-                met.add(slot)
-        for slot, i in enumerate(program.interventions):
-            if slot not in met:
-                raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
         self._programs.pop(program.version, None)  # the latest last
         self._programs[program.version] = vectors, params
 

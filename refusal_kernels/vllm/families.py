@@ -110,6 +110,18 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
     return places
 
 
+def whole_model(places: list[Place], layers: int) -> list[Place]:
+    """Return the places of all ranks of a pipeline, from those of one: without their modules."""
+    kinds = list(dict.fromkeys(p.writers for p in places if p.kind == ADD))
+    kinds = kinds or [frozenset({"attn"}), frozenset({"mlp"})]
+    nothing = nn.Identity()
+    found = [Place("embed", START, nothing, feeds=0)]
+    for block in range(layers):
+        found += [Place(f"layers.{block}", ADD, nothing, block, writers) for writers in kinds]
+        found[-1].feeds = block + 1 if block + 1 < layers else None
+    return found
+
+
 def _after_mlp(block: int, norm: nn.Module, feeds: int | None) -> Place:
     return Place(f"layers.{block}.mlp", NORM, norm, block, frozenset({"mlp"}), feeds)
 

@@ -8,7 +8,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.config import KEY, Settings, read_settings
 from refusal_kernels.vllm.programs import Program, check_name, parse_program
-from refusal_kernels.vllm.requests import RESOLVED, cache_salt, read_steering
+from refusal_kernels.vllm.requests import RESOLVED, Steering, cache_salt, read_steering
 
 UPDATE, MONITOR = "refusal_kernels_update", "refusal_kernels_monitor"
 
@@ -57,6 +57,10 @@ class Catalog:
             return None
         return cls(settings, vllm_config.parallel_config._api_process_count)
 
+    def read(self, extra_args: Mapping[str, Any] | None) -> Steering | None:
+        """Return what a request asks for, as `read_steering`."""
+        return read_steering(extra_args, self.programs, self.default)
+
     def resolve(self, request: Any) -> None:
         """Write into an ``EngineCoreRequest`` what is done to it, and salt its prefixes.
 
@@ -67,7 +71,7 @@ class Catalog:
         """
         sampling, pooling = request.sampling_params, request.pooling_params
         extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
-        steering = read_steering(extra, self.programs, self.default)
+        steering = self.read(extra)
         if steering is None:
             return
         resolved = {**(extra or {}), RESOLVED: list(steering)}

@@ -15,12 +15,14 @@ MARK = "__refusal_kernels__"
 
 def register() -> None:
     """The entry point: vLLM calls it in every process, also several times."""
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
 
     _after(InputProcessor, "__init__", _read_programs)
     _after(InputProcessor, "process_inputs", _resolve)
+    _before(AsyncLLM, "generate", _validate)
     _after(GPUModelRunner, "load_model", _attach)
     _after(GPUModelRunner, "_prepare_inputs", _route)
     _after(GPUModelRunner, "_update_states", _forget)
@@ -57,6 +59,21 @@ def _after(owner: Any, name: str, then: Callable[..., Any]) -> None:
     setattr(owner, name, followed)
 
 
+def _before(owner: Any, name: str, first: Callable[..., Any]) -> None:
+    """Let a method be preceded by ``first(self, its arguments)``, once."""
+    original = owner.__dict__[name]
+    if hasattr(original, MARK):
+        return
+
+    @functools.wraps(original)
+    def preceded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        first(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(preceded, MARK, True)
+    setattr(owner, name, preceded)
+
+
 # --- the front end
 
 
@@ -70,6 +87,16 @@ def _resolve(processor: Any, request: Any, *_: Any, **__: Any) -> None:
     if (catalog := getattr(processor, "refusal_kernels", None)) is not None:
         try:
             catalog.resolve(request)
+        except InputError as error:
+            raise _refusal()(str(error), parameter=STEER) from None
+
+
+def _validate(engine: Any, prompt: Any, sampling_params: Any, *_: Any, **__: Any) -> None:
+    """Refuse a request when it is handed over: once a stream has begun, its status is sent."""
+    catalog = getattr(engine.input_processor, "refusal_kernels", None)
+    if catalog is not None:
+        try:
+            catalog.read(getattr(sampling_params, "extra_args", None))
         except InputError as error:
             raise _refusal()(str(error), parameter=STEER) from None
 

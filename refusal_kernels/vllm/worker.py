@@ -12,7 +12,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import GRAPH, KEY, Settings, read_settings
-from refusal_kernels.vllm.families import find_places
+from refusal_kernels.vllm.families import find_places, whole_model
 from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import RESOLVED, Steering
@@ -41,6 +41,7 @@ class WorkerState:
             slots=settings.slots,
             tokens=max(scheduler.max_num_batched_tokens, captured),
             device=str(runner.device),
+            whole=whole_model(places, config.model_config.get_total_num_hidden_layers()),
         )
         for program in settings.programs.values():
             self.bank.add(program)
