@@ -262,3 +262,28 @@ def test_programs_that_nobody_names_are_forgotten(directions):
 def test_an_architecture_on_no_list_is_refused():
     with pytest.raises(InputError, match="NewForCausalLM is not among those"):
         find_places(torch.nn.Identity(), "NewForCausalLM")
+
+
+# --- the ops under vLLM's compiler
+
+
+def test_the_number_of_tokens_stays_open():
+    """vLLM marks it as dynamic; a fake implementation that makes a constant of it is refused."""
+    vectors, params = torch.randn(1, 2, 1, HIDDEN), torch.zeros(1, 1, 5)
+    weight, route = torch.ones(HIDDEN), torch.full((64,), -1, dtype=torch.int32)
+    ops = torch.ops.refusal_kernels
+
+    def forward(x):
+        rows = route[: x.shape[0]]
+        h = ops.add_steer_inference(x, None, vectors, params, rows)
+        args = (x, h, weight, 1e-6, vectors, params, rows, 0.0)
+        normed, h = ops.add_steer_rms_norm_inference(*args)
+        scored = ops.add_steer_rms_norm_scores(*args)
+        return normed + ops.scores(h, vectors, None) + scored[2]
+
+    x = torch.randn(5, HIDDEN)
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    for tokens in (5, 7):
+        y = x if tokens == 5 else torch.randn(tokens, HIDDEN)
+        assert torch.equal(compiled(y), forward(y))

@@ -248,3 +248,15 @@ def test_a_compiled_graph_that_does_not_steer_is_noticed(
     monkeypatch.setattr("refusal_kernels.vllm.worker.claim", claim_and_mark)
     with pytest.raises(InputError, match=f"compiled graph does not steer at {place}"):
         engines(path, steering(programs=EIGHT), enforce_eager=False)
+
+
+def test_speculative_decoding_says_the_same(path, directions, steering, engines):
+    model = hugging_face(path)
+    asked = [((prompt * 6)[:48], name) for prompt in prompts(3) for name in ("ablate", "none")]
+    wanted = [
+        greedy(model, prompt, 24, (rk.Ablate(directions["r"]),) if name == "ablate" else ())
+        for prompt, name in asked
+    ]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    llm = engines(path, steering(programs=EIGHT), speculative_config=drafts)
+    assert served(llm, asked, 24) == wanted
