@@ -27,6 +27,7 @@ from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.files import write_json
 from refusal_kernels.toy import PATH
 
+PROMPT = 16  # tokens
 BASE, ABLATED, EACH = "no plugin", "all ablated", "one program each"
 # Qwen2.5-0.5B's shape, and how many of its 24 layers: ratios do not depend on that
 HALF_BILLION = {
@@ -42,13 +43,17 @@ def random_model(folder: Path, layers: int) -> str:
     return str(folder)
 
 
+def longest(model: str) -> int:
+    return min(256, transformers.AutoConfig.from_pretrained(model).max_position_embeddings)
+
+
 def engine(model: str, config: dict[str, Any], args: argparse.Namespace) -> LLM:
     return LLM(
         model=model,
         skip_tokenizer_init=True,
         dtype="bfloat16",
         enforce_eager=args.eager,
-        max_model_len=256,
+        max_model_len=longest(model),
         max_num_seqs=args.batch,
         gpu_memory_utilization=0.2,
         kv_cache_memory_bytes=256 << 20,
@@ -78,13 +83,14 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
         ABLATED: (steered, ["0"] * args.batch),
         EACH: (steered, [str(k) for k in range(args.batch)]),
     }
-    prompts = [{"prompt_token_ids": torch.randint(3, 200, (16,)).tolist()} for _ in programs]
+    tokens = min(args.tokens, longest(model) - PROMPT)  # the toy has 128 positions
+    prompts = [{"prompt_token_ids": torch.randint(3, 200, (PROMPT,)).tolist()} for _ in programs]
 
     def run(llm: LLM, names: list[str | None]) -> float:
         params = [
             SamplingParams(
                 temperature=0,
-                max_tokens=args.tokens,
+                max_tokens=tokens,
                 ignore_eos=True,
                 detokenize=False,
                 extra_args=None if name is None else {"steer": name},
@@ -93,7 +99,7 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
         ]
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        return args.batch * args.tokens / (time.perf_counter() - start)
+        return args.batch * tokens / (time.perf_counter() - start)
 
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(-1, args.rounds):
