@@ -15,7 +15,8 @@ from torch import nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.models import layer_list
-from refusal_kernels.patching.plan import _in_layer
+from refusal_kernels.patching.plan import base_class
+from refusal_kernels.patching.rewrite import steered
 
 # Every add is fused into a norm: vLLM's own code. The first ones are compared, token by token, with
 # Hugging Face in tests/vllm; the second ones have code of the same shape.
@@ -78,17 +79,17 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
     found = layer_list(model)
     if found is None:
         raise InputError(f"{architecture} holds no list of decoder layers")
-    name, layers = found
+    path, layers = found
     local = [(k, la) for k, la in enumerate(layers) if type(la).__name__ != "PPMissingLayer"]
     if not local:
         return []
     places = [Place("embed", START, local[0][1], feeds=0)] if local[0][0] == 0 else []
     if architecture in ADDING:
         for number, layer in local:
-            for place, _, _ in _in_layer(number, layer):
-                if place.add is None:
-                    raise InputError(f"{type(layer).__name__} adds in a submodule")
-                places.append(Place(place.name, ADD, layer, number, place.writers, None, place.add))
+            for k, add in enumerate(steered(base_class(layer)).adds):
+                if add.live(layer):
+                    name = f"layers.{number}.{'+'.join(sorted(add.writers)) or 'add'}"
+                    places.append(Place(name, ADD, layer, number, add.writers, None, k))
             places[-1].feeds = number + 1 if number + 1 < len(layers) else None
         return places
     for number, layer in local:
@@ -102,7 +103,7 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
             places.append(_after_mlp(number - 1, norms[0], number))
         places.append(Place(f"layers.{number}.attn", NORM, norms[1], number, frozenset({"attn"})))
     if local[-1][0] == len(layers) - 1:
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent = model.get_submodule(path.rpartition(".")[0])
         final = _fused_norms(parent)
         if len(final) != 1:
             raise InputError(f"{type(parent).__name__} has {len(final)} final norms; expected 1")
