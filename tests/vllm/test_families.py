@@ -26,13 +26,18 @@ def interventions(directions):
     }
 
 
-def expected(path, directions):
+def programs_for(family):
+    """All, but those that ask for one of two writers that a family adds in one sum."""
+    return {k: v for k, v in PROGRAMS.items() if (family, k) != ("neox", "two")}
+
+
+def expected(path, directions, programs=PROGRAMS):
     """What Hugging Face says, by (program, strength), for each of the prompts."""
     # a vLLM engine leaves its mark on Hugging Face classes that it has served itself
     with set_current_vllm_config(VllmConfig()):
         model = hugging_face(path)
     own = interventions(directions)
-    cases = {(name, 1.0): (own[name], 1.0) for name in own}
+    cases = {(name, 1.0): (own[name], 1.0) for name in programs}
     cases["none", 1.0] = ((), 1.0)
     cases["ablate", 0.7] = (own["ablate"], 0.7)
     return {
@@ -57,9 +62,9 @@ def compare(llm, wanted):
 def test_greedy_tokens_are_those_of_the_patched_hugging_face_model(
     family, folder, directions, steering, engines
 ):
-    path = make(family, folder)
-    wanted = expected(path, directions)
-    compare(engines(path, steering(programs=PROGRAMS), max_num_seqs=32), wanted)
+    path, programs = make(family, folder), programs_for(family)
+    wanted = expected(path, directions, programs)
+    compare(engines(path, steering(programs=programs), max_num_seqs=32), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
