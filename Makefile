@@ -9,7 +9,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-vllm bench-vllm lint bench bench-models sanitize cuda clean
+.PHONY: help setup demo test test-vllm bench-vllm lint bench bench-models bench-experiment sanitize \
+	cuda clean
 
 help:
 	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
@@ -111,6 +112,11 @@ bench: setup
 # whole models; 6 layers of each, since the ratios do not depend on how many there are
 bench-models: setup
 	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
+
+# the experiment: what collecting adds to the passes, what selecting saves, a checkpoint of 3 GB
+bench-experiment: setup
+	@for part in collect select checkpoint; do \
+		$(BIN)/python benchmarks/bench_$$part.py --json benchmarks/results/$$part-cpu.json || exit 1; done
 
 clean:
 	rm -rf .venv .venv-vllm build out *.egg-info refusal_kernels/*.so

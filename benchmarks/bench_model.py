@@ -11,6 +11,7 @@ Every cell is also checked: what is left of the direction, and the logits.
 
 import argparse
 import copy
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.files import replacing, write_json
 from refusal_kernels.loading import first_line
-from refusal_kernels.models import decoder_layers, hidden_size
+from refusal_kernels.models import decoder, decoder_layers, hidden_size
 from refusal_kernels.patching.hooks import paper_hooks
 from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE
 from refusal_kernels.speed import Speed, interleaved
@@ -56,8 +57,10 @@ GRID = {  # dtypes and modes
     "cpu": (("float32", "bfloat16"), ("eager",)),
     "cuda": (("bfloat16", "float16"), ("eager", "compile", "graph")),
 }
-# A measurement repeats the work for about so long, between a least and a most number of times.
-MEASURE_S, LEAST, MOST = 0.4, {"decode": 2, "prefill": 1}, 16
+# A measurement repeats the work for about so long, between a least and a most number of times: it
+# is short and there are many rounds, since what differs is a few thousandths, and a median over the
+# same minutes is the steadier, the more often the methods take turns.
+MEASURE_S, LEAST, MOST = 0.2, {"decode": 2, "prefill": 1}, 16
 
 BASE, FUSED, UNFUSED, HOOKS = "unmodified", "patched", "patched, norms apart", "hooks"
 Method = Callable[[Any, Direction], AbstractContextManager[Any]]
@@ -203,7 +206,9 @@ class Work:
             self.cache = (
                 FixedCache(model.config, room) if fixed else DynamicCache(config=model.config)
             )
-            self.fed["past_key_values"] = self.cache
+            # versions of transformers call it differently
+            named = "cache" in inspect.signature(decoder(model).forward).parameters
+            self.fed["cache" if named else "past_key_values"] = self.cache
             model(**self.fed)
             self.fed["input_ids"] = ids[:, -1:].contiguous()
 
@@ -471,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--layers", type=int, help="only the first so many of each model")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=("eager", "compile", "graph"))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
     parser.add_argument("--quick", action="store_true", help="2 layers, 5 rounds")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))

@@ -16,12 +16,14 @@ from refusal_kernels.evaluation import evaluate, generate
 from refusal_kernels.evidence import Evidence, gather_evidence
 from refusal_kernels.extraction import ChatFormat, Moments, collect, mean_difference, read_prompts
 from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
+from refusal_kernels.methods import find_candidates
 from refusal_kernels.ops import explain, use_backend
 from refusal_kernels.orthogonalize import (
     Certificate,
     certify,
     orthogonalize,
     orthogonalize_checkpoint,
+    orthogonalize_lora,
 )
 from refusal_kernels.patching import PatchHandle, patch
 from refusal_kernels.selection import Selection, select
@@ -48,12 +50,14 @@ __all__ = [
     "collect",
     "evaluate",
     "explain",
+    "find_candidates",
     "gather_evidence",
     "generate",
     "mean_difference",
     "ops",
     "orthogonalize",
     "orthogonalize_checkpoint",
+    "orthogonalize_lora",
     "patch",
     "read_prompts",
     "select",

@@ -5,7 +5,16 @@ import sys
 import typer
 from rich.text import Text
 
-from refusal_kernels.commands import evidence, experiment, files, machine, weights
+from refusal_kernels.commands import (
+    evidence,
+    experiment,
+    extract,
+    files,
+    machine,
+    reproduce,
+    select,
+    weights,
+)
 from refusal_kernels.commands.common import errors
 from refusal_kernels.errors import InputError
 
@@ -19,10 +28,11 @@ app = typer.Typer(
 )
 for command in (
     experiment.demo,
-    experiment.extract,
-    experiment.select,
+    extract.extract,
+    select.select,
     evidence.evaluate,
     evidence.generate,
+    reproduce.reproduce,
     weights.orthogonalize,
     files.convert,
     machine.doctor,

@@ -4,6 +4,7 @@ A file is a safetensors file with the raw vector under the key ``direction`` and
 metadata, so that any tool can read it and nothing in it can run.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
@@ -186,14 +187,23 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file of one of the package's formats, replacing it in one step.
 
+    What is equal gives a file that is equal byte for byte.
+
     Raises
     ------
     InputError
         If the file cannot be written; nothing is left behind.
     """
     known = {"format": kind, "format_version": FORMAT_VERSION}
-    with replacing(Path(path)) as temporary:
-        save_file(dict(tensors), temporary, metadata={**metadata, **known})
+    blob = memoryview(save(dict(tensors), metadata={**metadata, **known}))
+    start = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(bytes(blob[8:start]))
+    # The library's order of the metadata changes from run to run; by name, equal is equal.
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-len(text) % 8 + len(text))  # the data stays aligned
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.writelines((len(text).to_bytes(8, "little"), text, blob[start:]))
 
 
 def read_tensors(

@@ -3,11 +3,12 @@
 What stands there is always whole, and what someone else wrote cannot take the memory.
 """
 
+import glob
 import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,26 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove the temporary files that killed processes left beside a file (see `replacing`)."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        with suppress(OSError):  # gone already, or not ours to remove
+            temporary.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # someone else's
+        pass
+    return True
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -82,11 +103,12 @@ def check_size(path: str | os.PathLike[str], what: str, limit_bytes: int) -> int
         If that is so. A folder, a device or a pipe is no file.
     """
     try:
-        if not Path(path).is_file():
-            raise InputError(f"{path} is not there; expected {what}")
-        size = Path(path).stat().st_size
+        there = Path(path).is_file()
+        size = Path(path).stat().st_size if there else 0
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
         raise InputError(f"{path} cannot be read: {error}") from None
+    if not there:
+        raise InputError(f"{path} is not there; expected {what}")
     if size > limit_bytes:
         raise InputError(f"{path} has {size} bytes; expected {what} of at most {limit_bytes}")
     return size

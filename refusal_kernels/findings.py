@@ -1,12 +1,12 @@
 """What the evidence says, in sentences with their numbers."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refusal_kernels.evidence import ABLATED, ADDED, MAIN, SUBTRACTED, UNMODIFIED
 
+ORTHOGONALISED = "orthogonalised"
 Document = Mapping[str, Any]
 """What `Evidence.to_dict` gives; "lm_eval" may stand beside it."""
 
@@ -154,8 +154,11 @@ def _capability(document: Document) -> list[Statement]:
     lm_eval = document.get("lm_eval") or {}
     for task, metrics in lm_eval.get(UNMODIFIED, {}).items():
         for metric, own in list(metrics.items())[:1]:
-            other = lm_eval.get(ABLATED, {}).get(task, {}).get(metric, {}).get("value", math.nan)
-            parts.append(f"{task} {metric} {own['value']:.3f}, ablated {other:.3f}")
+            others = [
+                f", {edit} {lm_eval[edit][task][metric]['value']:.3f}"
+                for edit in (ABLATED, ORTHOGONALISED) if edit in lm_eval
+            ]  # fmt: skip
+            parts.append(f"{task} {metric} {own['value']:.3f}{''.join(others)}")
     if not parts:
         return []
     text = "; ".join(parts)

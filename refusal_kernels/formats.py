@@ -21,6 +21,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_bytes, read_json
 
 CANDIDATES = "refusal_kernels.candidates"
+SUFFIXES = (".safetensors", ".gguf", ".glp", ".pt")
 METHOD = "mean_difference"
 _WHERE = ("layer", "pos")
 # All that torch.save writes for one dense tensor. Nothing else is run, whatever torch would allow:
@@ -47,10 +48,13 @@ class Candidates:
         float32 [position, layer, hidden]: read at the input of each layer; position -1 is the last.
     model : str or None
         The model they were read from.
+    method : str
+        How they were found.
     """
 
     tensor: Tensor
     model: str | None = None
+    method: str = "mean_difference"
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 3 or not self.tensor.is_floating_point() or not self.tensor.numel():
@@ -75,11 +79,12 @@ class Candidates:
                 f"there is no candidate of layer {layer} and position {position}; expected layers "
                 f"0 to {layers - 1} and positions -{positions} to -1"
             )
-        return Direction(self.tensor[position, layer], self.model, layer, position)
+        return Direction(self.tensor[position, layer], self.model, layer, position, self.method)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a safetensors file, as ``refusal-kernels extract`` does."""
         metadata = {} if self.model is None else {"model": self.model}
+        metadata["method"] = self.method
         write_tensors(path, CANDIDATES, {"candidates": self.tensor}, metadata)
 
 
@@ -105,7 +110,8 @@ def read(path: str | os.PathLike[str]) -> Found:
         return Direction.load(path)
     tensors, metadata = read_tensors(path, CANDIDATES, ("candidates",))
     try:
-        return Candidates(tensors["candidates"], metadata.get("model"))
+        method = metadata.get("method", "mean_difference")
+        return Candidates(tensors["candidates"], metadata.get("model"), method)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -39,8 +39,9 @@ class Intervention(ABC):
         stands in its place) and MLP write; "block_input", the input of a block; "embed", the input
         of the first. None: at every residual add.
     positions
-        Which tokens: "all"; "prompt", those of a pass without a cache behind it; "generated", all
-        others; "last", the last of every row (the last that is no padding).
+        Which tokens: "all"; "prompt", what ``generate`` was given (outside it, those of a pass
+        without a cache behind it); "generated", all others; "last", the last of every row's prompt
+        that is no padding, and all that is generated, each of which has been the last.
     """
 
     strength: float
@@ -88,20 +89,14 @@ class Intervention(ABC):
         InputError
             If it is meant for one of two writers that are added in one sum.
         """
-        if self.layer is not None:
-            return feeds == self.layer
-
-        def wanted(number: int | None) -> bool:
-            return self.layers is None or number in self.layers
-
+        if self.layer is not None or self.meets_input(feeds):
+            return self.meets_input(feeds)
         if self.sites is None:
-            return wanted(block)
-        if ("embed" in self.sites and block is None and self.layers is None) or (
-            "block_input" in self.sites and feeds is not None and wanted(feeds)
-        ):
+            return self._wanted(block)
+        if "embed" in self.sites and block is None and self.layers is None:
             return True
         here = writers & set(self.sites)
-        if not here or not wanted(block):
+        if not here or not self._wanted(block):
             return False
         if here != writers:
             raise InputError(
@@ -109,6 +104,15 @@ class Intervention(ABC):
                 f"sum, so it can't be steered at {', '.join(sorted(here))} alone"
             )
         return True
+
+    def meets_input(self, feeds: int | None) -> bool:
+        """Whether it is meant for the input of this block, whatever writes it."""
+        if self.layer is not None:
+            return feeds == self.layer
+        return "block_input" in (self.sites or ()) and feeds is not None and self._wanted(feeds)
+
+    def _wanted(self, block: int | None) -> bool:
+        return self.layers is None or block in self.layers
 
     @property
     @abstractmethod

@@ -14,7 +14,10 @@ LISTS = ("layers", "h", "blocks", "block", "layer")
 def decoder(model: Any) -> nn.Module:
     """Return the module that holds a model's text decoder."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return found if isinstance(found, nn.Module) else getattr(model, "base_model", model)
+    if isinstance(found, nn.Module) and any(True for _ in found.children()):
+        return found
+    found = getattr(model, "base_model", model)  # what some models call their decoder is the head
+    return found if isinstance(found, nn.Module) else model
 
 
 def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:
@@ -70,5 +73,8 @@ def hidden_size(model: Any) -> int:
 
 def input_device(model: Any) -> torch.device:
     """Return where the model takes its tokens; model.device is not it where it is spread out."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":  # offloaded by accelerate, which says where it will run
+        device = torch.device(embedding._hf_hook.execution_device)
     return device

@@ -40,7 +40,8 @@ def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
     document
         What `Evidence.to_dict` gives. Beside that it may hold "model" (its name), "selection"
         (`Selection.to_dict`), "lm_eval" (`refusal_kernels.lm_eval_model.run_tasks`), "versions",
-        "device", "command", "created" and "sources" (where prompts and texts come from, by name).
+        "device", "command", "created", "sources" (where prompts and texts come from, by name) and
+        "comparisons" (`refusal_kernels.rows.Comparison.to_dict`).
     samples
         How many prompts of each set are shown with their completions.
 
@@ -58,7 +59,7 @@ def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
     )
     environment.filters["percent"] = percent
     conditions = document["conditions"]
-    optional = ("model", "selection", "lm_eval", "versions", "device", "command", "created")
+    optional = "model selection lm_eval versions device command created comparisons".split()
     known = {name: document.get(name) for name in optional}
     return environment.get_template(TEMPLATE).render(
         **{**document, **known, "sources": document.get("sources") or {}},

@@ -5,8 +5,10 @@ Direction" (arXiv 2406.11717), section 2.3, with the constants of the paper's co
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +16,21 @@ from torch import Tensor
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.extraction.collect import Progress, batch_logits, last_logits
-from refusal_kernels.extraction.prompts import Batch, ChatFormat
-from refusal_kernels.interventions import Ablate, Add, Intervention
-from refusal_kernels.models import decoder_layers, hidden_size
-from refusal_kernels.patching import patch
+from refusal_kernels.extraction.collect import Progress, batch_logits
+from refusal_kernels.extraction.prompts import ChatFormat
+from refusal_kernels.measurement import Measurement, Question, same_length
+from refusal_kernels.models import decoder_layers, hidden_size, text_config
+from refusal_kernels.scoring import (
+    check_tokens,
+    distinctive_tokens,
+    find_refusal_tokens,
+    kl_divergence,
+    paper_refusal_tokens,
+    refusal_score,
+)
 
-SCORE_EPS = 1e-8
-KL_EPS = 1e-6
-MIN_PROBABILITY = 0.05
-MIN_RATIO = 10.0
+AUTO, PAPER = "auto", "paper"
+NOT_FINITE = "not finite"
 # At the first layer the template's tokens have the same embedding whatever the instruction: the
 # difference is zero, or rounding, and rounding must not be scaled up to a unit vector.
 ZERO = 1e-6
@@ -44,7 +51,8 @@ class Candidate:
     kl : float or None
         Mean KL(unmodified || ablated) at the last token of harmless prompts: low is good.
     discarded : str or None
-        Why it was passed over. The scores are None where that was known before any was measured.
+        Why it was passed over. A score is None where that was known before any was measured, or
+        where it is not finite.
     """
 
     position: int
@@ -92,86 +100,6 @@ class Selection:
         return {**fields, "scores": [asdict(row) for row in self.scores]}
 
 
-def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Log-odds that the next token is a refusal token.
-
-    Parameters
-    ----------
-    logits
-        [prompts, vocabulary], at the last position.
-    tokens
-        The refusal tokens.
-
-    Returns
-    -------
-    Tensor
-        float64 [prompts]: ``log(p + eps) - log(1 - p + eps)``, where p is the summed probability
-        of the tokens and eps is 1e-8.
-
-    Raises
-    ------
-    InputError
-        If there is no token, or one is not in the vocabulary.
-    """
-    if not tokens or not all(0 <= token < logits.shape[-1] for token in tokens):
-        raise InputError(
-            f"the refusal tokens are {list(tokens)}; expected token ids below {logits.shape[-1]}"
-        )
-    chosen = torch.tensor(sorted(set(tokens)), device=logits.device)
-    p = logits.double().softmax(dim=-1)[..., chosen].sum(dim=-1)
-    return torch.log(p + SCORE_EPS) - torch.log(1 - p + SCORE_EPS)
-
-
-def kl_divergence(logits: Tensor, changed: Tensor) -> Tensor:
-    """KL(p || q) of next-token distributions, float64 [prompts].
-
-    As in the paper's code: ``sum p (log(p + eps) - log(q + eps))`` with eps 1e-6, so that the
-    threshold means the same. It can come out below zero by about eps times the vocabulary.
-    """
-    p, q = logits.double().softmax(dim=-1), changed.double().softmax(dim=-1)
-    return (p * (torch.log(p + KL_EPS) - torch.log(q + KL_EPS))).sum(dim=-1)
-
-
-def find_refusal_tokens(
-    model: Any,
-    tokenizer: Any,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
-    batch_size: int = 32,
-) -> list[int]:
-    """Find the tokens with which the model begins a refusal, from its own behaviour.
-
-    These are the next tokens whose mean probability is at least 0.05 on the harmful prompts, and
-    at least 10 times that on the harmless ones.
-
-    Returns
-    -------
-    list of int
-        Token ids, the most probable first.
-
-    Raises
-    ------
-    InputError
-        If there is none: the model does not tell the two sets of prompts apart.
-    """
-    chat = ChatFormat.of(tokenizer)
-    logits = [last_logits(model, chat, prompts, batch_size) for prompts in (harmful, harmless)]
-    return _distinctive_tokens(*logits)
-
-
-def _distinctive_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
-    p, q = (logits.double().softmax(dim=-1).mean(dim=0) for logits in (harmful, harmless))
-    found = ((p >= MIN_PROBABILITY) & (p >= MIN_RATIO * q)).nonzero().flatten().tolist()
-    if not found:
-        top = int(p.argmax())
-        raise InputError(
-            "no refusal tokens: no next token is frequent on harmful prompts and rare on harmless "
-            f"ones (the likeliest, {top}, has {float(p[top]):.3f} and {float(q[top]):.3f}); "
-            "name them with refusal_tokens"
-        )
-    return sorted(found, key=lambda token: -float(p[token]))
-
-
 def select(
     model: Any,
     tokenizer: Any,
@@ -179,12 +107,14 @@ def select(
     harmful: Sequence[str],
     harmless: Sequence[str],
     *,
-    refusal_tokens: Sequence[int] | None = None,
+    refusal_tokens: Sequence[int] | str | None = None,
     kl_threshold: float = 0.1,
     induce_threshold: float = 0.0,
     prune_last: float = 0.2,
-    batch_size: int = 32,
+    batch_size: int = 64,
     model_name: str | None = None,
+    method: str = "mean_difference",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose the direction whose ablation best removes refusals and changes little else.
@@ -199,23 +129,30 @@ def select(
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     candidates
-        [position, layer, hidden], as `mean_difference` returns them.
+        [position, layer, hidden], as `mean_difference` or `find_candidates` returns them; of the
+        first layers alone, if the others are left out.
     harmful, harmless
         Validation prompts, other than those that the candidates were read from.
     refusal_tokens
-        Tokens that begin a refusal; by default found as `find_refusal_tokens` does.
+        Tokens that begin a refusal. None or "auto": found as `find_refusal_tokens` does; "paper":
+        those that the paper names for the model's family (`paper_refusal_tokens`).
     kl_threshold
         Discard a candidate with a larger KL.
     induce_threshold
         Discard a candidate with a lower induce score.
     prune_last
-        Discard this share of the layers, the last ones.
+        Discard this share of the layers, the last ones: they are not measured.
     batch_size
-        Prompts at once.
-    model_name
+        Rows at once: each is a prompt under one candidate. Of the unmodified stream, the inputs of
+        the candidates' layers are kept for so many prompts at most, and for no others.
+    model_name, method
         Kept in the direction.
+    checkpoint
+        A file that always holds the scores so far. Where it is there, the run goes on from it, and
+        gives the same bits as one that was never disturbed. It stays; remove it when the selection
+        is kept elsewhere.
     progress
-        Called with the number of candidates done, and of all that are measured.
+        Called with the number of rows done, and of all.
 
     Returns
     -------
@@ -225,57 +162,92 @@ def select(
     Raises
     ------
     InputError
-        If the candidates do not fit the model, there are no refusal tokens, or no candidate is
-        left; the message names the closest one, and what discarded it.
+        If the candidates do not fit the model, there are no refusal tokens, the checkpoint is of
+        another run, or no candidate is left; the message names the closest one, and what discarded
+        it.
     """
     layers, hidden = len(decoder_layers(model)), hidden_size(model)
-    if candidates.ndim != 3 or tuple(candidates.shape[1:]) != (layers, hidden):
+    shape = list(candidates.shape)
+    if len(shape) != 3 or not 0 < shape[1] <= layers or shape[2] != hidden or not shape[0]:
         raise InputError(
-            f"candidates {list(candidates.shape)}; expected [position, {layers} layers, {hidden}]"
+            f"candidates {shape}; expected [position, {layers} layers or fewer, {hidden}]"
         )
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}; expected 1 or more")
     chat = ChatFormat.of(tokenizer)
-    inputs = chat.batches(harmful, batch_size), chat.batches(harmless, batch_size)
-    baseline = batch_logits(model, inputs[0]), batch_logits(model, inputs[1])
-    tokens = list(_distinctive_tokens(*baseline) if refusal_tokens is None else refusal_tokens)
-    scores = [float(refusal_score(logits, tokens).mean()) for logits in baseline]
+    given = _given_tokens(model, chat, refusal_tokens)
+    ids = chat.encode(harmful), chat.encode(harmless)
 
+    baseline = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
+    parts = baseline[: len(ids[0])], baseline[len(ids[0]) :]
+    tokens = distinctive_tokens(*parts) if given is None else given
     vectors = candidates.detach().float().cpu()
-    limit = int(layers * (1.0 - prune_last))
-    unfit = _unfit(vectors, limit)
-    total, done, rows = sum(reason is None for reason in unfit.values()), 0, []
-    for (position, layer), reason in unfit.items():
-        if reason is not None:
-            rows.append(Candidate(position, layer, None, None, None, reason))
-            continue
-        direction = Direction(vectors[position, layer], model_name, layer, position)
-        bypass, induce, kl = _measure(model, direction, inputs, baseline[1], tokens)
-        if any(map(math.isnan, (bypass, induce, kl))):
-            reason = "not finite"
-        elif kl > kl_threshold:
-            reason = f"kl > {kl_threshold:g}"
-        elif induce < induce_threshold:
-            reason = f"induce < {induce_threshold:g}"
-        rows.append(Candidate(position, layer, bypass, induce, kl, reason))
-        done += 1
-        if progress is not None:
-            progress(done, total)
+    unfit = _unfit(vectors, int(layers * (1.0 - prune_last)))
+    measured = {
+        (position, layer): Direction(vectors[position, layer], model_name, layer, position, method)
+        for (position, layer), reason in unfit.items()
+        if reason is None
+    }
+    found: dict[tuple[int, int], list[float]] = {}
+    if measured:
+        question = Question(*ids, baseline, tokens, batch_size)
+        scores = Measurement(model, question, list(measured.values())).run(
+            None if checkpoint is None else Path(checkpoint), progress
+        )
+        means = torch.stack([table.mean(dim=1) for table in scores], dim=1)
+        found = dict(zip(measured, means.tolist(), strict=True))
 
+    rows = [
+        Candidate(*at, None, None, None, reason)
+        if at not in found
+        else _judged(at, found[at], kl_threshold, induce_threshold)
+        for at, reason in unfit.items()
+    ]
     winner = _best(rows, kl_threshold, induce_threshold)
     assert winner.bypass is not None and winner.induce is not None and winner.kl is not None
     return Selection(
-        direction=Direction(
-            vectors[winner.position, winner.layer], model_name, winner.layer, winner.position
-        ),
+        direction=measured[winner.position, winner.layer],
         layer=winner.layer,
         position=winner.position,
         bypass=winner.bypass,
         induce=winner.induce,
         kl=winner.kl,
-        baseline=scores[0],
-        baseline_harmless=scores[1],
+        baseline=float(refusal_score(parts[0], tokens).mean()),
+        baseline_harmless=float(refusal_score(parts[1], tokens).mean()),
         refusal_tokens=tokens,
         scores=rows,
     )
+
+
+def _given_tokens(
+    model: Any, chat: ChatFormat, refusal_tokens: Sequence[int] | str | None
+) -> list[int] | None:
+    """Return the refusal tokens that are known before the model has run; None to find them."""
+    if refusal_tokens is None or refusal_tokens == AUTO:
+        return None
+    if refusal_tokens == PAPER:
+        return paper_refusal_tokens(model, chat)
+    if isinstance(refusal_tokens, str):
+        raise InputError(
+            f"the refusal tokens are {refusal_tokens!r}; expected {AUTO!r}, {PAPER!r} or token ids"
+        )
+    check_tokens(refusal_tokens, int(text_config(model).vocab_size))
+    return list(refusal_tokens)
+
+
+def _judged(
+    at: tuple[int, int], scores: Sequence[float], kl_threshold: float, induce_threshold: float
+) -> Candidate:
+    """A measured candidate's row: bypass, induce and kl as they are given."""
+    bypass, induce, kl = (s if math.isfinite(s) else None for s in scores)
+    reason = None
+    if bypass is None or induce is None or kl is None:
+        reason = NOT_FINITE
+    elif kl > kl_threshold:
+        reason = f"kl > {kl_threshold:g}"
+    elif induce < induce_threshold:
+        reason = f"induce < {induce_threshold:g}"
+    return Candidate(*at, bypass, induce, kl, reason)
 
 
 def _unfit(vectors: Tensor, limit: int) -> dict[tuple[int, int], str | None]:
@@ -290,32 +262,11 @@ def _unfit(vectors: Tensor, limit: int) -> dict[tuple[int, int], str | None]:
             if layer >= limit:
                 reason = f"layer >= {limit}"
             elif not finite[position, layer]:
-                reason = "not finite"
+                reason = NOT_FINITE
             elif norms[position, layer] <= smallest:
                 reason = "zero"
             reasons[position, layer] = reason
     return reasons
-
-
-def _measure(
-    model: Any,
-    direction: Direction,
-    inputs: tuple[list[Batch], list[Batch]],
-    baseline_harmless: Tensor,
-    tokens: Sequence[int],
-) -> tuple[float, float, float]:
-    """Bypass, induce and kl of one direction."""
-
-    def logits(intervention: Intervention, batches: list[Batch]) -> Tensor:
-        with patch(model, intervention):
-            return batch_logits(model, batches)
-
-    harmful, harmless = inputs
-    ablate, add = Ablate(direction), Add(direction, layer=direction.layer)
-    bypass = refusal_score(logits(ablate, harmful), tokens)
-    kl = kl_divergence(baseline_harmless, logits(ablate, harmless))
-    induce = refusal_score(logits(add, harmless), tokens)
-    return float(bypass.mean()), float(induce.mean()), float(kl.mean())
 
 
 def _best(rows: list[Candidate], kl_threshold: float, induce_threshold: float) -> Candidate:
@@ -327,7 +278,7 @@ def _best(rows: list[Candidate], kl_threshold: float, induce_threshold: float) -
         # Both scores are in nats, so the larger miss says how far a candidate is from staying.
         return max((row.kl or 0.0) - kl_threshold, induce_threshold - (row.induce or 0.0))
 
-    measured = [row for row in rows if row.kl is not None and row.discarded != "not finite"]
+    measured = [row for row in rows if row.kl is not None and row.discarded != NOT_FINITE]
     if not measured:
         reasons = sorted({str(row.discarded) for row in rows})
         raise InputError(f"no candidate is left of {len(rows)}: {', '.join(reasons)}")
@@ -337,3 +288,14 @@ def _best(rows: list[Candidate], kl_threshold: float, induce_threshold: float) -
         f"{closest.layer}, was discarded for {closest.discarded} "
         f"(kl {closest.kl:.4g}, induce {closest.induce:.4g}, bypass {closest.bypass:.4g})"
     )
+
+
+__all__ = [
+    "Candidate",
+    "Selection",
+    "find_refusal_tokens",
+    "kl_divergence",
+    "paper_refusal_tokens",
+    "refusal_score",
+    "select",
+]

@@ -194,5 +194,5 @@ def test_files_of_texts_and_pairs(tmp_path) -> None:
         path.write_text(content)
         with pytest.raises(InputError, match=words):
             read(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not there"):
         read_texts(tmp_path / "nowhere.txt")

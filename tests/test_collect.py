@@ -1,16 +1,24 @@
 """What is collected, against the model's own hidden states, one prompt at a time."""
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
+from refusal_kernels import Ablate, Direction, patch, toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import collect, last_logits, mean_difference
 from refusal_kernels.extraction.moments import Moments
 from refusal_kernels.extraction.prompts import ChatFormat
+from refusal_kernels.loading import load
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import tiny_families
 
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
@@ -184,3 +192,221 @@ def test_nan_in_the_model_is_named() -> None:
     model.model.layers[1].mlp.down_proj.weight[5, 5] = float("nan")
     with pytest.raises(InputError, match="met NaN or infinity at layer 2, position -4"):
         mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
+
+
+# --- at scale ------------------------------------------------------------------------------------
+
+
+def test_the_mean_differences_are_float64_sums() -> None:
+    """Of what the very forward passes hold, read by other hooks, in passes to the very end."""
+    model, tokenizer = load("toy", "cpu", "auto")
+    sets = [list(toy.prompts(name, "train")[:100]) for name in ("harmful", "harmless")]
+    chat, layers = ChatFormat(tokenizer), model.model.layers
+    means = []
+    for prompts in sets:
+        sums = torch.zeros(len(layers), chat.positions, 128, dtype=torch.float64)
+
+        def add(layer: int, stream: torch.Tensor, sums: torch.Tensor = sums) -> None:
+            sums[layer] += stream[:, -chat.positions :].double().sum(0)
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, i=i, add=add: add(i, args[0]))
+            for i, layer in enumerate(layers)
+        ]
+        for batch in chat.batches(prompts, 8):
+            positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+            with torch.no_grad():
+                model(batch.input_ids, batch.attention_mask, position_ids=positions)
+        for hook in hooks:
+            hook.remove()
+        means.append(sums / len(prompts))
+    expected = (means[0] - means[1]).transpose(0, 1)
+
+    found = mean_difference(model, tokenizer, *sets, batch_size=8)
+    error = (found.double() - expected).abs()
+    # a float32 number is within 6e-8 of what it stands for; 1e-12: of a difference that is none
+    assert (error <= 1e-6 * expected.abs() + 1e-12).all()
+    again = mean_difference(model, tokenizer, *sets, batch_size=8)
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("last_layer", [0, 1, 2])
+def test_what_lies_above_the_last_layer_is_not_run(last_layer: int) -> None:
+    model = tiny_model()
+    whole = collect(model, tiny_tokenizer(), HARMFUL, batch_size=3)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("it ran")
+
+    for module in (*model.model.layers[last_layer:], model.model.norm, model.lm_head):
+        for part in module.modules():
+            part.register_forward_hook(never)
+    part = collect(model, tiny_tokenizer(), HARMFUL, batch_size=3, last_layer=last_layer)
+    assert part.shape == (last_layer + 1, POSITIONS, 64)
+    for read in ("count", "mean", "variance"):
+        of_part, of_whole = (getattr(m, read)("harmful") for m in (part, whole))
+        assert torch.equal(of_part, of_whole[: last_layer + 1])
+    candidates = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, last_layer=last_layer)
+    assert candidates.shape == (POSITIONS, last_layer + 1, 64)
+
+
+OTHERS = "gpt2 bloom falcon gptj gemma2 gemma3n_text mixtral mamba phi3 qwen3_next olmo2 cohere2"
+
+
+@pytest.mark.parametrize("family", OTHERS.split())
+@pytest.mark.filterwarnings("ignore")
+def test_other_families_are_read_up_to_any_layer(family: str) -> None:
+    from refusal_kernels.extraction.batches import Batch
+    from refusal_kernels.extraction.forward import model_inputs, read_inputs
+    from refusal_kernels.models import decoder_layers
+
+    model = tiny_families.build(family)
+    layers = decoder_layers(model)
+    mask = torch.ones(3, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    batch = Batch([0, 1, 2], torch.randint(8, 100, (3, 9)), mask)
+    expected: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: expected.update(
+                {i: (args[0] if args else kwargs["hidden_states"]).clone()}
+            ),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        model(**model_inputs(batch, torch.device("cpu")), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for last in range(len(layers)):
+        found: dict[int, torch.Tensor] = {}
+        read_inputs(model, batch, last, lambda i, x, into=found: into.update({i: x.clone()}))
+        assert list(found) == list(range(last + 1))
+        assert all(torch.equal(found[i], expected[i]) for i in found)
+
+
+def test_a_layer_that_is_not_called_is_named() -> None:
+    """Without an image Mllama skips its layers of cross-attention."""
+    model = tiny_families.build("mllama")
+    with pytest.raises(InputError, match="3 of the 4 decoder layers of Mllama"):
+        collect(model, tiny_tokenizer(), ["make tea"])
+
+
+def test_a_patched_model_is_read_as_it_runs() -> None:
+    model, direction = tiny_model(), Direction(torch.randn(64))
+    plain = collect(model, tiny_tokenizer(), HARMFUL)
+    with patch(model, Ablate(direction)):
+        ablated = collect(model, tiny_tokenizer(), HARMFUL)
+        logits = last_logits(model, tiny_tokenizer(), HARMFUL)  # the cut pass left nothing behind
+    with patch(model, Ablate(direction)):
+        assert torch.equal(logits, last_logits(model, tiny_tokenizer(), HARMFUL))
+    unit = direction.unit.double()
+    assert (ablated.mean("harmful") @ unit).abs().max() < 1e-6
+    assert (plain.mean("harmful") @ unit).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("how", ["layers", "decoder", "model", "offloaded"])
+def test_compiled_and_offloaded_models(how: str) -> None:
+    """Compiled code would not see the hooks; what is offloaded is fetched as the pass goes."""
+    model = tiny_model()
+    expected = collect(model, tiny_tokenizer(), HARMFUL, last_layer=1)
+    if how == "layers":
+        for layer in model.model.layers:
+            layer.compile()
+    elif how == "decoder":
+        model.model.compile()
+    elif how == "model":
+        model = torch.compile(model)
+    else:
+        model = accelerate.cpu_offload(model, torch.device("cpu"))
+    for _ in range(2):
+        found = collect(model, tiny_tokenizer(), HARMFUL, last_layer=1)
+        assert torch.equal(found.mean("harmful"), expected.mean("harmful"))
+    assert all(p.is_meta for p in model.parameters()) == (how == "offloaded")
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "state.safetensors"
+    whole = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=1)
+    seen: list[int] = []
+
+    def stop(done: int, _: int) -> None:
+        seen.append(done)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    arguments = (model, tiny_tokenizer(), HARMFUL, HARMLESS)
+    with pytest.raises(KeyboardInterrupt):
+        mean_difference(*arguments, batch_size=1, checkpoint=path, progress=stop)
+    again = mean_difference(*arguments, batch_size=1, checkpoint=path, progress=stop_not(seen))
+    assert seen == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert torch.equal(whole, again)
+    # a finished run says it again, without a pass
+    passes: list[Any] = []
+    model.model.layers[1].register_forward_pre_hook(lambda *_: passes.append(_))
+    assert torch.equal(whole, mean_difference(*arguments, batch_size=1, checkpoint=path))
+    assert len(passes) == 1  # the probe
+
+
+def stop_not(seen: list[int]) -> Any:
+    return lambda done, _: seen.append(done)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Whatever it is that differs, it is named, and nothing has changed."""
+    path = tmp_path / "state.safetensors"
+
+    def run(model: Any, prompts: Any = HARMFUL, chat: Any = None, **settings: Any) -> Moments:
+        chat = chat or tiny_tokenizer()
+        return collect(model, chat, prompts, **{"batch_size": 2, **settings}, checkpoint=path)
+
+    model = tiny_model()
+    run(model)
+    before = path.read_bytes()
+    edited = tiny_model()
+    edited.model.layers[2].mlp.down_proj.weight[3, 3] += 1e-3  # no input of a layer depends on it
+    hooked = tiny_model()
+    hooked.model.layers[0].register_forward_hook(lambda _, args, out: out * 1.001)
+    cases: list[tuple[str, Any]] = [
+        ("set of prompts", lambda: run(model, HARMFUL[::-1])),
+        ("set of prompts", lambda: run(model, chat=ChatFormat(tiny_tokenizer(), "be kind"))),
+        ("batch size", lambda: run(model, batch_size=3)),
+        ("shape", lambda: run(model, positions=2)),
+        ("shape", lambda: run(model, last_layer=1)),
+        ("set of groups", lambda: run(model, groups=("harmful", "other"))),
+        ("set of prompts", lambda: run(model, group=1)),
+        ("model", lambda: run(edited)),
+        ("another patch, machine", lambda: run(hooked)),
+        ("model", lambda: run(tiny_model(dtype=torch.float64))),
+    ]
+    for name, case in cases:
+        with pytest.raises(InputError, match=f"another run, .*{name}.*remove it to begin anew"):
+            case()
+    assert path.read_bytes() == before
+    run(model)
+
+    for content, message in (
+        (before[:-9], "damaged"),
+        (b"", "damaged"),
+        (before.replace(rb'"batches\": \"2', rb'"batches\": \"9'), "no checkpoint of this run"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            run(model)
+        assert path.read_bytes() == content
+    with pytest.raises(InputError, match="cannot be written"):
+        collect(model, tiny_tokenizer(), HARMFUL, checkpoint=tmp_path / "nowhere" / "state")
+    with pytest.raises(InputError, match="no moments beside it"):
+        collect(model, tiny_tokenizer(), HARMFUL, checkpoint=path, moments=Moments(3, 4, 64))
+
+
+def test_what_the_model_cannot_take_is_named_before_any_pass() -> None:
+    model = tiny_model(max_position_embeddings=32)
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match=r"prompt 1 has 45 tokens .* the model takes 32"):
+        collect(model, tiny_tokenizer(), ["make tea", "tea " * 39])
+    with pytest.raises(InputError, match="the last layer is 3; expected 0 to 2"):
+        collect(model, tiny_tokenizer(), HARMFUL, last_layer=3)
+    with pytest.raises(InputError, match="the last layer is -1; expected 0 to 2"):
+        mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, last_layer=-1)

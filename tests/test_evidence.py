@@ -394,7 +394,7 @@ BAD = {
     "{d} --selection {f}/nowhere.json": "nowhere.json",
     "{d} --candidates {d2}": "expected refusal_kernels.candidates",
     "{d} --task {f}/book.txt": "book.txt:1 is not JSON",
-    "{d} --text {f}/nowhere.txt": "nowhere.txt cannot be read",
+    "{d} --text {f}/nowhere.txt": "nowhere.txt is not there",
     "{d} --judge {f}/nowhere": "judge .* cannot be loaded",
     "{d} --judge tokens": "no refusal tokens",
     "{d} --lm-eval mmlu --lm-eval-include {f}/nowhere": "nowhere is no folder",

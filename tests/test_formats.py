@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_model
 
 import refusal_kernels as rk
-from refusal_kernels import cli
+from refusal_kernels import cli, toy
 from refusal_kernels.control_vector import SITE, ControlVector
 from refusal_kernels.direction import Direction, write_tensors
 from refusal_kernels.errors import InputError
@@ -429,3 +429,30 @@ def test_convert_says_no_in_one_line(
     code, _, err = run(*(argument.format(f=tmp_path) for argument in arguments))
     assert code == 2 and message in " ".join(err.split()) and "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+def test_the_commands_take_a_direction_of_any_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, tokenizer = toy.load()
+    vectors = rk.mean_difference(
+        model, tokenizer, *(toy.prompts(c, "train")[:32] for c in ("harmful", "harmless"))
+    )
+    torch.save(vectors[-1, 5], tmp_path / "direction.pt")
+    Candidates(vectors).save(tmp_path / "candidates.safetensors")
+    ControlVector.of(Direction(vectors[-1, 5]), "add", (5,)).save(tmp_path / "a.gguf")
+    (prompt,) = toy.prompts("harmful", "test")[:1]
+
+    def run(file: str) -> tuple[Any, str]:
+        arguments = ["generate", prompt, "--direction", str(tmp_path / file)]
+        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        shown = capsys.readouterr()
+        return exit_.value.code or 0, " ".join((shown.out + shown.err).split())
+
+    code, shown = run("direction.pt")
+    assert code == 0 and "unmodified: i am sorry" in shown and "ablate: sure" in shown
+    for file, what in (("candidates.safetensors", "candidates"), ("a.gguf", "a control vector")):
+        code, shown = run(file)
+        assert code == 2 and f"holds {what}; expected a direction" in shown

@@ -28,6 +28,7 @@ from refusal_kernels.extraction.moments import Moments
 from refusal_kernels.extraction.sources import read_prompts
 from refusal_kernels.files import read_json
 from refusal_kernels.formats import CANDIDATES, Candidates
+from refusal_kernels.rows import Row, compare, read_row, recorded
 
 HIDDEN = 16
 
@@ -52,6 +53,10 @@ def make_candidates(path: Path) -> None:
 
 def make_text(content: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(content, encoding="utf-8") and None
+
+
+def make_row(path: Path) -> None:
+    recorded({"bypass_score": -4.0, "substring_asr_ablation": 1.0}, "a", "b").save(path)
 
 
 def make_direction(path: Path) -> None:
@@ -82,6 +87,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "pairs.jsonl": (make_text('{"prompt": "a", "answer": "b"}\n'), read_pairs),
     "texts.jsonl": (make_text('"one"\n{"text": "two"}\n'), read_texts),
     "selection.json": (make_text(SELECTION), read_selection),
+    "row.json": (make_row, read_row),
     "b.json": (make_text('{"weight_map": {"a": "b.safetensors"}, "n": -1}'), read_json),
 }
 
@@ -96,6 +102,8 @@ def is_valid(found: Any) -> bool:
     if isinstance(found, list):
         texts = [text for row in found for text in (row if isinstance(row, tuple) else (row,))]
         return bool(found) and all(isinstance(text, str) and text.strip() for text in texts)
+    if isinstance(found, Row):
+        return all(c.to_dict() for c in compare({"bypass_score": -4.0}, [found]))
     if isinstance(found, dict) and "refusal_tokens" in found:
         report.plot_candidates(io.BytesIO(), found["scores"], (found["position"], found["layer"]))
     return isinstance(found, Moments | dict | int | float | str | None)
@@ -333,6 +341,8 @@ HOSTILE: dict[str, bytes | Callable[[Path], Any]] = {
     "sparse_texts.txt": lambda path: sparse(path, {}, 1 << 36),
     "sparse_pairs.jsonl": lambda path: sparse(path, {}, 1 << 36),
     "nested_selection.json": b"[" * 1_000_000,
+    "nested_row.json": b"[" * 1_000_000,
+    "integer_row.json": b'{"numbers": {"a": ' + b"9" * 1_000_000 + b"}}",
     "lines.jsonl": b"\n" * 60_000_000,
     "field.csv": b'prompt\n"' + b"a" * 1_000_000 + b'"\n',
     "open.csv": b'prompt\n"' + b"a\n" * 100_000,
@@ -362,6 +372,7 @@ READ_THEM = textwrap.dedent(
     from refusal_kernels.errors import InputError
     from refusal_kernels.extraction.moments import Moments
     from refusal_kernels.extraction.sources import read_prompts
+    from refusal_kernels.rows import read_row
 
     torch.set_num_threads(1)
 
@@ -378,7 +389,9 @@ READ_THEM = textwrap.dedent(
             reader = read_prompts
         if "groups" in name or "deep" in name:
             reader = Moments.load
-        own = {"pairs": read_pairs, "texts": read_texts, "selection": read_selection}
+        own = {
+            "pairs": read_pairs, "texts": read_texts, "selection": read_selection, "row": read_row
+        }
         reader = next((own[word] for word in own if word in name), reader)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -444,6 +457,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             read_json(path)
         assert str(caught.value).isprintable()
+    with pytest.raises(InputError, match=r"^[^ ]*none\.json is not there; expected a JSON file$"):
+        read_json(tmp_path / "none.json")
 
 
 def test_json_within_the_limits_is_read(tmp_path: Path) -> None:

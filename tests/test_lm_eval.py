@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from refusal_kernels import cli, toy
+from refusal_kernels import cli, paper, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Rate, generate
@@ -148,6 +148,35 @@ def test_a_group_has_the_interval_of_all_its_examples(world) -> None:
     assert (both["k"], both["n"]) == (ITEMS, 2 * ITEMS) and both["value"] == 0.5
     assert both["interval"] == pytest.approx(Rate(ITEMS, 2 * ITEMS).interval)
     assert found["rk_again"]["acc"]["k"] == 0 and found["rk_again"]["acc"]["stderr"] == 0.0
+
+
+def test_questions_in_the_chat_format_with_a_system_prompt(world, monkeypatch) -> None:
+    model, tokenizer, _, folder = world
+    seen = []
+    render = type(tokenizer).apply_chat_template
+
+    def spy(self, messages, **more):
+        seen.append([(m["role"], m["content"][:12]) for m in messages])
+        return render(self, messages, **more)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", spy)
+    options = {"include": folder, "limit": 2, "chat": True}
+    lm.run_tasks(model, tokenizer, {"x": None}, ["rk_answers"], system="sure", **options)
+    asked = [messages for messages in seen if len(messages) > 1]
+    assert len(asked) >= 2 and all(m[0] == ("system", "sure") for m in asked)
+    assert {m[1][0] for m in asked} == {"user"}
+    seen.clear()
+    lm.run_tasks(model, tokenizer, {"x": None}, ["rk_answers"], **options)
+    assert seen and all(role == "user" for messages in seen for role, _ in messages)
+
+
+def test_benchmarks_of_the_protocol_are_run(world, monkeypatch) -> None:
+    model, tokenizer, _, folder = world
+    monkeypatch.setattr(paper, "BENCHMARKS", {"mine": ("rk_refused", "acc", 0)})
+    benchmarks = paper.Benchmarks(lm.find_tasks(["rk_refused"], folder), limit=5)
+    found = benchmarks(model, tokenizer)
+    assert found["mine"]["acc"]["value"] == 1.0 and found["mine"]["acc"]["n"] == 5
+    assert list(found["mine"]) == ["acc"]
 
 
 def test_evaluate_puts_it_into_json_and_page(world, tmp_path, monkeypatch, capsys) -> None:

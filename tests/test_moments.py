@@ -134,6 +134,31 @@ def test_merging_parts_is_one_pass() -> None:
     assert all(map(torch.equal, state(whole), before))
 
 
+def test_folding_batches_is_merging_them() -> None:
+    """Batch by batch through a state that is cleared: the bits of the batch, and of any merge."""
+    layers = make_batches(33)
+    whole = feed(Moments(LAYERS, POSITIONS, 33), layers)
+    folded, merged = (Moments(LAYERS, POSITIONS, 33) for _ in range(2))
+    batch = Moments(LAYERS, POSITIONS, 33, ("batch",))
+    for number in range(len(layers[0])):
+        alone = Moments(LAYERS, POSITIONS, 33)
+        for layer, batches in enumerate(layers):
+            alone.update(layer, *batches[number])
+        merged.merge(alone)
+        for group in (0, 1):
+            batch.clear()
+            for layer, batches in enumerate(layers):
+                x, index, groups = batches[number]
+                batch.update(layer, x, index, torch.where(groups == group, 0, -1))
+            folded.fold(group, batch.tensors)
+    assert all(map(torch.equal, state(folded), state(merged)))
+    for found, expected in zip(state(folded), state(whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    for group, tensors in ((2, batch.tensors), (0, folded.tensors)):
+        with pytest.raises(InputError, match="does not fold"):
+            whole.fold(group, tensors)
+
+
 def test_a_run_resumed_from_a_file_ends_in_the_same_bits(tmp_path: Path) -> None:
     layers = make_batches(64)
     whole = feed(Moments(LAYERS, POSITIONS, 64, ("a", "b")), layers)

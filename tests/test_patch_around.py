@@ -63,6 +63,7 @@ def traces(model):
             name,
             type(m),
             dir(m),
+            sorted(vars(m)),
             list(m._forward_pre_hooks.items()) + list(m._forward_hooks.items()),
             list(m._forward_pre_hooks_with_kwargs) + list(m._forward_hooks_with_kwargs),
             [getattr(vars(m).get(f), "__func__", None) for f in ("forward", "_old_forward")],

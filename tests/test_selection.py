@@ -1,21 +1,25 @@
-"""The selection against the protocol written out with hooks, in float64, one prompt at a time."""
+"""Selection: filters, winner, bad input, and what the scores are made of; beside `protocol`."""
 
 import copy
+import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import plain_hooks, tiny_model, tiny_tokenizer
+from protocol import last_logits, mean_refusal_score, measure
+from protocol import winner as plain_winner
+from tiny import tiny_model, tiny_tokenizer
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import mean_difference
-from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.selection import (
     Selection,
     find_refusal_tokens,
     kl_divergence,
+    paper_refusal_tokens,
     refusal_score,
     select,
 )
@@ -39,52 +43,29 @@ def candidates(model: Any) -> torch.Tensor:
     return 3 * mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
 
 
-def last(model: Any, prompts: list[str]) -> torch.Tensor:
-    chat = ChatFormat(tiny_tokenizer())
-    return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in chat.encode(prompts)])
-
-
-def score(logits: torch.Tensor) -> float:
-    p = logits.double().softmax(-1)[:, TOKENS].sum(-1)
-    return float((torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)).mean())
-
-
-def protocol(model: Any, candidates: torch.Tensor) -> dict[tuple[int, int], tuple[float, ...]]:
-    """(bypass, induce, kl) of every candidate before the last fifth of the layers."""
-    wide = copy.deepcopy(model).double()
-    p = last(wide, HARMLESS).softmax(-1)
-    found = {}
-    for position in range(-candidates.shape[0], 0):
-        for layer in range(int(LAYERS * 0.8)):
-            vector = candidates[position, layer].double()
-            if not vector.any():
-                continue
-            with plain_hooks(wide, ablate=vector):
-                bypass = score(last(wide, HARMFUL))
-                q = last(wide, HARMLESS).softmax(-1)
-            kl = (p * (torch.log(p + 1e-6) - torch.log(q + 1e-6))).sum(-1).mean()
-            with plain_hooks(wide, add=vector, layer=layer):
-                induce = score(last(wide, HARMLESS))
-            found[position, layer] = (bypass, induce, float(kl))
-    return found
-
-
 def run(model: Any, candidates: torch.Tensor, **options: Any) -> Selection:
     options = {"refusal_tokens": TOKENS, "kl_threshold": 1e9, "induce_threshold": -1e9, **options}
     return select(model, tiny_tokenizer(), candidates, HARMFUL, HARMLESS, **options)
 
 
-def test_scores_and_winner_are_the_protocols(model: Any, candidates: torch.Tensor) -> None:
-    expected = protocol(model, candidates)
+def last(model: Any, prompts: list[str]) -> torch.Tensor:
+    return last_logits(model, tiny_tokenizer(), prompts, 32)
+
+
+def test_filters_and_winner_are_the_protocols(model: Any, candidates: torch.Tensor) -> None:
+    wide = copy.deepcopy(model).double()
+    everything = measure(wide, tiny_tokenizer(), candidates, HARMFUL, HARMLESS, TOKENS)
+    expected = {at: found for at, found in everything.items() if at[1] not in (0, 4)}
     # thresholds between the scores, so that each filter discards some and not all
-    kls = sorted(kl for _, _, kl in expected.values())
-    induces = sorted(induce for _, induce, _ in expected.values())
+    kls = sorted(found.kl for found in expected.values())
+    induces = sorted(found.induce for found in expected.values())
     kl_threshold = sum(kls[7:9]) / 2
     induce_threshold = sum(induces[2:4]) / 2
     calls: list[tuple[int, int]] = []
     selection = run(
         model, candidates, kl_threshold=kl_threshold, induce_threshold=induce_threshold,
-        batch_size=3, model_name="tiny", progress=lambda *call: calls.append(call),
+        batch_size=3, model_name="tiny", method="by hand",
+        progress=lambda *call: calls.append(call),
     )  # fmt: skip
 
     assert [(row.position, row.layer) for row in selection.scores] == [
@@ -97,9 +78,7 @@ def test_scores_and_winner_are_the_protocols(model: Any, candidates: torch.Tenso
             assert row.bypass is row.induce is row.kl is None
             continue
         bypass, induce, kl = expected[row.position, row.layer]
-        assert row.bypass == pytest.approx(bypass, abs=1e-4)
-        assert row.induce == pytest.approx(induce, abs=1e-4)
-        assert row.kl == pytest.approx(kl, abs=1e-4)
+        assert (row.bypass, row.induce, row.kl) == pytest.approx((bypass, induce, kl), abs=1e-4)
         reason = None
         if kl > kl_threshold:
             reason = f"kl > {kl_threshold:g}"
@@ -109,19 +88,22 @@ def test_scores_and_winner_are_the_protocols(model: Any, candidates: torch.Tenso
         reasons.append(reason)
     assert len(set(reasons)) == 3
 
-    left = {k: v for k, v in expected.items() if v[2] <= kl_threshold and v[1] >= induce_threshold}
-    winner = min(left, key=lambda where: left[where][0])
-    assert winner != min(expected, key=lambda where: expected[where][0])  # the filters matter
+    winner = plain_winner(everything, LAYERS, kl=kl_threshold, induce=induce_threshold)
+    assert winner != min(expected, key=lambda at: expected[at].bypass)  # the filters matter
     assert (selection.position, selection.layer) == winner
     assert (selection.bypass, selection.induce, selection.kl) == pytest.approx(
-        left[winner], abs=1e-4
+        expected[winner], abs=1e-4
     )
     direction = selection.direction
     assert torch.equal(direction.vector, candidates[winner])
     assert (direction.model, direction.position, direction.layer) == ("tiny", *winner)
-    assert selection.baseline == pytest.approx(score(last(model, HARMFUL)), abs=1e-4)
-    assert selection.baseline_harmless == pytest.approx(score(last(model, HARMLESS)), abs=1e-4)
-    assert calls == [(done, 12) for done in range(1, 13)]
+    assert direction.method == "by hand"
+    for prompts, found in ((HARMFUL, selection.baseline), (HARMLESS, selection.baseline_harmless)):
+        assert found == pytest.approx(mean_refusal_score(last(wide, prompts), TOKENS), abs=1e-4)
+    # 12 candidates on 4 + 4 prompts ablated, on 4 added; three rows at once at most
+    done = [0, *(call[0] for call in calls)]
+    assert {total for _, total in calls} == {144} and done[-1] == 144
+    assert all(0 < b - a <= 3 for a, b in itertools.pairwise(done))
 
 
 def test_the_model_is_unmodified_afterwards_and_the_result_is_json(
@@ -154,6 +136,37 @@ def test_the_share_of_pruned_layers(model: Any, candidates: torch.Tensor) -> Non
         assert sum("layer" not in (row.discarded or "") for row in rows) == kept
 
 
+def test_candidates_of_the_first_layers_alone(model: Any, candidates: torch.Tensor) -> None:
+    every = {(row.position, row.layer): row for row in run(model, candidates).scores}
+    rows = run(model, candidates[:, :3]).scores
+    assert len(rows) == 4 * 3
+    for row in rows:  # other candidates share the batches: the last places may differ
+        same = every[row.position, row.layer]
+        assert row.discarded == same.discarded
+        assert (row.bypass, row.induce, row.kl) == pytest.approx(
+            (same.bypass, same.induce, same.kl), abs=1e-5
+        )
+
+
+def test_a_score_that_is_not_finite_is_discarded(model: Any, candidates: torch.Tensor) -> None:
+    broken = candidates.clone()
+    broken[-1, 2] *= 1e4
+
+    def overflow(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.masked_fill(out.abs().amax(dim=(1, 2), keepdim=True) > 1e3, torch.nan)
+
+    hook = model.model.layers[3].register_forward_hook(overflow)
+    try:
+        selection = run(model, broken)
+    finally:
+        hook.remove()
+    row = next(r for r in selection.scores if (r.position, r.layer) == (-1, 2))
+    assert row.discarded == "not finite" and row.induce is None  # the addition overflowed
+    assert row.bypass is not None and row.kl is not None  # the ablation did not
+    assert sum(other.discarded == "not finite" for other in selection.scores) == 1
+    json.dumps(selection.to_dict(), allow_nan=False)
+
+
 def test_no_survivor_names_the_closest(model: Any, candidates: torch.Tensor) -> None:
     rows = [row for row in run(model, candidates).scores if row.kl is not None]
     closest = min(rows, key=lambda row: row.kl or 0.0)
@@ -175,9 +188,19 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
 
     hook = model.model.register_forward_pre_hook(never)
     try:
-        for bad in (candidates[0], candidates[:, :3], candidates[..., :32]):
-            with pytest.raises(InputError, match=r"expected \[position, 5 layers, 64\]"):
+        longer = torch.cat([candidates, candidates], dim=1)
+        for bad in (candidates[0], longer, candidates[:, :0], candidates[..., :32]):
+            with pytest.raises(InputError, match=r"expected \[position, 5 layers or fewer, 64\]"):
                 run(model, bad)
+        for tokens in ([], [7, 10_000], [-1]):
+            with pytest.raises(InputError, match="expected token ids below 47"):
+                run(model, candidates, refusal_tokens=tokens)
+        with pytest.raises(InputError, match="'none'; expected 'auto', 'paper' or token ids"):
+            run(model, candidates, refusal_tokens="none")
+        with pytest.raises(InputError, match="for 'qwen3' with a vocabulary of 47"):
+            run(model, candidates, refusal_tokens="paper")
+        with pytest.raises(InputError, match="batch size is 0"):
+            run(model, candidates, batch_size=0)
         with pytest.raises(InputError, match="no prompt"):
             select(model, tiny_tokenizer(), candidates, HARMFUL, [], refusal_tokens=TOKENS)
     finally:
@@ -243,4 +266,30 @@ def test_select_finds_the_tokens_itself(model: Any, candidates: torch.Tensor) ->
     biased = copy.deepcopy(model)
     biased.lm_head.weight *= 6  # a random model hesitates
     found = find_refusal_tokens(biased, tiny_tokenizer(), HARMFUL, HARMLESS)
-    assert run(biased, candidates, refusal_tokens=None).refusal_tokens == found
+    for asked in (None, "auto"):
+        assert run(biased, candidates, refusal_tokens=asked).refusal_tokens == found
+
+
+@pytest.mark.parametrize(
+    ("family", "model_type", "vocabulary", "tokens"),
+    [
+        ("Qwen-1", "qwen", 151936, {40: "I", 2121: "As"}),
+        ("Gemma-1", "gemma", 256000, {235285: "I"}),
+        ("Yi", "llama", 64000, {59597: "I"}),
+        ("Llama-2", "llama", 32000, {306: "I"}),
+        ("Llama-3", "llama", 128256, {40: "I"}),
+    ],
+)
+def test_the_papers_refusal_tokens(
+    family: str, model_type: str, vocabulary: int, tokens: dict[int, str]
+) -> None:
+    config = SimpleNamespace(model_type=model_type, vocab_size=vocabulary)
+    model = SimpleNamespace(config=config)
+    tokenizer = SimpleNamespace(decode=lambda ids: " " + tokens.get(ids[0], "other"))
+    assert paper_refusal_tokens(model, tokenizer) == list(tokens)
+    other = SimpleNamespace(decode=lambda ids: "no")
+    with pytest.raises(InputError, match=f"expected {family}'s own tokenizer"):
+        paper_refusal_tokens(model, other)
+    config.model_type = "qwen2"
+    with pytest.raises(InputError, match=f"names no refusal tokens for 'qwen2'.*{family}"):
+        paper_refusal_tokens(model, tokenizer)

@@ -4,8 +4,9 @@
 
 Each model is held against `stream_reference`, which follows the stream by the identity of its
 tensors and knows nothing of the patch, at three edits: ablation, ablation at strength 0.7 (which
-shows a place that is steered twice or not at all) and addition. Then strength 0 without fused
-norms, and the model after the patch is removed, must give the plain logits bit for bit.
+shows a place that is steered twice or not at all) and addition. Generation with a cache must give
+the logits of generation without. Then strength 0 without fused norms, and the model after the patch
+is removed, must give the plain logits bit for bit, and nothing may be left on any module.
 """
 
 import argparse
@@ -88,7 +89,12 @@ def examine(model_type: str) -> Finding:
 def _compare(
     model_type: str, kind: str, model: Any, inputs: dict[str, Tensor], direction: rk.Direction
 ) -> Finding:
-    plain = model(**inputs).logits
+    plain = model(**inputs, output_hidden_states=True).logits  # transformers leaves hooks for that
+    try:
+        consistent = generates_alike(model, inputs)
+    except Exception:  # half a model
+        consistent = False
+    before = traces(model)
     finding = Finding(model_type, kind, FUSED)
     problems = []
     r = direction.unit
@@ -119,17 +125,51 @@ def _compare(
             hooked = [s.name for s in report.sites if s.path == "hook" and s.name != "embed"]
             if hooked:
                 finding.verdict = UNFUSED
-                finding.note = f"{len(hooked)} places by hooks on submodules"
+                many = "places by hooks" if len(hooked) > 1 else "place by a hook"
+                finding.note = f"{len(hooked)} {many} on submodules"
             if finding.score > 1e-5:
                 problems.append(f"|r.h| is {finding.score:.1e} |h|")
+    with rk.patch(model, edits[0][0]):
+        if consistent and not generates_alike(model, inputs):
+            problems.append("a cache changes what is generated")
+        streams = model(**inputs, output_hidden_states=True).hidden_states or ()
+    streams = [h for h in streams[:-1] if h.shape[-1] == len(r)]  # the last is after the last norm
+    shown = [float((h @ r).abs().max()) <= 1e-4 * float(h.abs().max()) for h in streams]
+    if not all(shown[1:]) and post_norm(model):
+        finding.note += "; hidden_states are sums before their norm"
+    elif not all(shown[1:]):
+        problems.append("hidden_states shows a stream that is not steered")
+    elif not all(shown):
+        finding.note += "; " * bool(finding.note) + "hidden_states[0] is before its steering"
     with rk.patch(model, rk.Ablate(direction, 0.0), fuse_norms=False):
         if not torch.equal(model(**inputs).logits, plain):
             problems.append("strength 0 changes bits")
     if not torch.equal(model(**inputs).logits, plain):
         problems.append("removing the patch does not bring the plain logits back")
+    left = [name for (name, *a), (_, *b) in zip(before, traces(model), strict=True) if a != b]
+    if left:
+        problems.append(f"something is left on {left[0] or 'the model'}")
     if problems:
         finding.verdict, finding.note = FAILED, "; ".join(problems)
     return finding
+
+
+def traces(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Return all of every module that a patch might leave something on."""
+    return [
+        (name, type(m), dir(m), sorted(vars(m)), [*m._forward_pre_hooks, *m._forward_hooks])
+        for name, m in model.named_modules()
+    ]
+
+
+def generates_alike(model: Any, inputs: dict[str, Tensor]) -> bool:
+    """Whether generation with a cache gives the logits of generation without."""
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (
+        torch.stack(model.generate(**inputs, **settings, use_cache=c).logits) for c in (True, False)
+    )
+    return bool((cached - whole).abs().max() <= 10 * TOLERANCE * whole.abs().max())
 
 
 def rowwise(edit: Callable[[Tensor], Tensor], hidden: int) -> Callable[[Tensor], Tensor]:
@@ -141,23 +181,28 @@ def reference(model: Any, inputs: dict[str, Tensor], edit: Callable[[Tensor], Te
     """Return the logits with every value of the stream edited, by other means than the patch."""
     if not post_norm(model):
         return stream_reference.steered_forward(model, inputs, edit)
-    # what a post-norm model passes on is what its LayerNorms return
+    # what a post-norm model passes on is what its norms return
     layers = decoder_layers(model)
-    start = layers[0].register_forward_pre_hook(lambda _, args: (edit(args[0]), *args[1:]))
-    norms = [m for layer in layers for m in layer.modules() if isinstance(m, nn.LayerNorm)]
-    hooks = [norm.register_forward_hook(lambda _, __, out: edit(out)) for norm in norms]
+    if model.config.model_type == "minimax":  # the norm of the next block; a sum is left at the end
+        parts = [m for x in layers for m in (x.input_layernorm, x.post_attention_layernorm)]
+        hooks = [*parts, layers[-1]]
+    else:
+        hooks = [m for layer in layers for m in layer.modules() if isinstance(m, nn.LayerNorm)]
+    made = [module.register_forward_hook(lambda _, __, out: edit(out)) for module in hooks]
+    if model.config.model_type != "minimax":
+        start = layers[0].register_forward_pre_hook(lambda _, args: (edit(args[0]), *args[1:]))
+        made.append(start)
     try:
         logits: Tensor = model(**inputs).logits
         return logits
     finally:
-        for hook in (start, *hooks):
+        for hook in made:
             hook.remove()
 
 
 def post_norm(model: Any) -> bool:
     """Whether the norms of a model follow its adds."""
-    reason = stream_reference.NOT_A_STREAM.get(model.config.model_type, "")
-    return reason.startswith("post-norm: LayerNorm")
+    return stream_reference.NOT_A_STREAM.get(model.config.model_type, "").startswith("post-norm")
 
 
 class Taken:
@@ -197,14 +242,17 @@ def document(findings: Sequence[Finding]) -> str:
         "RMSNorm after it fused too. For each, a tiny random model agrees with a reference that "
         "follows the stream by other means (`tools/stream_reference.py`), at ablation, ablation at "
         f"strength 0.7 and addition, to {TOLERANCE:g} of the largest logit in float32; |r.h| <= "
-        "1e-5 |h| at every place; strength 0 (without fused norms) and the model after the patch "
-        "give the plain logits bit for bit.",
+        "1e-5 |h| at every place; generation with a cache gives the logits of "
+        "generation without; strength 0 (without fused norms) and the model after the patch give "
+        "the plain logits bit for bit, and nothing is left on any module.",
         "",
         "- *fused*: every residual add is steered in the pass that adds. The start of the stream "
         "is always steered by a hook on the first layer.",
         "- *unfused*: exact, by hooks after the add.",
         "- *refused*: there is no residual stream that a patch could steer exactly; it says so and "
         "leaves the model as it is.",
+        "- *hidden_states[0]*: some models note it before their first block is called, where the "
+        "start of the stream is steered; all other hidden states show what is in the stream.",
         "- *kind*: a decoder; an encoder with a language-model head; half of an encoder-decoder.",
         "- *places*, *norms*: of the tiny model (mostly 4 layers): steered places, and how many of "
         "them return the next norm's rows as well.",

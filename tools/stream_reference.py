@@ -54,7 +54,6 @@ NOT_A_STREAM: dict[str, str] = dict.fromkeys(
     "gemma3n_text": _ALTUP,
     "hrm_text": "two recurrent states, summed between stacks that end in a norm",
     "hy_v4": _HYPER,
-    "inkling2_text": "attends to the residuals of earlier blocks; each block starts a new stream",
     "minimax": "post-norm: the residual of each block is the output of its norm",
     "qwen4_exp": _HYPER,
     "qwen4_exp_text": _HYPER,
@@ -64,6 +63,14 @@ NOT_A_STREAM: dict[str, str] = dict.fromkeys(
 
 # layers whose stream starts at the output of a submodule of the first of them
 _STARTS = {"rwkv": "pre_ln"}
+
+# layers of which some start a new stream, at the output of a submodule: (which, the submodule)
+_RESTARTS = dict.fromkeys(
+    ("inkling2_text", "inkling2_loop_text"), ("is_block_boundary", "post_attention_convolution")
+)
+
+# models whose norms have no weights, so that a row of the stream is scaled and keeps its direction
+_ROWS_SCALED = frozenset({"dory"})
 
 _ADDS = frozenset("add __add__ __radd__ add_ __iadd__".split())
 _SCALES = frozenset(
@@ -110,8 +117,10 @@ class _Follow(TorchFunctionMode):
         edit: Edit | None = None,
         plan: list[_Sum] | None = None,
         record: list[Tensor] | None = None,
+        rows_scaled: bool = False,
     ) -> None:
         super().__init__()
+        self._rows_scaled = rows_scaled
         self.sums: list[_Sum] = []
         self.depth = 0  # of decoder layers that are running
         self.started = False
@@ -151,7 +160,8 @@ class _Follow(TorchFunctionMode):
     def _is_constant(self, value: Any) -> bool:
         """Whether a mark survives an addition to or product with a value."""
         if isinstance(value, Tensor):
-            return id(value) in self._constants or value.dim() == 0
+            of_rows = self._rows_scaled and value.shape[-1:] == (1,)
+            return id(value) in self._constants or value.dim() == 0 or of_rows
         return isinstance(value, (int, float))
 
     def __torch_function__(
@@ -260,8 +270,11 @@ def _follow(model: nn.Module, inputs: dict[str, Tensor], mode: _Follow) -> Tenso
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(after) for layer in layers]
-    if start is not None:
-        module = layers[0].get_submodule(start)
+    starts = [] if start is None else [layers[0].get_submodule(start)]
+    if model.config.model_type in _RESTARTS:
+        which, path = _RESTARTS[model.config.model_type]
+        starts += [layer.get_submodule(path) for layer in layers if getattr(layer, which)]
+    for module in starts:
         hooks.append(module.register_forward_hook(lambda _, args, output: mode.start(output)))
     try:
         with mode:
@@ -293,9 +306,10 @@ def steered_forward(
         The logits.
     """
     constants = [*model.parameters(), *model.buffers()]
-    plan = _Follow(constants)
+    rows_scaled = model.config.model_type in _ROWS_SCALED
+    plan = _Follow(constants, rows_scaled=rows_scaled)
     _follow(model, inputs, plan)
-    mode = _Follow(constants, edit, plan.sums, record)
+    mode = _Follow(constants, edit, plan.sums, record, rows_scaled)
     logits = _follow(model, inputs, mode)
     if len(mode.sums) != len(plan.sums):
         raise RuntimeError(f"{len(mode.sums)} sums in the second pass, {len(plan.sums)} before")

@@ -155,6 +155,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_attention",
         ]
     },
+    "dory": {
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "n_recurrent_loops": 2,
+        "layer_types": _SLIDING,
+    },
     "dots1": {"layer_types": _SLIDING},
     "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     "dots3_note_text": {

@@ -1,20 +1,34 @@
 """What the commands share: their options, the terminal, and how a result is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
+from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.sources import PRESETS
 from refusal_kernels.files import write_json
+from refusal_kernels.formats import SUFFIXES, Candidates, read
 
 console = Console()
 errors = Console(stderr=True)
+SPEED_S = 600.0  # the rate is that of the last ten minutes: a batch of a large model takes one
 
 ModelOption = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
@@ -39,7 +53,26 @@ ThinkingOption = Annotated[
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Where an answer is cut.")]
 BatchOption = Annotated[int, typer.Option(help="Prompts at once.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what was found here too.")]
-DirectionOption = Annotated[Path, typer.Option("--direction", help="A file made by 'select'.")]
+DirectionOption = Annotated[
+    Path, typer.Option("--direction", help="Made by 'select', or the paper's direction.pt.")
+]
+
+
+def read_direction(path: Path) -> Direction:
+    """Read a file that holds one direction, in any format.
+
+    Raises
+    ------
+    InputError
+        As `refusal_kernels.formats.read`; also if it holds something else.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        return Direction.load(path)
+    found = read(path)
+    if not isinstance(found, Direction):
+        what = "candidates" if isinstance(found, Candidates) else "a control vector"
+        raise InputError(f"{path} holds {what}; expected a direction: take one out with 'convert'")
+    return found
 
 
 def writable(path: Path) -> None:
@@ -60,14 +93,59 @@ def finish(out: Path | None, json_file: Path | None, document: Any) -> None:
         console.print(f"written: {json_file}")
 
 
+class _Rate(ProgressColumn):
+    """How fast a step goes: a second's worth, or how long one takes where that is more."""
+
+    def render(self, task: Task) -> Text:
+        """Show nothing until there is something to go by."""
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Give a function that announces a step and returns what is told of its progress."""
-    columns = (TextColumn("{task.description:<52}"), BarColumn(24), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=errors) as bars:
+def progress_bars(
+    visible: bool = True,
+) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Give a function that announces a step and returns what is told of its progress.
+
+    Shown are how much is done, how fast, since when, and for how much longer.
+    """
+    columns = (
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
+        BarColumn(16),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bars = Progress(
+        *columns,
+        console=errors,
+        speed_estimate_period=SPEED_S,
+        expand=True,
+        disable=not visible,
+    )
+    with bars:
 
         def step(description: str) -> Callable[[int, int], None]:
             task = bars.add_task(description, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
         yield step
+
+
+def named_sources(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:
+    """Split NAME=FILE; a file without a name has its own."""
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, file = item.partition("=")
+        if not equals:
+            if needs_name:
+                raise InputError(f"{option} is '{item}'; expected NAME=SOURCE")
+            name, file = Path(item).stem, item
+        if not name or not file or name in found:
+            raise InputError(f"{option} is '{item}'; expected NAME=FILE, each name once")
+        found[name] = file
+    return found

@@ -28,7 +28,9 @@ from refusal_kernels.commands.common import (
     ThinkingOption,
     console,
     finish,
+    named_sources,
     progress_bars,
+    read_direction,
     writable,
 )
 from refusal_kernels.direction import Direction, read_tensors
@@ -133,13 +135,14 @@ def evaluate(
     """
     if split not in (*SPLITS, "all"):
         raise InputError(f"--split is '{split}'; expected one of {', '.join(SPLITS)}, all")
-    loaded = Direction.load(direction)
+    loaded = read_direction(direction)
     at = _layer(loaded, layer, direction)
     doses = _strengths(strengths)
     sets: dict[str, Sequence[str]] = dict(
         prompts_for(model, None if split == "all" else split, harmful, harmless, seed)
     )
-    for name, file in _named(prompts or [], "--prompts", needs_name=True).items():
+    more = named_sources(prompts or [], "--prompts", needs_name=True)
+    for name, file in more.items():
         if name in sets:
             raise InputError(f"--prompts {name}=...: there is a set of that name already")
         sets[name] = prompts_for("", None, file, file)["harmful"]
@@ -148,7 +151,7 @@ def evaluate(
     if quick:
         doses = [s for s in doses if s in QUICK_STRENGTHS]
         layer_controls = min(layer_controls, QUICK_LAYERS)
-    tasks = {n: read_pairs(Path(f)) for n, f in _named(task or [], "--task").items()}
+    tasks = {n: read_pairs(Path(f)) for n, f in named_sources(task or [], "--task").items()}
     if match not in MATCHES:
         raise InputError(f"--match is '{match}'; expected one of {', '.join(MATCHES)}")
     chosen = None if selection is None else read_selection(selection)
@@ -174,7 +177,7 @@ def evaluate(
     context = context_of(language_model)
     texts = {
         name: read_passages(Path(file), chat, context)
-        for name, file in _named(text or [], "--text").items()
+        for name, file in named_sources(text or [], "--text").items()
     }
     if model == "toy":
         plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
@@ -224,6 +227,7 @@ def evaluate(
         "sources": {
             "harmful prompts": f"{harmful or 'of the toy model'} (split: {split})",
             "harmless prompts": f"{harmless or 'of the toy model'} (split: {split})",
+            **{f"{name} prompts": file for name, file in more.items()},
         },
         "versions": versions(),
         "device": describe_device(input_device(language_model)),
@@ -278,21 +282,6 @@ def _strengths(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"--strengths is '{text}'; expected numbers, as -1,0,1") from None
-
-
-def _named(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:
-    """Split NAME=FILE; a file without a name has its own."""
-    found: dict[str, str] = {}
-    for item in given:
-        name, equals, file = item.partition("=")
-        if not equals:
-            if needs_name:
-                raise InputError(f"{option} is '{item}'; expected NAME=SOURCE")
-            name, file = Path(item).stem, item
-        if not name or not file or name in found:
-            raise InputError(f"{option} is '{item}'; expected NAME=FILE, each name once")
-        found[name] = file
-    return found
 
 
 def _judges(
@@ -373,7 +362,7 @@ def generate(
     intervention: Intervention | None = None
     loaded = None
     if direction is not None:
-        loaded = Direction.load(direction)
+        loaded = read_direction(direction)
         intervention = (
             Add(loaded, strength=strength, layer=_layer(loaded, layer, direction))
             if add

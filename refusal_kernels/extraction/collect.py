@@ -1,15 +1,21 @@
 """Run a model over prompts: moments at the input of every decoder layer, and last-token logits."""
 
+import os
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.extraction.batches import Batch, Batches
+from refusal_kernels.extraction.distributed import Team, team
+from refusal_kernels.extraction.forward import model_inputs, read_inputs
 from refusal_kernels.extraction.moments import Moments
-from refusal_kernels.extraction.prompts import Batch, ChatFormat
-from refusal_kernels.models import decoder_layers, hidden_size, input_device
+from refusal_kernels.extraction.prompts import ChatFormat
+from refusal_kernels.extraction.resume import Checkpoint, identity_of
+from refusal_kernels.models import decoder_layers, hidden_size, input_device, text_config
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -21,27 +27,32 @@ def collect(
     prompts: Sequence[str],
     *,
     positions: int | None = None,
+    last_layer: int | None = None,
     batch_size: int = 32,
     group: int = 0,
     moments: Moments | None = None,
     groups: Sequence[str] = ("harmful", "harmless"),
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Moments:
     """Stream the moments of the residual stream at the last tokens of the prompts.
 
     Read is the input of every decoder layer (``resid_pre``): at layer 0 the embedding. No
-    activation is kept.
+    activation is kept, and the last of these layers is not run, nor is anything that follows it.
 
     Parameters
     ----------
     model
-        A transformers causal language model.
+        A transformers causal language model. One that calls a layer more than once is read at the
+        first time.
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     prompts
         The instructions, without the chat format.
     positions
         How many tokens at the end of the prompt; by default all end-of-instruction tokens.
+    last_layer
+        The last layer to read; by default the last there is.
     batch_size
         Prompts at once. Batches are sorted by length.
     group
@@ -50,6 +61,9 @@ def collect(
         A state to go on with; by default a new one is made.
     groups
         The names of the groups of a new state.
+    checkpoint
+        A file that the state is written to after every batch. If it is there already, the run goes
+        on where it ended, and comes to the same bits; when the run is done the file stays.
     progress
         Called with the number of prompts done, and of all.
 
@@ -61,13 +75,25 @@ def collect(
     Raises
     ------
     InputError
-        If the model has no list of decoder layers, or the state does not fit model and positions.
+        If the model has no list of decoder layers, a prompt is longer than what it takes, the state
+        does not fit model and positions, or the checkpoint is damaged or of another run.
+    PeerError
+        If another process has stopped, or not answered in time.
+
+    Notes
+    -----
+    Where torch.distributed is set up with several processes, all of which call this with the same
+    input, each runs its share of the batches, and all return the same state: bit for bit that of
+    one process with as many threads as each of them (`refusal_kernels.extraction.distributed`). The
+    first one alone reads and writes the checkpoint, which any number of processes can go on with.
     """
     chat = ChatFormat.of(tokenizer)
-    batches = chat.batches(prompts, batch_size)
-    fresh = _new_moments(model, chat, positions, groups)
+    batches = chat.stream(prompts, batch_size)
+    fresh = _new_moments(model, chat, positions, groups, last_layer)
     if moments is None:
         moments = fresh
+    elif checkpoint is not None:
+        raise InputError("a checkpoint has a state of its own; expected no moments beside it")
     elif moments.shape != fresh.shape:
         raise InputError(
             f"the moments have (layers, positions, hidden) {moments.shape}; "
@@ -75,7 +101,8 @@ def collect(
         )
     if not 0 <= group < len(moments.groups):
         raise InputError(f"group {group} is not there; expected 0 to {len(moments.groups) - 1}")
-    _stream(model, batches, moments, group, progress)
+    _check_lengths(model, batches)
+    _stream(model, [(group, batches)], moments, progress, checkpoint)
     return moments
 
 
@@ -86,14 +113,16 @@ def mean_difference(
     harmless: Sequence[str],
     *,
     positions: int | None = None,
+    last_layer: int | None = None,
     batch_size: int = 32,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """The candidate directions: mean activation on harmful prompts minus that on harmless ones.
 
     Parameters
     ----------
-    model, tokenizer, positions, batch_size
+    model, tokenizer, positions, last_layer, batch_size, checkpoint
         As for `collect`.
     harmful, harmless
         The two sets of instructions.
@@ -107,7 +136,7 @@ def mean_difference(
 
     Raises
     ------
-    InputError
+    InputError, PeerError
         As `collect`; also if NaN or infinity came out of the model.
 
     Notes
@@ -115,11 +144,11 @@ def mean_difference(
     Arditi et al. 2024, section 2.3 (difference-in-means), computed in float64.
     """
     chat = ChatFormat.of(tokenizer)
-    batches = [chat.batches(prompts, batch_size) for prompts in (harmful, harmless)]
-    moments = _new_moments(model, chat, positions, ("harmful", "harmless"))
-    total = len(harmful) + len(harmless)
-    for group, before in enumerate((0, len(harmful))):
-        _stream(model, batches[group], moments, group, progress, before, total)
+    parts = [(i, chat.stream(p, batch_size)) for i, p in enumerate((harmful, harmless))]
+    moments = _new_moments(model, chat, positions, ("harmful", "harmless"), last_layer)
+    for _, batches in parts:
+        _check_lengths(model, batches)
+    _stream(model, parts, moments, progress, checkpoint)
     return moments.compute().mean_difference.float().cpu()
 
 
@@ -141,68 +170,111 @@ def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
     return torch.cat(logits)[torch.tensor(rows).argsort()]
 
 
-def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """What a forward pass takes.
-
-    Positions are given explicitly, counted from the first token that is not padding: without them
-    a model counts the padding, and a prompt would depend on the batch around it.
-    """
-    mask = batch.attention_mask.to(device)
-    return {
-        "input_ids": batch.input_ids.to(device),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0),
-    }
-
-
 def _new_moments(
-    model: Any, chat: ChatFormat, positions: int | None, groups: Sequence[str]
+    model: Any,
+    chat: ChatFormat,
+    positions: int | None,
+    groups: Sequence[str],
+    last_layer: int | None,
 ) -> Moments:
     positions = chat.positions if positions is None else positions
     layers, hidden = len(decoder_layers(model)), hidden_size(model)
-    return Moments(layers, positions, hidden, groups, input_device(model))
+    last = layers - 1 if last_layer is None else last_layer
+    if not 0 <= last < layers:
+        raise InputError(f"the last layer is {last}; expected 0 to {layers - 1}")
+    return Moments(last + 1, positions, hidden, groups, input_device(model))
+
+
+def _check_lengths(model: Any, batches: Batches) -> None:
+    """Refuse a prompt that is longer than what the model was made for."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    longest = int(batches.ends.diff().max())
+    if isinstance(limit, int) and 0 < limit < longest:
+        row = int(batches.order[0])
+        raise InputError(
+            f"prompt {row} has {longest} tokens in its chat format; the model takes {limit}"
+        )
 
 
 def _stream(
     model: Any,
-    batches: Sequence[Batch],
+    parts: Sequence[tuple[int, Batches]],
     moments: Moments,
-    group: int,
     progress: Progress | None,
-    done: int = 0,
-    total: int | None = None,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> None:
-    total = sum(len(batch.rows) for batch in batches) if total is None else total
-    for batch in batches:
-        _read(model, batch, moments, group)
-        done += len(batch.rows)
-        if progress is not None:
-            progress(done, total)
+    """Fold the prompts of every group in, from where the checkpoint says.
+
+    The moments of a batch are taken by themselves and then merged, whoever has taken them: one
+    process or several give the same bits.
+    """
+    jobs = [(group, batches, i) for group, batches in parts for i in range(len(batches))]
+    sizes = [min(b.batch_size, b.prompts - i * b.batch_size) for _, b, i in jobs]
+    ends = list(accumulate(sizes))
+    fresh = Moments(*moments.shape, ("batch",), moments.device)
+    with team(model) as processes:
+        saved, done = None, 0
+        if checkpoint is not None or processes.size > 1:
+            _read(model, _first_row(jobs[-1][1][-1]), fresh)
+            identity = identity_of(model, parts, moments, fresh)
+            saved, done = _meet(processes, identity, checkpoint, moments, len(jobs))
+        if done and progress is not None:
+            progress(ends[done - 1], ends[-1])
+        while done < len(jobs):
+            fresh.clear()
+            mine = done + processes.rank
+            if mine < len(jobs):
+                _, batches, i = jobs[mine]
+                _read(model, batches[i], fresh)
+            for job, tensors in zip(jobs[done:], processes.gather(fresh.tensors), strict=False):
+                moments.fold(job[0], tensors)
+            done = min(done + processes.size, len(jobs))
+            if saved is not None:
+                saved.save(moments, done)
+            if progress is not None:
+                progress(ends[done - 1], ends[-1])
+        processes.share(moments.tensors)
 
 
-@torch.inference_mode()
-def _read(model: Any, batch: Batch, moments: Moments, group: int) -> None:
-    """One forward pass, whose hooks fold the last tokens of every layer's input in."""
+def _meet(
+    processes: Team,
+    identity: dict[str, str],
+    checkpoint: str | os.PathLike[str] | None,
+    moments: Moments,
+    total: int,
+) -> tuple[Checkpoint | None, int]:
+    """Agree on the run; return the checkpoint, of the first process alone, and what is done."""
+    saved, done, error = None, 0, None
+    if checkpoint is not None and processes.rank == 0:
+        saved = Checkpoint(checkpoint, identity)
+        try:
+            done = saved.load(moments, total)
+            saved.save(moments, done)  # what cannot be written is named before the work
+        except InputError as refused:
+            error = str(refused)
+    everyone = processes.everyone((identity, done, error))
+    theirs, done, error = everyone[0]
+    if error is not None:
+        raise InputError(error)
+    for rank, (other, _, _) in enumerate(everyone):
+        if differ := sorted(name for name in theirs if theirs[name] != other[name]):
+            raise InputError(f"the processes 0 and {rank} have another {', '.join(differ)}")
+    return saved, done
+
+
+def _first_row(batch: Batch) -> Batch:
+    return Batch(batch.rows[:1], batch.input_ids[:1], batch.attention_mask[:1])
+
+
+def _read(model: Any, batch: Batch, moments: Moments) -> None:
+    """Fold the last tokens of every layer's input into the only group of a state."""
     mask = batch.attention_mask[:, -moments.positions :]
     slots = torch.arange(mask.shape[1]) + moments.positions - mask.shape[1]
     index = slots.where(mask.bool(), -1).to(moments.device, torch.int32)
-    groups = torch.full((mask.shape[0],), group, dtype=torch.int32, device=moments.device)
+    group = torch.zeros(len(mask), dtype=torch.int32, device=moments.device)
 
-    def reader(layer: int) -> Callable[..., None]:
-        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stream = args[0] if args else kwargs["hidden_states"]
-            last = stream[:, -moments.positions :].to(moments.device)  # a view on one device
-            moments.update(layer, last, index, groups)
+    def read(layer: int, stream: Tensor) -> None:
+        last = stream[:, -moments.positions :].to(moments.device)  # a view on one device
+        moments.update(layer, last, index, group)
 
-        return read
-
-    hooks = [
-        layer.register_forward_pre_hook(reader(i), with_kwargs=True)
-        for i, layer in enumerate(decoder_layers(model))
-    ]
-    try:
-        # The decoder alone: nobody asked for logits.
-        model.get_decoder()(**model_inputs(batch, input_device(model)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_inputs(model, batch, moments.layers - 1, read)

@@ -160,14 +160,44 @@ class Moments:
                 f"moments of groups {other.groups} {list(other._mean.shape)} do not merge into "
                 f"groups {self.groups} {list(self._mean.shape)}"
             )
-        theirs = other._count.to(self.device)
-        total = self._count + theirs
-        n, m, all_ = (c.double().unsqueeze(-1) for c in (self._count, theirs, total.clamp(min=1)))
-        delta = other._mean.to(self.device) - self._mean
-        self._m2 += other._m2.to(self.device) + delta.square() * (n * m / all_)
-        self._mean += delta * (m / all_)
-        self._count = total
+        self._merge(self.tensors, other.tensors)
         return self
+
+    def fold(self, group: int, tensors: Sequence[Tensor]) -> None:
+        """Merge a state of a single group, as its `tensors`, into one of the groups of this one.
+
+        Raises
+        ------
+        InputError
+            If the shapes differ or there is no such group; nothing has changed then.
+        """
+        shape, wanted = tuple(tensors[1].shape), (self.layers, 1, *self._mean.shape[2:])
+        if shape != wanted or not 0 <= group < len(self.groups):
+            raise InputError(
+                f"a state {list(shape)} does not fold into group {group}; expected {list(wanted)} "
+                f"and 0 to {len(self.groups) - 1}"
+            )
+        self._merge([t[:, group] for t in self.tensors], [t[:, 0] for t in tensors])
+
+    def clear(self) -> None:
+        """Forget everything that was seen."""
+        for tensor in self.tensors:
+            tensor.zero_()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The state itself, in [layers, groups, positions, hidden]: count (no hidden), mean, M2."""
+        return self._count, self._mean, self._m2
+
+    def _merge(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+        """Chan's formulas, in place, one rounding an operation: the same bits on every device."""
+        (count, mean, m2), (count_, mean_, m2_) = mine, (t.to(self.device) for t in theirs)
+        total = count + count_
+        n, m, all_ = (c.double().unsqueeze(-1) for c in (count, count_, total.clamp(min=1)))
+        delta = mean_ - mean
+        m2 += m2_ + delta.square() * (n * m / all_)
+        mean += delta * (m / all_)
+        count.copy_(total)
 
     def count(self, group: str) -> Tensor:
         """Number of tokens seen: int64 [layers, positions]."""

@@ -1,29 +1,15 @@
 """The chat format: what turns prompts into batches of tokens."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.extraction.batches import Batch, Batches
 
-
-class Batch(NamedTuple):
-    """Prompts as tokens, padded on the left: the last column is the last token of every prompt.
-
-    Attributes
-    ----------
-    rows : list of int
-        Which prompt each row is.
-    input_ids, attention_mask : Tensor
-        int64 [batch, tokens].
-    """
-
-    rows: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
+CHUNK = 512  # prompts that the tokenizer sees at once: what it says of them takes 100 times more
 
 
 class ChatFormat:
@@ -99,48 +85,48 @@ class ChatFormat:
         InputError
             If there is no prompt, or one is not a string.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError("the prompts are not a list of strings")
-        if not prompts:
-            raise InputError("there is no prompt; expected one at least")
-        texts = [self.render(prompt) for prompt in prompts]
-        # The template has written the special tokens; adding them again would double BOS.
-        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return list(self._encoded(prompts))
 
     def batch(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return input_ids and attention_mask, int64 [prompts, tokens], padded on the left.
 
         The padding is done here: it does not depend on the state of the tokenizer.
         """
-        return self._padded(self.encode(prompts))
+        batch = self.stream(prompts, len(prompts) or 1)[0]
+        back = batch.input_ids.new_tensor(batch.rows).argsort()
+        return batch.input_ids[back], batch.attention_mask[back]
 
     def batches(self, prompts: Sequence[str], batch_size: int) -> list[Batch]:
         """All prompts in batches of similar length, the longest first.
 
-        So there is little padding, and too large a batch runs out of memory at once, not at the
-        end.
+        Raises
+        ------
+        InputError
+            As `stream`.
+        """
+        return list(self.stream(prompts, batch_size))
+
+    def stream(self, prompts: Sequence[str], batch_size: int) -> Batches:
+        """The same batches, each made when it is asked for: for any number of prompts.
 
         Raises
         ------
         InputError
-            If there is no prompt, or the batch size is below 1.
+            If there is no prompt, one is not a string, or the batch size is below 1.
         """
         if batch_size < 1:
             raise InputError(f"the batch size is {batch_size}; expected 1 or more")
-        ids = self.encode(prompts)
-        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-        parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        return [Batch(rows, *self._padded([ids[row] for row in rows])) for rows in parts]
+        return Batches(self._encoded(prompts), self.pad_id, batch_size)
 
-    def _padded(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        shape = (len(ids), max(map(len, ids)))
-        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        for row, tokens in enumerate(ids):
-            start = shape[1] - len(tokens)
-            input_ids[row, start:] = torch.tensor(tokens, dtype=torch.int64)
-            attention_mask[row, start:] = 1
-        return input_ids, attention_mask
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[list[int]]:
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError("the prompts are not a list of strings")
+        if not prompts:
+            raise InputError("there is no prompt; expected one at least")
+        for start in range(0, len(prompts), CHUNK):
+            texts = [self.render(prompt) for prompt in prompts[start : start + CHUNK]]
+            # The template has written the special tokens; adding them again would double BOS.
+            yield from self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _end_of_instruction(self) -> int:
         """Count the tokens at the end that no instruction changes."""

@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,58 @@ def read_dataset(dataset: Dataset) -> list[str]:
         If the library is missing, the dataset cannot be loaded (no network, no such name or part,
         access not granted), or it has no such column or no such row.
     """
+    table, name = _loaded(dataset)
+    column = dataset.column or _field_of(table.column_names)
+    found = [
+        _checked(prompt, f"the dataset {name}, row {i}")
+        for i, (prompt,) in _rows(table, dataset, name, [column])
+    ]
+    if not found:
+        raise InputError(f"the dataset {name} holds no prompt; expected one at least")
+    return found
+
+
+def read_columns(
+    dataset: Dataset, columns: Sequence[str], count: int, *, shuffle: int | None = None
+) -> list[tuple[str, ...]]:
+    """Read the first rows of a dataset.
+
+    Parameters
+    ----------
+    dataset
+        Of its ``column`` no use is made.
+    columns
+        What is wanted of each row; a row with something else than text there is left out.
+    count
+        How many rows.
+    shuffle
+        A seed: the rows are shuffled before, with the library's own generator. Without it the
+        dataset is streamed, and only what is needed is fetched.
+
+    Raises
+    ------
+    InputError
+        As `read_dataset`.
+    """
+    table, name = _loaded(dataset, stream=shuffle is None)
+    if shuffle is not None:
+        table = table.shuffle(seed=shuffle)
+    found: list[tuple[str, ...]] = []
+    try:
+        for _, row in _rows(table, dataset, name, columns):
+            if len(found) == count:
+                break
+            if all(isinstance(text, str) and text.strip() for text in row):
+                found.append(tuple(row))
+    except InputError:
+        raise
+    except Exception as error:  # a stream is fetched here
+        raise InputError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
+    return found
+
+
+def _loaded(dataset: Dataset, stream: bool = False) -> tuple[Any, str]:
+    """Load a dataset; return it and its name."""
     try:
         import datasets
     except ImportError:
@@ -139,29 +191,33 @@ def read_dataset(dataset: Dataset) -> list[str]:
         ) from None
     datasets.disable_progress_bars()
     name = dataset.name + (f" ({dataset.config})" if dataset.config else "")
+    options = {"streaming": True} if stream else {}
     try:
-        table = datasets.load_dataset(dataset.name, dataset.config, split=dataset.split)
+        table = datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, **options)
     except Exception as error:  # whatever a network, a hub, or a damaged file can bring
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"the dataset {name} cannot be loaded: {lines[0]}") from None
-    columns = list(table.column_names)
-    column = dataset.column or _field_of(columns)
-    for wanted in (column, *(dataset.where or ())):
-        if wanted not in columns:
+        raise InputError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
+    return table, name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _rows(
+    table: Any, dataset: Dataset, name: str, columns: Sequence[str | None]
+) -> Iterator[tuple[int, list[Any]]]:
+    """The rows that the dataset means, with their numbers: what stands in the columns."""
+    where = dataset.where or {}
+    there = table.column_names or list(next(iter(table), {}))  # a stream may not know them yet
+    for column in (*columns, *where):
+        if column not in there:
             raise InputError(
-                f"the dataset {name} has no column {wanted or 'of prompts'}; "
-                f"it has {', '.join(columns)}: name one with #COLUMN"
+                f"the dataset {name} has no column {column or 'of prompts'}; "
+                f"it has {', '.join(there)}: name one with #COLUMN"
             )
-    rows = zip(*(table[key] for key in (column, *(dataset.where or ()))), strict=True)
-    wanted_values = list((dataset.where or {}).values())
-    found = [
-        _checked(prompt, f"the dataset {name}, row {i}")
-        for i, (prompt, *rest) in enumerate(rows)
-        if [str(value or "").strip() for value in rest] == wanted_values
-    ]
-    if not found:
-        raise InputError(f"the dataset {name} holds no prompt; expected one at least")
-    return found
+    for i, row in enumerate(table.select_columns(list({*columns, *where}))):
+        if all(str(row[key] or "").strip() == value for key, value in where.items()):
+            yield i, [row[column] for column in columns]
 
 
 def _read_file(path: Path) -> list[str]:

@@ -48,7 +48,7 @@ class Certificate:
         The same over the largest absolute logit under ablation.
     components
         By place of the stream ("embed", "layers.3.attn", ...): the largest |r.h| / |h| that the
-        edited model has there.
+        edited model has there, |h| being the token's norm or the median of all, if that is more.
     effect
         Largest difference of a logit that ablation makes to the model as it was, over the largest
         logit: what there was to be reached.
@@ -72,9 +72,9 @@ class Certificate:
     def problem(self) -> str | None:
         """What is beyond the rounding of the dtype, or None."""
         dtype = getattr(torch, self.dtype)
-        worst = max(self.components, key=lambda name: self.components[name])
-        if not self.component <= COMPONENT[dtype]:
-            return f"the direction is still written at {worst}: |r.h| is {self.component:.1e} |h|"
+        for name, share in self.components.items():
+            if not share <= COMPONENT[dtype]:
+                return f"the direction is still written at {name}: |r.h| is {share:.1e} |h|"
         if not self.relative <= LOGITS.get(dtype, float("inf")):
             return (
                 f"the logits differ from those under ablation by {self.relative:.1e} of the largest"
@@ -211,7 +211,10 @@ class Ablated:
 
         def see(name: str, h: Tensor) -> None:
             rows = h.detach().reshape(-1, hidden).double()
-            share = (rows @ r.to(rows.device)).abs() / rows.norm(dim=-1).clamp_min(1e-300)
+            norms = rows.norm(dim=-1)
+            # of a token that is all direction nothing is left but rounding: that is no measure
+            norms = norms.clamp_min(float(norms.median())).clamp_min(1e-300)
+            share = (rows @ r.to(rows.device)).abs() / norms
             components[name] = max(components.get(name, 0.0), float(share.max()))
 
         handle = patch(edited, Ablate(self.direction, 0.0), fuse_norms=False)  # changes nothing

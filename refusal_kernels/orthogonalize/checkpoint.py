@@ -7,6 +7,7 @@ run that was killed leaves that folder; the next takes over what it can prove to
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json, write_json
+from refusal_kernels.orthogonalize.folder import check_new
 from refusal_kernels.orthogonalize.plan import (
     Plan,
     build_on_meta,
@@ -160,8 +162,7 @@ def orthogonalize_checkpoint(
 
 
 def _check_target(source: Path, target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target} is there already; expected a folder that can be made")
+    check_new(target)
     if target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target} lies in {source}, which is only read; expected another place")
 
@@ -265,7 +266,7 @@ def _taken_over(partial: Path, key: str) -> dict[str, str]:
         if Path(name).name == name and _digest(partial / name) == digest
     }
     for path in partial.iterdir():
-        if path.name in done:
+        if path.name in done or (done and path.name == STATE):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -372,17 +373,19 @@ class _Writer:
                 yield self._put(data)
 
     def _edited(self, shard: Shard, entry: Entry) -> Iterator[int]:
-        """Write a tensor without the direction, one matrix or some rows of it at a time."""
+        """Write a tensor without the direction, one matrix or some rows of it at a time.
+
+        The cuts are those of `project_`, so that not even a rounding differs.
+        """
         axis, shape, dtype = self._plan.axes[entry.name], entry.shape, DTYPES[entry.dtype]
-        if axis == len(shape) - 1:  # rows along the stream, each by itself
-            width = shape[-1]
-            step = max(1, BLOCK_NUMBERS // width)  # as project_ would cut it
-            rows = entry.size // (width * dtype.itemsize)
-            parts: list[tuple[int, ...]] = [
-                (min(step, rows - at), width) for at in range(0, rows, step)
-            ]
-        else:  # [..., stream, others]: whole matrices
-            parts = [tuple(shape[-2:])] * (entry.size // (shape[-2] * shape[-1] * dtype.itemsize))
+        rows, width = (1, *shape)[-2:]
+        last = axis == len(shape) - 1
+        step = max(1, BLOCK_NUMBERS // width) if last else rows
+        parts = [
+            (min(step, rows - at), width)
+            for _ in range(math.prod(shape[:-2]))
+            for at in range(0, rows, step)
+        ]
         with open(shard.path, "rb") as read:
             read.seek(entry.start)
             for part in parts:
@@ -390,7 +393,7 @@ class _Writer:
                 raw = block.view(torch.uint8).reshape(-1).numpy().data
                 if read.readinto(raw) != raw.nbytes:
                     raise OSError(f"{shard.path} became shorter while it was read")
-                project_(block, 1 if axis == len(shape) - 1 else 0, self._unit)
+                project_(block, int(last), self._unit)
                 yield self._put(raw)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
@@ -217,6 +217,7 @@ class _Names:
             mapping = get_model_conversion_mapping(model)
         self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        self._model = model
         self._prefix = model.base_model_prefix
         self._there = model.state_dict()
         self._merged: set[str] = set()
@@ -235,6 +236,14 @@ class _Names:
             if any(type(op).__name__ == "MergeModulelist" for op in converter.operations):
                 self._merged.add(target)
         return target, converter
+
+    def in_files(self, parameter: str, tensor: Tensor) -> str:
+        """Return the name that transformers would save a parameter under."""
+        with _as_known():
+            from transformers.core_model_loading import revert_weight_conversion
+
+            (name,) = revert_weight_conversion(self._model, {parameter: tensor})
+        return str(name)
 
     def merged(self, target: str, parts: dict[str, int]) -> bool:
         """Whether a parameter was merged of several tensors."""
@@ -267,6 +276,11 @@ def _check(entry: Entry, shape: tuple[int, ...], axis: int, hidden: int) -> None
         raise InputError(
             f"{entry.name} is {entry.dtype}; expected one of {', '.join(DTYPES)}, not quantised"
         )
+    if axis < len(shape) - 2:
+        raise InputError(
+            f"{entry.name} has the stream along axis {axis} of {len(shape)}; load the model and "
+            "use rk.orthogonalize, then save it"
+        )
     if entry.shape != shape or shape[axis] != hidden or not math.prod(shape):
         raise InputError(
             f"{entry.name} is {list(entry.shape)}; the model of its configuration has {list(shape)}"
@@ -285,7 +299,7 @@ def _head(
         name for name in axes if model.get_parameter(names.target(name)[0]) is embedding.weight
     ]
     there = [name for name in entries if names.target(name)[0] == head and name not in edited]
-    name = there[0] if there else head
+    name = there[0] if there else names.in_files(head, output.weight)
     if len(edited) != 1 or names.target(name)[0] != head or len(there) > 1:
         raise InputError(
             f"{head} is tied to the embedding and cannot be untied in the files; load the model "

@@ -84,11 +84,7 @@ def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) 
     Arditi et al. 2024 (arXiv 2406.11717), section 4.1: the embedding, every attention output and
     every MLP output, biases too. Computed in float64 and rounded once to the dtype of the weights.
     """
-    if direction.hidden != hidden_size(model):
-        raise InputError(
-            f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"
-        )
-    check_plain(model)
+    check_model(model, direction)
     writers = find_writers(model, text_only=text_only)
     parameters = dict(model.named_parameters())
     certificate = prove(model, writers, direction)
@@ -99,14 +95,19 @@ def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) 
     return Orthogonalized(list(writers.axes), untied, certificate, writers.unproved)
 
 
-def check_plain(model: Any) -> None:
-    """Refuse a model whose weights are not plain numbers in memory.
+def check_model(model: Any, direction: Direction) -> None:
+    """Refuse a model that a direction does not fit, or whose weights are not plain numbers.
 
     Raises
     ------
     InputError
-        If it is patched or carries adapters, or a weight is quantised or offloaded.
+        If it has another hidden size, is patched or carries adapters, or a weight is quantised or
+        offloaded.
     """
+    if direction.hidden != hidden_size(model):
+        raise InputError(
+            f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"
+        )
     if is_patched(model):
         raise InputError("the model is patched; remove the patch before its weights are edited")
     for name, module in model.named_modules():

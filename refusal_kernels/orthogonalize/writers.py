@@ -67,7 +67,7 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     if missing and not text_only:
         raise InputError(
             f"{missing[0]} of {type(model).__name__} is not reached by text alone, so that what "
-            f"writes there is not known{INSTEAD}"
+            "writes there is not known; with text_only=True it is left as it is"
         )
     sources: set[Source] = set()
     for site in flow.sites:

@@ -9,9 +9,11 @@ from torch import nn
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.models import decoder_layers, hidden_size
+from refusal_kernels.patching.families import TOKENS_FIRST
 from refusal_kernels.patching.handle import PatchHandle, copied, is_patched
-from refusal_kernels.patching.plan import FUSED, HOOK, Place, places
-from refusal_kernels.patching.site import Program, Route, Site
+from refusal_kernels.patching.plan import FUSED, HOOK, Place, base_class, places
+from refusal_kernels.patching.route import Route, TokensFirst
+from refusal_kernels.patching.site import Program, Site
 
 
 def patch(
@@ -46,9 +48,10 @@ def patch(
     Raises
     ------
     InputError
-        If the model has no residual stream that is understood, a hidden size or layer does not
-        fit, several directions at one place are not orthonormal, an intervention meets no place,
-        or the model is patched already. The model is untouched then.
+        If the model has no residual stream that is understood (where the adds of a block are not
+        found, its input can still be steered), a hidden size or layer does not fit, several
+        directions at one place are not orthonormal, an intervention meets no place, or the model
+        is patched already. The model is untouched then.
 
     Examples
     --------
@@ -59,16 +62,14 @@ def patch(
     programs = copied(_programs(interventions))
     found = places(model, norms=fuse_norms)
     _check(model, programs, found)
-    route = Route(len(programs))
+    first = base_class(decoder_layers(model)[0]).__name__ in TOKENS_FIRST
+    route = (TokensFirst if first else Route)(len(programs))
     groups: dict[tuple[tuple[int, ...], ...], Program] = {}
     met: set[int] = set()
     steered: list[tuple[Place, Site]] = []
     plain: list[Place] = []
     for place in found:
-        here = [
-            [i for i in program if i.meets(place.block, place.writers, place.feeds)]
-            for program in programs
-        ]
+        here = [[i for i in program if _meets(i, place)] for program in programs]
         key = tuple(tuple(id(i) for i in members) for members in here)
         met.update(i for members in key for i in members)
         if not any(key):
@@ -122,6 +123,19 @@ def _check(
                 f"layer {place.block} carries a forward of its own (kernelize, or set by hand), "
                 "which a patch of its class would not reach; patch the model before that is set"
             )
+
+
+def _meets(i: Intervention, place: Place) -> bool:
+    """Whether an intervention acts at a place; where a block can't be read, at its end alone."""
+    if not place.unread:
+        return i.meets(place.block, place.writers, place.feeds)
+    inside = i.layer is None and (i.sites is None or {"attn", "mlp"} & set(i.sites))
+    if inside and (i.layers is None or place.block in i.layers):
+        raise InputError(
+            place.unread + "; only the inputs of blocks can be steered there (layer=..., or "
+            'sites=["block_input"])'
+        )
+    return i.meets_input(place.feeds)
 
 
 def _like(module: nn.Module) -> torch.Tensor:

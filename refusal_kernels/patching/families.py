@@ -8,6 +8,9 @@ their module, so that a family's copies (multimodal, quantised) share an entry.
 # Functions that add a residual themselves; `Site` has a method of each name.
 ADDING_FUNCTIONS = ("dropout_add", "bias_dropout_add")
 
+# Decorators that a rewritten forward keeps: they rename what older callers pass.
+KEPT_DECORATORS = ("deprecate_kwarg",)
+
 # Sums with a stream in them that are not the stream, by class: what only a branch reads.
 NOT_STREAM_SUMS: dict[str, frozenset[str]] = {
     "ZambaMambaDecoderLayer": frozenset({"hidden_states + transformer_hidden_states"}),
@@ -34,10 +37,15 @@ ADDERS: dict[str, tuple[tuple[str, str | None, str], ...]] = {
 # Submodules whose output is the stream, where no add can be rewritten: they do the adding with
 # scales of their own, or the norm follows the add (post-norm), so that what is passed on is what
 # the norm returns. Their outputs are steered by hooks, exactly but unfused. (submodule, what it
-# adds)
+# adds); NEXT: of the layer after, and of the last layer its own output.
+NEXT = "next:"
 HOOKED: dict[str, tuple[tuple[str, str], ...]] = {
     "Block": (("ln_1", "attn"), ("ln_2", "mlp")),  # openai-gpt
     "GitLayer": (("attention.output", "attn"), ("output", "mlp")),
+    "MiniMaxDecoderLayer": (
+        ("post_attention_layernorm", "attn"),
+        (NEXT + "input_layernorm", "mlp"),
+    ),
     "XLNetLayer": (("rel_attn.layer_norm", "attn"), ("ff.layer_norm", "mlp")),
     "ZayaDecoderLayer": (
         ("post_attention_residual_scale", "attn"),
@@ -45,8 +53,25 @@ HOOKED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+# Layers of which some start a new stream, while what they read mixes the ones before, each scaled
+# row by row: (the condition, the submodule whose output the new stream is, what it writes).
+RESTARTS: dict[str, tuple[str, str, str]] = dict.fromkeys(
+    (
+        "Inkling2FullDecoderLayer",
+        "Inkling2SlidingDecoderLayer",
+        "Inkling2LoopFullDecoderLayer",
+        "Inkling2LoopFullLoopDecoderLayer",
+        "Inkling2LoopSlidingDecoderLayer",
+        "Inkling2LoopSlidingLoopDecoderLayer",
+    ),
+    ("self.is_block_boundary", "post_attention_convolution", "attn"),
+)
+
 # The submodule of the first layer whose output starts the stream, where that is not its input.
-STARTS: dict[str, str] = {"RwkvBlock": "pre_ln"}
+STARTS: dict[str, str] = {"MiniMaxDecoderLayer": "input_layernorm", "RwkvBlock": "pre_ln"}
+
+# Layers whose stream is [tokens, batch, hidden].
+TOKENS_FIRST = frozenset({"XLNetLayer"})
 
 # Functions that return the stream after an add that can not be taken apart: what they return is
 # steered.
@@ -54,6 +79,9 @@ STREAM_FUNCTIONS = ("depth_scaled_residual_add",)
 
 # Terms of a sum that are the stream though it went through a function, by class.
 STREAM_EXPRESSIONS: dict[str, frozenset[str]] = {
+    "DoryDecoderLayer": frozenset(  # norms without weights: they scale whole rows
+        {"self.input_layernorm(hidden_states)", "self.pre_feedforward_layernorm(hidden_states)"}
+    ),
     "DeepseekV4DecoderLayer": frozenset(
         {
             "torch.matmul(comb.to(dtype).transpose(-1, -2), hidden_states)"
@@ -69,8 +97,5 @@ POST_NORM = (
 NO_STREAM: dict[str, str] = {
     "Gemma3nTextDecoderLayer": "AltUp keeps several streams and predicts each from the others",
     "HrmTextDecoderLayer": "two recurrent states, summed between stacks that each end in a norm",
-    "Inkling2FullDecoderLayer": "each block starts a new stream and attends to those before",
-    "Inkling2SlidingDecoderLayer": "each block starts a new stream and attends to those before",
-    "MiniMaxDecoderLayer": POST_NORM,
     "ReformerLayer": "two reversible streams, of which each is computed from the other",
 }

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Add, Intervention
+from refusal_kernels.interventions import LAST, Add, Intervention
 from refusal_kernels.models import decoder, layer_list
 from refusal_kernels.patching.norms import _LINKED, Link, linked_class
 from refusal_kernels.patching.plan import HOOK, Place
 from refusal_kernels.patching.rewrite import _STEERED, SITES, steered
-from refusal_kernels.patching.site import PlainAdd, Program, Route, Site, Watcher
+from refusal_kernels.patching.route import Generating, Positions, Route
+from refusal_kernels.patching.site import PlainAdd, Program, Site, Watcher
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,15 @@ class PatchHandle:
         self._layers = found[1], list(found[1])
         self._modules = _apply(steered_places, plain_places, self._layers[1])
         self._expected = len(self._sites)
-        if any(i.positions != "all" for i in self._interventions):
-            hook = decoder(model).register_forward_pre_hook(_Positions(route), with_kwargs=True)
+        positions = {i.positions for i in self._interventions}
+        if positions != {"all"}:
+            hook = Positions(decoder(model), route, last=LAST in positions)
+            decoder(model).register_forward_pre_hook(hook, with_kwargs=True)
             self._modules.append(decoder(model))
-            hook.id  # noqa: B018  (found and removed by what it calls, as all others)
+            for module in model.modules():
+                if hasattr(type(module), "generate") and "generate" not in module.__dict__:
+                    module.__dict__["generate"] = Generating(module, route)
+                    self._modules.append(module)
 
     # --- dials
 
@@ -230,7 +236,8 @@ class PatchHandle:
 
     def report(self) -> PatchReport:
         """Say which sites are steered now, by which backend and by what."""
-        steered_now = {id(site) for module in self._modules for site in _sites_of(module)}
+        inside = set(self._model.modules())
+        steered_now = {id(s) for m in self._modules if m in inside for s in _sites_of(m)}
         rows = tuple(
             SiteReport(
                 site.name,
@@ -258,7 +265,8 @@ class PatchHandle:
 
     def remove(self) -> None:
         """Undo the patch: classes and hooks are as before. A second call does nothing."""
-        if self.report().claimed:  # what is there now may be another's
+        own = {id(site) for site in self._sites}  # what is there now may be another patch's
+        if any(id(site) in own for module in self._modules for site in _sites_of(module)):
             for module in self._modules:
                 _restore(module)
 
@@ -272,25 +280,6 @@ class PatchHandle:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
-
-
-class _Positions:
-    """Tells the route what kind of token each is: a pre-hook of the decoder."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if kwargs.get("cu_seq_lens_q") is not None:
-            raise InputError(
-                "several sequences are packed into one row (continuous batching), where it is not "
-                'known which tokens are whose; expected positions="all"'
-            )
-        x = kwargs.get("inputs_embeds")
-        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()  # of a static cache a tensor
-        self.route.find_phases(x, past, kwargs.get("attention_mask"))
 
 
 def _apply(
@@ -311,7 +300,7 @@ def _apply(
         if isinstance(site, Site) and place.link is not None:
             site.link = place.link
             ends = [layers[k] for k in (place.block, place.feeds) if k is not None]
-            place.link.between = (place.module, *ends, place.link.norm)
+            place.link.between = tuple(dict.fromkeys((place.module, *ends, place.link.norm)))
             changed += _link(place.link)
     for (module, stream), sites in by_module.items():
         if not any(isinstance(s, Site) for s in sites.values()):
@@ -355,12 +344,14 @@ def _restore(module: nn.Module) -> None:
         _become(module, _without(type(module)))
     if module.__dict__.pop("rk_link", None) is not None:
         _become(module, _without(type(module)))
+    if isinstance(module.__dict__.get("generate"), Generating):
+        del module.__dict__["generate"]
     for hooks, keyed in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
         for number, hook in list(hooks.items()):
-            if isinstance(hook, _Positions) or isinstance(getattr(hook, "__self__", None), Site):
+            if isinstance(hook, Positions) or isinstance(getattr(hook, "__self__", None), Site):
                 del hooks[number]
                 keyed.pop(number, None)
 

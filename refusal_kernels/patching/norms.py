@@ -4,6 +4,7 @@ The site leaves the pair (h, normed) on the link; the norm takes ``normed`` if w
 with *is* that h, and otherwise computes. So a link is a hint: a wrong one costs time, never truth.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -27,7 +28,7 @@ class Link:
     between
         The modules whose hooks may see h before the norm does.
     pending
-        (h, normed, version of h), or None.
+        (h, normed, `version` of h), or None.
     """
 
     def __init__(self, norm: nn.Module, eps: float, offset: float) -> None:
@@ -43,10 +44,8 @@ class Link:
         if pending is None or pending[0] is not x:
             return None
         # written to in between, it would be the same tensor with other numbers
-        now = version(x)
-        if pending[2] != now or (now is None and any(map(_hooked, self.between))):
-            return None
-        return pending[1]
+        written = _hooked(self.between) if pending[2] is None else pending[2] != x._version
+        return None if written else pending[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": None}
@@ -67,12 +66,15 @@ def is_plain(weight: Any, x: Tensor | None = None) -> TypeGuard[Tensor]:
     return x is None or (weight.device == x.device and weight.dtype is x.dtype)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether a module carries hooks that might write to what they see."""
-    if not module._forward_pre_hooks and not module._forward_hooks:
-        return False
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return any(not (getattr(hook, "__module__", None) or "").startswith(OURS) for hook in hooks)
+def _hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether any module carries hooks that might write to what they see."""
+    for module in modules:
+        if module._forward_pre_hooks or module._forward_hooks:
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            for hook in hooks:
+                if not (getattr(hook, "__module__", None) or "").startswith(OURS):
+                    return True
+    return False
 
 
 class _Linked:

@@ -8,7 +8,14 @@ from torch import nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.models import decoder, decoder_layers, hidden_size
-from refusal_kernels.patching.families import ADDERS, HOOKED, NO_STREAM, STARTS
+from refusal_kernels.patching.families import (
+    ADDERS,
+    HOOKED,
+    NEXT,
+    NO_STREAM,
+    RESTARTS,
+    STARTS,
+)
 from refusal_kernels.patching.norms import Link, link_of
 from refusal_kernels.patching.rewrite import Steered, class_path, steered
 
@@ -37,6 +44,8 @@ class Place:
         For a hook: whether it acts on the module's input, not on its output.
     link
         The norm that reads what is written here, or None.
+    unread
+        Why the adds of the block were not found, so that only what it returns can be steered.
     """
 
     name: str
@@ -49,6 +58,7 @@ class Place:
     passed_on: bool = True
     on_input: bool = False
     link: Link | None = field(default=None, repr=False)
+    unread: str = ""
 
 
 def places(model: Any, *, norms: bool = True) -> list[Place]:
@@ -62,8 +72,8 @@ def places(model: Any, *, norms: bool = True) -> list[Place]:
     Raises
     ------
     InputError
-        If the model has no list of layers, a layer has no residual stream, or one of its adds can
-        not be found; with the class and the reason.
+        If the model has no list of layers, or a layer has no residual stream; with the class and
+        the reason.
     """
     layers = decoder_layers(model)
     found: list[Place] = [_start(layers[0])]
@@ -72,7 +82,8 @@ def places(model: Any, *, norms: bool = True) -> list[Place]:
     for number, layer in enumerate(layers):
         first = len(found)
         opening: list[nn.Module] = []
-        for place, own, of_input in _in_layer(number, layer):
+        after = layers[number + 1] if number + 1 < len(layers) else None
+        for place, own, of_input in _in_layer(number, layer, after):
             opening = opening or (of_input if len(found) == first else [])
             found.append(place)
             readers.append(own)
@@ -101,7 +112,7 @@ def _start(layer: nn.Module) -> Place:
 
 
 def _in_layer(
-    number: int, layer: nn.Module
+    number: int, layer: nn.Module, after: nn.Module | None
 ) -> Iterator[tuple[Place, list[nn.Module], list[nn.Module]]]:
     """Yield the places of a layer, with the modules that read each, and that read the input."""
     cls = base_class(layer)
@@ -118,12 +129,25 @@ def _in_layer(
     if cls.__name__ in HOOKED:
         for path, writer in HOOKED[cls.__name__]:
             writers = frozenset({writer})
-            module = layer.get_submodule(path)
+            if not path.startswith(NEXT):
+                module = layer.get_submodule(path)
+            else:
+                module = layer if after is None else after.get_submodule(path.removeprefix(NEXT))
             yield Place(name(writers), module, None, None, number, writers), [], []
         return
+    if cls.__name__ in RESTARTS:
+        condition, path, writer = RESTARTS[cls.__name__]
+        if eval(condition, {"self": layer}):
+            writers = frozenset({writer})
+            module = layer.get_submodule(path)
+            yield Place(name(writers), module, None, None, number, writers), [], []
     for path, stream, writer in ADDERS.get(cls.__name__, (("", None, ""),)):
         module = layer.get_submodule(path)
-        made: Steered = steered(base_class(module), stream)
+        try:
+            made: Steered = steered(base_class(module), stream)
+        except InputError as error:
+            yield Place(f"layers.{number}", layer, None, None, number, unread=str(error)), [], []
+            return
         for k, add in enumerate(made.adds):
             if not add.live(module):
                 continue

@@ -22,6 +22,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.patching.families import (
     ADDERS,
     ADDING_FUNCTIONS,
+    KEPT_DECORATORS,
     NOT_STREAM_SUMS,
     POST_NORM,
     STREAM_EXPRESSIONS,
@@ -335,7 +336,12 @@ def _generate(cls: type[nn.Module], stream: str | None) -> Steered:
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or forward.__closure__:
         raise InputError(f"{path}.forward is no plain function, so it can not be rewritten")
-    function.decorator_list, function.returns = [], None
+    function.returns = None
+    function.decorator_list = [
+        d
+        for d in function.decorator_list
+        if isinstance(d, ast.Call) and ast.unparse(d.func) in KEPT_DECORATORS
+    ]
     arguments = function.args
     names = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
     for argument in (*names, arguments.vararg, arguments.kwarg):

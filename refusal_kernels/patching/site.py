@@ -1,6 +1,5 @@
-"""Sites: where the stream is steered, by which program, token by token."""
+"""Sites: where the stream is steered, and by which program."""
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,108 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels import ops
-from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import GENERATED, LAST, Intervention, compile_program
 from refusal_kernels.patching.norms import Link, is_plain, version
+from refusal_kernels.patching.route import PHASES, Route
 
 Watcher = Callable[[str, Tensor], None]
 """Called with a site's name and the stream there, [..., hidden]."""
-
-# What a token may be to an intervention that acts at some positions only.
-PHASES = 4  # 2 * generated + last
-
-
-class Route:
-    """Which program every token of a forward pass takes: the rows' programs and the positions.
-
-    Together they are a *cell*, ``program * 4 + 2 * generated + last``, which a `Program` translates
-    for its sites.
-
-    Attributes
-    ----------
-    rows
-        int64 [rows]: the program of each row of the batch, or None for program 0 everywhere.
-    phases
-        int64 [batch, tokens] of the forward pass that this thread runs, or None where no position
-        matters.
-    """
-
-    def __init__(self, programs: int) -> None:
-        self.programs = programs
-        self.rows: Tensor | None = None
-        self._latest: Tensor | None = None
-        self._own = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": None, "_own": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _own=threading.local())
-
-    @property
-    def phases(self) -> Tensor | None:
-        """See above. A thread that ran no pass recomputes one, for a gradient: the latest."""
-        if torch.compiler.is_compiling():
-            return self._latest
-        own: Tensor | None = getattr(self._own, "phases", self._latest)
-        return own
-
-    @property
-    def plain(self) -> int:
-        """The program of rows that are left alone."""
-        return self.programs
-
-    def cells(self, x: Tensor) -> Tensor | None:
-        """Return the cell of every token of x, [..., hidden], in order; None: all take program 0.
-
-        Raises
-        ------
-        InputError
-            If the batch is no multiple of the number of routed rows.
-        """
-        if self.rows is None and self._latest is None:
-            return None
-        tokens = x.shape[:-1].numel()
-        cells = torch.zeros(tokens, dtype=torch.int64, device=x.device)
-        if self.rows is not None:
-            # beams and the like repeat each row of the batch in its place
-            if (x.shape[0] if x.ndim > 2 else tokens) % self.rows.numel():
-                raise InputError(
-                    f"the route has {self.rows.numel()} rows, which does not divide a batch of "
-                    f"{list(x.shape[:-1])}"
-                )
-            rows = self.rows.to(x.device)
-            cells = rows.repeat_interleave(tokens // rows.numel(), output_size=tokens) * PHASES
-        if self.phases is not None:
-            phases = self.phases.to(x.device).reshape(-1)
-            cells = cells + phases.repeat_interleave(
-                tokens // phases.numel(),
-                output_size=tokens,  # several streams of each token
-            )
-        return cells
-
-    def find_phases(self, x: Tensor, past: int | Tensor, mask: Tensor | None) -> None:
-        """Say of every token whether it is generated, and whether it is its row's last.
-
-        Parameters
-        ----------
-        x
-            [batch, tokens, ...]: what the decoder is called with.
-        past
-            How many tokens the cache holds: with any, those of this pass are generated.
-        mask
-            [batch, past + tokens], 1 for tokens, 0 for padding; or None.
-        """
-        batch, tokens = x.shape[:2]
-        place = torch.arange(tokens, device=x.device).expand(batch, tokens)
-        last = torch.full((batch, 1), tokens - 1, device=x.device)
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= tokens:
-            here = mask[:, -tokens:].to(x.device) != 0
-            last = (place * here).amax(dim=1, keepdim=True)
-        generated = torch.as_tensor(past > 0, device=x.device).long()
-        self._latest = 2 * generated + (place == last).long()
-        if not torch.compiler.is_compiling():
-            self._own.phases = self._latest
 
 
 class Program:
@@ -142,6 +45,7 @@ class Program:
             params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
             table = torch.tensor(cells, dtype=torch.int32)
         self.idle = cells[0] < 0  # program 0 does nothing here
+        self._kept: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._slots = slots
         self._tensors = {torch.device("cpu"): (bank, params, table)}
         self.write_params()
@@ -158,6 +62,19 @@ class Program:
             with torch.inference_mode(False):
                 self._tensors[device] = bank.to(device), params.to(device), table.to(device)
         return self._tensors[device]
+
+    def route(self, cells: Tensor, table: Tensor) -> Tensor:
+        """Return what each token takes of the bank, int32 [tokens]; once for a pass."""
+        if torch.compiler.is_compiling():
+            return table[cells]
+        of, by, route = self._kept
+        if of is not cells or by is not table or route is None:
+            route = table[cells]
+            self._kept = cells, table, route
+        return route
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": (None, None, None)}
 
     def write_params(self) -> None:
         """Write the dials into the tensors that the kernels read: no kernel is made anew."""
@@ -236,31 +153,32 @@ class Site(_StandsForAnAdd):
         like = torch.empty(0, device=device, dtype=dtype)
         self.backend = ops.explain(like).chosen
         self._ops = _ops_for(like)
-        self._bound = device, dtype
+        self._device, self._dtype = device, dtype
         self.bank, self.params, self._table = self.program.on(device)
+        self._hidden = self.bank.shape[-1]
 
     def __getstate__(self) -> dict[str, Any]:  # the ops are found anew
         return {**self.__dict__, "_ops": None, "scores": None, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._bind(*self._bound)
+        self._bind(self._device, self._dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the steered ``residual + x``."""
         if residual is not None and (x.dtype is not residual.dtype or x.shape != residual.shape):
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = torch.broadcast_tensors(x.to(dtype), residual.to(dtype))
-        if x.shape[-1] != self.bank.shape[-1]:  # several streams side by side
-            rows = (-1, self.bank.shape[-1])
+        if x.shape[-1] != self._hidden:  # several streams side by side
+            rows = (-1, self._hidden)
             inner = None if residual is None else residual.unflatten(-1, rows)
             return self(x.unflatten(-1, rows), inner).flatten(-2)
         serve, bank, params, table = self._ops, self.bank, self.params, self._table
-        if self._bound[0] != x.device or self._bound[1] is not x.dtype:
+        if x.dtype is not self._dtype or x.device != self._device:
             # the model was moved after it was patched
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():  # a pass that is not compiled places them for good
                 serve = _ops_for(x)
-                bank, params, table = (_placed(self.program, x.device, k) for k in range(3))
+                bank, params, table = (t.to(x.device) for t in (bank, params, table))
             else:
                 self._bind(x.device, x.dtype)
                 serve, bank, params, table = self._ops, self.bank, self.params, self._table
@@ -268,19 +186,18 @@ class Site(_StandsForAnAdd):
         cells = self.route.cells(x)
         if cells is None and self.program.idle:
             return x if residual is None else residual + x
-        route = None if cells is None else table[cells]
-        form = "_scores" if self.keep_scores else "" if grad else "_inference"
+        route = None if cells is None else self.program.route(cells, table)
+        add, add_norm = serve["scores" if self.keep_scores else "training" if grad else "inference"]
         link = self.link
         # with gradients the model's own norm runs: a norm is in another gradient checkpoint than
         # the add of the layer before
-        weight = None if link is None or grad else link.norm.weight
+        weight = None if link is None or grad else link.norm._parameters.get("weight")
         if link is not None and is_plain(weight, x):
-            op = serve["add_steer_rms_norm", form]
-            out = op(x, residual, weight, link.eps, bank, params, route, link.offset)
-            normed, h = out[0], out[1]
-            link.pending = (h, normed, version(h))
+            out = add_norm(x, residual, weight, link.eps, bank, params, route, link.offset)
+            h = out[1]
+            link.pending = (h, out[0], version(h))
         else:
-            out = serve["add_steer", form](x, residual, bank, params, route)
+            out = add(x, residual, bank, params, route)
             h = out[0] if self.keep_scores else out
         if self.keep_scores:
             self.scores = out[-1].detach()
@@ -304,19 +221,15 @@ class Site(_StandsForAnAdd):
         return args, {**kwargs, name: self(kwargs[name], None)}
 
 
-def _ops_for(x: Tensor) -> dict[tuple[str, str], Callable[..., Any]]:
-    """Return what serves tensors such as x, by op and form."""
+FORMS = {"training": "", "inference": "_inference", "scores": "_scores"}
+
+
+def _ops_for(x: Tensor) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """Return what serves tensors such as x, by form: the add, and the add with the norm."""
     return {
-        (op, form): ops.op_for(op + form, x)
-        for op in ("add_steer", "add_steer_rms_norm")
-        for form in ("", "_inference", "_scores")
+        form: (ops.op_for("add_steer" + end, x), ops.op_for("add_steer_rms_norm" + end, x))
+        for form, end in FORMS.items()
     }
-
-
-@torch.compiler.assume_constant_result
-def _placed(program: Program, device: torch.device, which: int) -> Tensor:
-    """Return one of a program's tensors on a device: made while tracing, not by the graph."""
-    return program.on(device)[which]
 
 
 class PlainAdd(_StandsForAnAdd):

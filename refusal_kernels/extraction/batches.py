@@ -1,0 +1,85 @@
+"""Prompts as tokens, in batches of similar length."""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Prompts as tokens, padded on the left: the last column is the last token of every prompt.
+
+    Attributes
+    ----------
+    rows : list of int
+        Which prompt each row is.
+    input_ids, attention_mask : Tensor
+        int64 [batch, tokens].
+    """
+
+    rows: list[int]
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Batches(Sequence[Batch]):
+    """Prompts in batches of similar length, the longest first, each made when it is asked for.
+
+    So there is little padding, and too large a batch runs out of memory at once, not at the end.
+    What is kept is four bytes a token: less than the prompts themselves take.
+
+    Parameters
+    ----------
+    encoded
+        The tokens of every prompt.
+    pad_id
+        What the batches are padded with.
+    batch_size
+        Prompts at once.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int32, those of all prompts, one after the other.
+    ends : Tensor
+        int64 [prompts + 1]: prompt i is ``tokens[ends[i]:ends[i + 1]]``.
+    order : Tensor
+        int64 [prompts]: the prompts as the batches take them.
+    """
+
+    def __init__(self, encoded: Iterable[Sequence[int]], pad_id: int, batch_size: int) -> None:
+        tokens, lengths = array("i"), array("q")
+        for ids in encoded:
+            tokens.extend(ids)
+            lengths.append(len(ids))
+        self.tokens = torch.frombuffer(tokens, dtype=torch.int32)
+        counts = torch.frombuffer(lengths, dtype=torch.int64)
+        self.ends = torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)])
+        self.order = counts.argsort(descending=True, stable=True)
+        self.pad_id, self.batch_size = pad_id, batch_size
+
+    @property
+    def prompts(self) -> int:
+        """How many there are."""
+        return len(self.order)
+
+    def __len__(self) -> int:
+        return -(-self.prompts // self.batch_size)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self.batch_size
+        rows = self.order[start : start + self.batch_size]
+        begin, end = self.ends[rows].unsqueeze(-1), self.ends[rows + 1].unsqueeze(-1)
+        width = int((end - begin).max())
+        where = end - width + torch.arange(width)  # of every column in `tokens`
+        real = where >= begin
+        input_ids = self.tokens[where.clamp(min=0)].long().where(real, self.pad_id)
+        return Batch(rows.tolist(), input_ids, real.long())

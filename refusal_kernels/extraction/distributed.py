@@ -1,0 +1,136 @@
+"""The processes that share the batches of a collection, as `torchrun` starts them.
+
+Of every round of batches each process takes one, and the first process merges what they found in
+the order of the batches. So neither the bits of the result nor what a checkpoint holds depend on
+how many processes there are. (The bits of a forward pass itself depend on the machine and, on a
+CPU, on the number of threads of a process, of which torchrun gives each one.)
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from refusal_kernels.errors import InputError
+
+TIMEOUT_S = 1800.0  # a process waits this long for the batch of another: PyTorch's own default
+
+
+class PeerError(RuntimeError):
+    """Another process has stopped, or has not answered in time."""
+
+
+class Team:
+    """The processes that share the batches; one alone where there are no others.
+
+    Attributes
+    ----------
+    rank, size : int
+        Which process this is, and of how many. The first one, rank 0, holds the result.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group
+
+    def everyone(self, mine: Any) -> list[Any]:
+        """Return what every process gave, by rank: anything that can be pickled."""
+        found: list[Any] = [mine]
+        if self.size > 1:
+            found = [None] * self.size
+            with self._answered():
+                dist.all_gather_object(found, mine, self._group)
+        return found
+
+    def gather(self, mine: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Return the tensors of every process, by rank, to the first one; to others nothing."""
+        if self.size == 1:
+            return [mine]
+        columns = []
+        with self._answered():
+            for tensor in mine:
+                here = tensor.cpu().contiguous()
+                into = [torch.empty_like(here) for _ in range(self.size)] if not self.rank else None
+                dist.gather(here, into, group=self._group, group_dst=0)
+                columns.append(into or [])
+        return list(zip(*columns, strict=True))
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
+        if self.size == 1:
+            return
+        with self._answered():
+            for tensor in tensors:
+                here = tensor.cpu()
+                dist.broadcast(here, group=self._group, group_src=0)
+                tensor.copy_(here)
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's own errors are plain ones
+            line = str(error).strip().splitlines()[0]
+            raise PeerError(
+                f"process {self.rank} of {self.size}: another has stopped or not answered ({line})"
+            ) from None
+
+
+@contextmanager
+def team(model: Any) -> Iterator[Team]:
+    """Give the processes that share the batches: those of torch.distributed where it is set up.
+
+    A model that is itself spread over them (tensor parallel) is run by all of them together, on
+    every batch: each is then alone.
+    """
+    if not dist.is_available() or not dist.is_initialized() or _spread(model):
+        yield Team()
+        return
+    # The states travel through main memory, whatever the processes use otherwise.
+    own = "cpu:" not in dist.get_backend_config()
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S)) if own else None
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        if own:
+            dist.destroy_process_group(group)
+
+
+@contextmanager
+def joined(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[int, int]]:
+    """Meet the processes that `torchrun` has started, if it has; give (rank, local rank).
+
+    Parameters
+    ----------
+    timeout_s
+        How long one waits for another, in seconds, here and later.
+
+    Raises
+    ------
+    InputError
+        If the others do not come, or the environment says what cannot be.
+    """
+    try:
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    except (ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"the processes of torchrun do not meet: {line}") from None
+    try:
+        yield rank, local
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _spread(model: Any) -> bool:
+    """Whether the processes hold parts of one model."""
+    parts = any(isinstance(p, DTensor) for p in model.parameters())
+    return parts or (getattr(model, "tp_size", None) or 1) > 1
