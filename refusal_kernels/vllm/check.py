@@ -231,13 +231,17 @@ def _noise_in(caches: Any) -> Iterator[None]:
     The bytes make positive numbers up to about 1 in any floating-point format.
     """
     tensors = [cache for cache in caches if isinstance(cache, Tensor)]
-    for cache in tensors:
-        cache.view(torch.uint8).random_(0, 64)
+    stored = [  # whatever their strides
+        torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
+        for cache in tensors
+    ]
+    for held in stored:
+        held.random_(0, 64)
     try:
         yield
     finally:
-        for cache in tensors:
-            cache.zero_()
+        for held in stored:
+            held.zero_()
 
 
 def _compiled(model: nn.Module) -> Iterator[Any]:
