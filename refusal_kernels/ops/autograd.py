@@ -4,6 +4,7 @@ The schemas stand in ``csrc/ops.cpp`` and the CPU kernels are registered there. 
 a fake implementation (shapes only), a gradient, and the reference for devices without a kernel.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,8 @@ def _fake_two_like_x(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:
-    return h.new_empty((h.shape[:-1].numel(), bank.shape[2]), dtype=torch.float32)
+    # math.prod: Size.numel() would make a constant of a size that a compiler keeps open
+    return h.new_empty((math.prod(h.shape[:-1]), bank.shape[2]), dtype=torch.float32)
 
 
 def _fake_scored(x: Tensor, residual: Tensor | None, bank: Tensor, *_: Any) -> tuple[Tensor, ...]:

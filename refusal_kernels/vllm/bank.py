@@ -1,0 +1,169 @@
+"""The tensors that the kernels read, and who owns which row of them.
+
+A row holds one program at one strength. There are as many rows as requests can run at once, so a
+batch always finds room, whatever its requests ask for; rows that no request of the batch uses keep
+what they hold until another pair needs the room, the longest unused first.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.interventions import compile_program
+from refusal_kernels.vllm.families import Place
+from refusal_kernels.vllm.programs import Program
+from refusal_kernels.vllm.requests import Steering
+
+PLAIN = -1
+NUMBERS = 5  # a, c, b, low, high
+
+
+class Bank:
+    """Static tensors: they are written in place, so a compiled graph or a CUDA graph follows.
+
+    Attributes
+    ----------
+    places
+        Those of this rank, in the order of the forward.
+    whole
+        Those of all ranks of a pipeline.
+    vectors
+        float32 [rows, 2, slots, hidden]: what each row reads and writes, the same at all places.
+    params
+        float32 [places, rows, slots, 5]: zeros where a row's program does not act at a place.
+    route
+        int32 [tokens]: the row of every token of the batch, -1 for the plain add.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        hidden: int,
+        rows: int,
+        slots: int,
+        tokens: int,
+        device: str,
+        whole: Sequence[Place] | None = None,
+    ) -> None:
+        self.places = tuple(places)
+        self.whole = self.places if whole is None else tuple(whole)
+        self.slots = slots
+        self.vectors = torch.zeros(rows, 2, slots, hidden, device=device)
+        self.params = torch.zeros(len(places), rows, slots, NUMBERS, device=device)
+        self.route = torch.full((tokens,), PLAIN, dtype=torch.int32, device=device)
+        self._programs: dict[str, tuple[Tensor, Tensor]] = {}  # of each version: vectors, params
+        self._row_of: dict[Steering, int] = {}  # the least recently used first
+        self._free = list(range(rows))[::-1]
+        self._last: tuple[tuple[int, ...], bytes] | None = None
+
+    # --- programs
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The versions that requests may ask for."""
+        return tuple(self._programs)
+
+    def add(self, program: Program) -> None:
+        """Make a program available.
+
+        Raises
+        ------
+        InputError
+            If it has too many interventions, is for another hidden size, has several directions at
+            one place that are not orthonormal, or acts nowhere.
+        """
+        hidden = self.vectors.shape[-1]
+        if program.hidden != hidden:
+            raise InputError(
+                f"the direction has hidden size {program.hidden}; the model has {hidden}"
+            )
+        if len(program.interventions) > self.slots:
+            raise InputError(
+                f"the program has {len(program.interventions)} interventions; the engine was "
+                f"started with slots {self.slots}"
+            )
+        vectors = torch.zeros(2, self.slots, hidden)
+        params = torch.zeros(len(self.places), self.slots, NUMBERS)
+        for i in program.interventions:
+            if not any(i.meets(p.block, p.writers, p.feeds) for p in self.whole):
+                raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
+        for slot, i in enumerate(program.interventions):
+            vectors[0, slot], vectors[1, slot] = i.read, i.write
+        for at, place in enumerate(self.places):
+            here = [
+                (slot, i)
+                for slot, i in enumerate(program.interventions)
+                if i.meets(place.block, place.writers, place.feeds)
+            ]
+            if here:
+                compile_program([i for _, i in here])  # refuses what is no projection together
+            for slot, i in here:
+                params[at, slot] = i.params(i.strength)
+        self._programs.pop(program.version, None)  # the latest last
+        self._programs[program.version] = vectors, params
+
+    def keep_only(self, versions: Collection[str]) -> None:
+        """Forget every other program."""
+        kept = set(versions)
+        self._programs = {v: p for v, p in self._programs.items() if v in kept}
+        for steering in [s for s in self._row_of if s.version not in kept]:
+            self._free.append(self._row_of.pop(steering))
+
+    # --- batches
+
+    def route_batch(self, asked: Sequence[Steering | None], counts: np.ndarray) -> None:
+        """Route the tokens of a batch.
+
+        Parameters
+        ----------
+        asked
+            What is done to each request.
+        counts
+            int [requests]: how many tokens of each are in the batch, in this order.
+        """
+        rows = self.rows_of(asked)
+        seen = rows, counts.tobytes()
+        if seen == self._last:  # the steps of a decoding batch are all alike
+            return
+        self._last = seen
+        tokens = np.full(self.route.shape[0], PLAIN, dtype=np.int32)
+        routed = np.repeat(np.asarray(rows, dtype=np.int32), counts)
+        tokens[: len(routed)] = routed  # the rest is padding
+        source = torch.from_numpy(tokens)
+        if self.route.is_cuda:  # a fresh block: an earlier copy may still be under way
+            source = source.pin_memory()
+        self.route.copy_(source, non_blocking=True)
+
+    def unroute(self) -> None:
+        """Say that route does not hold the last batch any more."""
+        self._last = None
+
+    def rows_of(self, asked: Sequence[Steering | None]) -> tuple[int, ...]:
+        """Return the row of each request, writing those that are not there yet."""
+        wanted = {s for s in asked if s is not None}
+        for steering in wanted & self._row_of.keys():
+            self._row_of[steering] = self._row_of.pop(steering)  # used last
+        for steering in sorted(wanted - self._row_of.keys()):
+            self._row_of[steering] = self._write(steering, wanted)
+        return tuple(PLAIN if s is None else self._row_of[s] for s in asked)
+
+    def _write(self, steering: Steering, wanted: set[Steering]) -> int:
+        if steering.version not in self._programs:
+            raise RuntimeError(
+                f"a request asks for program version {steering.version}, which this worker has "
+                "not: are the direction files the same on all nodes?"
+            )
+        vectors, params = self._programs[steering.version]
+        if not self._free:
+            oldest = next(s for s in self._row_of if s not in wanted)
+            self._free.append(self._row_of.pop(oldest))
+        row = self._free.pop()
+        scaled = params.clone()
+        scaled[..., :3] *= steering.strength  # a, c and b; the limits of a clamp stay
+        self.vectors[row].copy_(vectors)
+        self.params[:, row].copy_(scaled)
+        self._last = None
+        return row

@@ -1,0 +1,262 @@
+"""The start-up check: two dummy passes through the loaded model, before any request.
+
+Unknown code fails silently: an add that no site sees, or a compiled graph from another engine's
+cache, leaves the model unsteered and nothing else shows it. So it is demanded
+
+- of an eager pass: that every site is called exactly once, in order; that the first steers the
+  embedding, each of the others adds to the very tensor that the one before it returned, and what
+  the last returned is handed on, so that nothing else writes to the stream; and that a projection
+  leaves nothing along its direction;
+- of a compiled model: that it says what the eager one says, where token k is pushed far along a
+  direction at place k alone. A graph without one of the sites gives another row.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CUDAGraphMode
+from vllm.distributed import get_pp_group
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.bank import PLAIN, Bank
+from refusal_kernels.vllm.families import ADD, START
+from refusal_kernels.vllm.worker import WorkerState
+
+logger = logging.getLogger("vllm.refusal_kernels")
+TOKENS = 8
+# |h.r| / |h| after a projection whose result is rounded to the dtype of h: every channel is off by
+# at most eps/2 of itself, so the component along r, of norm 1, by at most eps/2 of |h|; another
+# eps/2 is left for the float32 sums of the projection and of the measurement.
+ROUNDINGS = 1.0
+# Far compared with a residual stream, whose largest channels are some thousands, and spread over
+# all channels still within float16.
+PUSH = 1e4
+# The rows of an eager and a compiled pass differ by roundings, which the push dwarfs; a row whose
+# push is missing points elsewhere, at a distance of about sqrt(2).
+NEAR, FAR = 0.1, 0.5
+
+
+def check(runner: Any, state: WorkerState) -> None:
+    """Run the check.
+
+    Raises
+    ------
+    InputError
+        With what the model does that its family's entry does not say.
+    """
+    if not state.sites:
+        return
+    model = runner.get_model()
+    with kept(state.bank), _noise_in(runner.kv_caches):
+        r = _direction(state.bank)
+        watch = _watched_pass(runner, state, r)
+        faults = watch.all_faults(ROUNDINGS * torch.finfo(runner.model_config.dtype).eps)
+        if not faults and any(_compiled(model)):
+            faults = _compiled_faults(runner, state.bank, r)
+    if faults:
+        raise InputError(f"{type(model).__name__} can not be steered: {'; '.join(faults[:4])}")
+    logger.info(
+        "refusal_kernels: all %d places called, each once; |h.r| / |h| at most %.2g",
+        *(len(watch.calls), max(watch.left.values())),
+    )
+
+
+class Watch:
+    """What the sites did in one eager pass."""
+
+    def __init__(self, bank: Bank, direction: Tensor) -> None:
+        self.places = bank.places
+        self.direction = direction
+        self.calls: list[str] = []
+        self.faults: list[str] = []
+        self.left: dict[str, float] = {}  # |h.r| / |h|, by place
+        self._stream: Tensor | None = None
+        self._returned: tuple[Tensor, ...] = ()
+
+    def seen(self, number: int, site: nn.Module, args: Any, output: Any) -> None:
+        """Take note of a call: a forward hook of a site."""
+        name, residual = self.places[number].name, args[1]
+        h = output[1] if isinstance(output, tuple) else output
+        position = len(self.calls)
+        if position >= len(self.places) or self.places[position].name != name:
+            self.faults.append(f"{name} was called as number {position + 1}")
+        if self._stream is not None and not _same(residual, self._stream):
+            self.faults.append(f"{name} adds to something else than the place before it left")
+        self.calls.append(name)
+        self._stream = h.clone()
+        outputs = output if isinstance(output, tuple) else (output,)
+        self._returned = tuple(t.clone() for t in outputs)
+        rows = h.reshape(-1, h.shape[-1]).float()
+        along = (rows @ self.direction).abs() / rows.norm(dim=-1).clamp(min=1e-30)
+        self.left[name] = float(along.max())
+
+    def handed_on(self, output: Any) -> None:
+        """Take note of what follows the last site: what the model or the last layer returns."""
+        tensors = list(output.values()) if isinstance(output, dict) else output
+        tensors = tensors if isinstance(tensors, list | tuple) else [tensors]
+        if not any(_same(t, own) for t in tensors for own in self._returned):
+            self.faults.append(f"what {self.places[-1].name} leaves is not what is handed on")
+
+    def all_faults(self, limit: float) -> list[str]:
+        """Return all that was wrong; nothing but `limit` may be left along the direction."""
+        missing = [p.name for p in self.places if p.name not in self.calls]
+        faults = [f"never called: {', '.join(missing)}"] if missing else []
+        faults += self.faults
+        for name, left in self.left.items():
+            if not left <= limit:
+                faults.append(f"|h.r| / |h| is {left:.3g} after {name}; expected {limit:.3g}")
+        return faults
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; a NaN equals itself."""
+    if a is None or a.numel() != b.numel() or a.dtype != b.dtype:
+        return False
+    first, second = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(first, second)
+
+
+def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
+    """Ablate r from dummy tokens in an eager pass, with every site watched."""
+    bank = state.bank
+    watch = Watch(bank, r)
+    hooks = [
+        site.register_forward_hook(functools.partial(watch.seen, number))
+        for number, site in enumerate(state.sites)
+    ]
+    last = bank.places[-1]
+    if last.kind == ADD:
+        follows = last.module.register_forward_hook(lambda _, __, output: watch.handed_on(output))
+        hooks.append(follows)
+    if get_pp_group().is_first_rank and bank.places[0].kind != START:
+        watch.faults.append("the embedding is not steered")
+    bank.vectors[0, :, 0] = r
+    bank.params[:, 0, 0, 0] = -1.0
+    bank.route.zero_()
+    try:
+        with _eager(runner.get_model()):
+            output = _output(runner, TOKENS)
+        if last.kind != ADD:
+            watch.handed_on(getattr(output, "tensors", output))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watch
+
+
+def _compiled_faults(runner: Any, bank: Bank, r: Tensor) -> list[str]:
+    """Compare the compiled model with its own code, at each place alone."""
+    rows, faults = bank.vectors.shape[0], []
+    for first in range(0, len(bank.places), rows):
+        places = bank.places[first : first + rows]
+        bank.vectors.zero_()
+        bank.params.zero_()
+        bank.vectors[: len(places), :, 0] = r
+        bank.route.fill_(PLAIN)
+        for k in range(len(places)):
+            bank.params[first + k, k, 0] = torch.tensor([0.0, 0.0, PUSH, 0.0, 0.0])
+            bank.route[k] = k
+        compiled = _outputs(runner, len(places))
+        with _eager(runner.get_model()):
+            expected = _outputs(runner, len(places))
+            bank.route.fill_(PLAIN)
+            plain = _outputs(runner, len(places))
+        for place, got, want, without in zip(places, compiled, expected, plain, strict=True):
+            if _distance(without, want) < FAR:
+                continue  # nothing can be told here: attention alone hands the push to all rows
+            if not _distance(got, want) < NEAR:
+                faults.append(f"the compiled graph does not steer at {place.name}")
+    return faults
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Distance of two rows as directions: 0 for the same, sqrt(2) for unrelated ones."""
+    return float((a / a.norm() - b / b.norm()).norm())
+
+
+def _outputs(runner: Any, tokens: int) -> Tensor:
+    """Run dummy tokens; return the stream that this rank hands on, float32 [tokens, hidden]."""
+    output = _output(runner, tokens)
+    if not isinstance(output, Tensor):  # a pipeline stage: (hidden, residual), or their sum
+        output = sum(output.tensors.values())
+    return output.reshape(-1, output.shape[-1])[:tokens].float().clone()
+
+
+def _output(runner: Any, tokens: int) -> Any:
+    """Run dummy tokens; return what the model of this rank returns."""
+    taken: list[Any] = []
+    hook = runner.get_model().register_forward_hook(lambda _, __, output: taken.append(output))
+    try:
+        with torch.inference_mode():
+            runner._dummy_run(
+                tokens,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                force_attention=True,
+                skip_eplb=True,
+            )
+    finally:
+        hook.remove()
+    return taken[-1][0] if isinstance(taken[-1], tuple) else taken[-1]  # beside: for a drafter
+
+
+def _direction(bank: Bank) -> Tensor:
+    r = torch.randn(bank.vectors.shape[-1], generator=torch.Generator().manual_seed(0))
+    return (r.double() / r.double().norm()).float().to(bank.vectors.device)
+
+
+@contextlib.contextmanager
+def kept(bank: Bank) -> Iterator[None]:
+    """Lend the bank's tensors out, zeroed; they are as before afterwards."""
+    before = bank.vectors.clone(), bank.params.clone()
+    bank.vectors.zero_()
+    bank.params.zero_()
+    try:
+        yield
+    finally:
+        bank.vectors.copy_(before[0])
+        bank.params.copy_(before[1])
+        bank.route.fill_(PLAIN)
+        bank.unroute()
+
+
+@contextlib.contextmanager
+def _noise_in(caches: Any) -> Iterator[None]:
+    """Fill the KV cache, which dummy tokens only read: of an empty one attention writes zeros.
+
+    The bytes make positive numbers up to about 1 in any floating-point format.
+    """
+    tensors = [cache for cache in caches if isinstance(cache, Tensor)]
+    stored = [  # whatever their strides
+        torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
+        for cache in tensors
+    ]
+    for held in stored:
+        held.random_(0, 64)
+    try:
+        yield
+    finally:
+        for held in stored:
+            held.zero_()
+
+
+def _compiled(model: nn.Module) -> Iterator[Any]:
+    """Yield the parts of a model that vLLM compiles."""
+    return (m for m in model.modules() if getattr(m, "do_not_compile", True) is False)
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Call the compiled parts of a model by their own forward."""
+    compiled = list(_compiled(model))
+    for module in compiled:
+        module.do_not_compile = True
+    try:
+        yield
+    finally:
+        for module in compiled:
+            module.do_not_compile = False

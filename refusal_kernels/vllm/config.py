@@ -1,0 +1,146 @@
+"""What ``additional_config={"refusal_kernels": {...}}`` says, checked before anything is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.programs import Program, parse_directions, parse_programs
+
+KEY = "refusal_kernels"
+GRAPH = "graph"  # written by the plugin itself, for vLLM's compile cache: see worker.py
+KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor")
+MOST_SLOTS = 16
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """A direction whose component is watched at the input of one block, in every request.
+
+    Attributes
+    ----------
+    direction
+        Its name.
+    layer
+        The number of the block.
+    """
+
+    direction: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's part of an engine's configuration.
+
+    Attributes
+    ----------
+    directions
+        By name.
+    programs
+        By name.
+    default
+        The program of requests that name none; None: they are left alone.
+    slots
+        How many interventions a program may have: fixed for the life of the engine, because the
+        compiled graph depends on it.
+    fuse_norms
+        Whether an add takes the norm that reads it along. Then nothing is read or written twice,
+        but the norm rounds once, where vLLM's own rounds twice: in half precision a request that is
+        left alone may differ in the last bit from an engine without the plugin. False: it has
+        vLLM's bits, at a further pass.
+    monitor
+        What is watched, or None.
+    """
+
+    directions: dict[str, Any]
+    programs: dict[str, Program]
+    default: str | None
+    slots: int
+    fuse_norms: bool
+    monitor: Monitor | None
+
+    @property
+    def hidden(self) -> int | None:
+        """The hidden size of the directions, None where there are none."""
+        return next((d.hidden for d in self.directions.values()), None)
+
+
+def read_settings(vllm_config: Any) -> Settings | None:
+    """Return the plugin's settings, or None for an engine that does not ask for it.
+
+    Raises
+    ------
+    InputError
+        If they are not as described in docs/serving.md.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or KEY not in additional:
+        return None
+    refuse_unsupported(vllm_config)
+    return parse_settings(additional[KEY])
+
+
+def parse_settings(given: Any) -> Settings:
+    """Read the settings from their JSON form."""
+    if not isinstance(given, dict):
+        raise InputError(f"additional_config[{KEY!r}] is {given!r}; expected an object")
+    if unknown := sorted(set(given) - {*KNOWN, GRAPH}):
+        raise InputError(
+            f"additional_config[{KEY!r}] has {unknown[0]!r}; expected {', '.join(KNOWN)}"
+        )
+    directions = parse_directions(given.get("directions", {}))
+    if len(sizes := sorted({d.hidden for d in directions.values()})) > 1:
+        raise InputError(f"directions of different hidden sizes: {sizes}")
+    programs = parse_programs(given.get("programs", {}), directions)
+    default = given.get("default")
+    if default is not None and default not in programs:
+        there = ", ".join(programs) or "none"
+        raise InputError(f"default is {default!r}; expected null or a program, of which: {there}")
+    largest = max((len(p.interventions) for p in programs.values()), default=1)
+    slots = given.get("slots", largest)
+    if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= MOST_SLOTS:
+        raise InputError(f"slots is {slots!r}; expected a number from 1 to {MOST_SLOTS}")
+    if largest > slots:
+        raise InputError(f"slots is {slots}, but a program has {largest} interventions")
+    fuse_norms = given.get("fuse_norms", True)
+    if not isinstance(fuse_norms, bool):
+        raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
+    monitor = _monitor(given, directions)
+    return Settings(directions, programs, default, slots, fuse_norms, monitor)
+
+
+def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | None:
+    monitor = given.get("monitor")
+    if monitor is None:
+        return None
+    if not isinstance(monitor, dict) or set(monitor) != {"direction", "layer"}:
+        raise InputError(
+            f"monitor is {monitor!r}; expected null or an object with direction and layer"
+        )
+    direction, layer = monitor["direction"], monitor["layer"]
+    if direction not in directions:
+        raise InputError(f"monitor: there is no direction {direction!r}")
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise InputError(f"monitor: layer is {layer!r}; expected the number of a block")
+    return Monitor(direction, layer)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what would steer the wrong tokens, or none.
+
+    Raises
+    ------
+    InputError
+        With the setting that is in the way.
+    """
+    if config.use_v2_model_runner:
+        raise InputError("steering needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+    parallel, passes = config.parallel_config, config.compilation_config.pass_config
+    for wrong, name in (
+        (getattr(passes, "enable_sp", False), "pass_config.enable_sp (sequence parallel)"),
+        (getattr(parallel, "enable_dbo", False), "enable_dbo (two microbatches)"),
+        (getattr(parallel, "num_ubatches", 1) > 1, "microbatches"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
+    ):
+        if wrong:
+            raise InputError(f"{name} splits the tokens of a batch, which steering can not follow")

@@ -1,0 +1,114 @@
+"""Routes to see and change the programs of a running server: off unless asked for.
+
+vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them. The routes stand below ``/v1``,
+which is what ``--api-key`` guards.
+"""
+
+from typing import Any
+
+import torch
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.files import parse_json
+from refusal_kernels.vllm.frontend import (
+    MONITOR,
+    catalog_of,
+    first_answer,
+    set_programs_async,
+)
+from refusal_kernels.vllm.monitor import exposition
+
+PATH = "/v1/refusal_kernels/programs"
+METRICS = "/v1/refusal_kernels/metrics"
+MOST_BYTES = 16 << 20  # of a request: a direction of hidden size 16384 takes 0.4 MB of JSON
+
+
+class Endpoints:
+    """vLLM's ``EndpointPlugin``."""
+
+    name = "refusal_kernels"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes."""
+        app.get(PATH)(_list)
+        app.post(PATH)(_change)
+        app.get(METRICS)(_metrics)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Keep the engine for the routes."""
+        state.refusal_kernels_engine = engine_client
+
+
+# FastAPI reads these annotations when the routes are added, so the names must be there by then
+try:
+    from fastapi import Request
+    from fastapi.responses import JSONResponse, PlainTextResponse
+except ImportError:  # without vLLM there is no server
+    Request = JSONResponse = PlainTextResponse = Any
+
+
+async def _list(request: Request) -> JSONResponse:
+    """GET: the programs, with their versions, and the default."""
+    try:
+        return _answer(catalog_of(request.app.state.refusal_kernels_engine))
+    except InputError as error:
+        return _refusal(error)
+
+
+async def _change(request: Request) -> JSONResponse:
+    """POST ``{"programs": {name: program or null}, "directions": {name: [numbers]}}``."""
+    engine = request.app.state.refusal_kernels_engine
+    try:
+        programs, directions = await _read(request)
+        await set_programs_async(engine, programs, directions)
+        return _answer(catalog_of(engine))
+    except InputError as error:
+        return _refusal(error)
+
+
+async def _metrics(request: Request) -> PlainTextResponse:
+    """GET: the monitor's histogram, in the text format of Prometheus."""
+    engine = request.app.state.refusal_kernels_engine
+    try:
+        catalog = catalog_of(engine)
+        monitor = catalog.monitor
+        found = first_answer(catalog, await engine.collective_rpc(MONITOR))
+    except InputError as error:
+        return PlainTextResponse(f"{error}\n", status_code=404)
+    assert monitor is not None  # otherwise there was no first answer
+    return PlainTextResponse(exposition(found, monitor.direction, monitor.layer))
+
+
+async def _read(request: Request) -> tuple[dict[str, Any], dict[str, Direction]]:
+    """Read the body of a request, strictly and within limits."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise InputError(f"the request has more than {MOST_BYTES} bytes")
+    given = parse_json(body.decode("utf-8", "replace"), "the request")
+    if not isinstance(given, dict) or not set(given) <= {"programs", "directions"}:
+        raise InputError("the request must be an object with programs and directions")
+    programs, vectors = given.get("programs", {}), given.get("directions", {})
+    if not isinstance(programs, dict) or not isinstance(vectors, dict):
+        raise InputError("programs and directions must be objects, by name")
+    directions = {}
+    for name, numbers in vectors.items():
+        if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
+            raise InputError(f"direction {name!r} must be a list of numbers")
+        directions[name] = Direction(torch.tensor(numbers, dtype=torch.float32))
+    return programs, directions
+
+
+def _answer(catalog: Any) -> JSONResponse:
+    programs = {name: program.version for name, program in catalog.programs.items()}
+    directions = sorted(catalog.directions)
+    content = {"programs": programs, "default": catalog.default, "directions": directions}
+    return JSONResponse(content)
+
+
+def _refusal(error: InputError) -> JSONResponse:
+    content = {"error": {"message": str(error), "type": "BadRequestError", "code": 400}}
+    return JSONResponse(content, status_code=400)

@@ -1,0 +1,152 @@
+"""The modules that stand at the places of a vLLM model, and how they get there.
+
+Bank, params and route are buffers of every site, so that Dynamo lifts them to inputs of the graph;
+they are not persistent, so no checkpoint asks for them.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.patching.plan import base_class
+from refusal_kernels.patching.rewrite import SITES, steered
+from refusal_kernels.vllm.bank import Bank
+from refusal_kernels.vllm.families import ADD, NORM, Place
+from refusal_kernels.vllm.monitor import Meter
+
+
+class Site(nn.Module):
+    """The steered add: it stands where ``residual + x`` stood in a layer's forward."""
+
+    bank: Tensor
+    params: Tensor
+    route: Tensor
+
+    def __init__(self, bank: Bank, number: int) -> None:
+        super().__init__()
+        self.meter: Meter | None = None
+        self.register_buffer("bank", bank.vectors, persistent=False)
+        self.register_buffer("params", bank.params[number], persistent=False)
+        self.register_buffer("route", bank.route, persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the steered ``residual + x``, in the shape of x."""
+        tokens = x.numel() // x.shape[-1]  # the Transformers backend has a batch of one
+        op = torch.ops.refusal_kernels.add_steer_inference
+        steered: Tensor = op(x, residual, self.bank, self.params, self.route[:tokens])
+        if self.meter is not None:
+            self.meter(steered)
+        return steered
+
+    def before_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to hand to vLLM's own norm: untouched rows, and (h, 0) for steered ones.
+
+        So a request that is left alone gets the bits of vLLM's norm, which adds in float32 and
+        rounds in its own places.
+        """
+        steered = (self.route[: x.shape[0]] >= 0).unsqueeze(-1)
+        h = self(x, residual)
+        return torch.where(steered, h, x), torch.where(steered, 0.0, residual)
+
+
+class NormSite(Site):
+    """The steered add with the RMSNorm that reads it."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the normed row and the stream, as vLLM's fused norms do."""
+        op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
+        route = self.route[: x.shape[0]]
+        normed, h = op(x, residual, weight, eps, self.bank, self.params, route, offset)
+        if self.meter is not None:
+            self.meter(h)
+        return normed, h
+
+
+class SteeredRMSNorm(RMSNorm):
+    """vLLM's RMSNorm, at a residual add. `forward` itself, not a platform's form, is replaced."""
+
+    rk_site: Site
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """As `RMSNorm.forward`."""
+        if residual is None:
+            return super().forward(x)
+        if isinstance(self.rk_site, NormSite):
+            return self.rk_site(x, residual, self.weight, self.variance_epsilon, 0.0)
+        return super().forward(*self.rk_site.before_norm(x, residual))
+
+
+class SteeredGemmaRMSNorm(GemmaRMSNorm):
+    """The same for Gemma, whose norms multiply by (1 + weight)."""
+
+    rk_site: Site
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """As `GemmaRMSNorm.forward`."""
+        if residual is None:
+            return super().forward(x)
+        if isinstance(self.rk_site, NormSite):
+            return self.rk_site(x, residual, self.weight, self.variance_epsilon, 1.0)
+        return super().forward(*self.rk_site.before_norm(x, residual))
+
+
+STEERED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    RMSNorm: SteeredRMSNorm,
+    GemmaRMSNorm: SteeredGemmaRMSNorm,
+}
+
+
+def claim(places: list[Place], bank: Bank, fuse_norms: bool) -> list[Site]:
+    """Put a site at every place of a loaded model; return them, in the order of the forward.
+
+    Norms and layers keep everything but their class: weights, hooks and names stay.
+    """
+    sites: list[Site] = []
+    site: Site
+    for number, place in enumerate(places):
+        module = place.module
+        if place.kind == NORM:
+            site = NormSite(bank, number) if fuse_norms else Site(bank, number)
+            module.rk_site = site
+            module.__class__ = STEERED_NORMS[type(module)]
+        elif place.kind == ADD:
+            site = Site(bank, number)
+            _at_add(module, place.add, site)
+        else:
+            site = Site(bank, number)
+            module.rk_start = site
+            module.register_forward_pre_hook(_steer_input, with_kwargs=True)
+        sites.append(site)
+    return sites
+
+
+def _at_add(layer: nn.Module, number: int, site: Site) -> None:
+    """Put a site at an add of a layer whose forward is rewritten."""
+    if not hasattr(layer, SITES):
+        rewritten = steered(base_class(layer))
+        setattr(layer, SITES, nn.ModuleList(nn.Identity() for _ in rewritten.adds))
+        layer.__class__ = rewritten.cls
+    getattr(layer, SITES)[number] = site
+
+
+def _steer_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Steer what enters the first layer: the embedding, wherever it came from."""
+    at = hidden_states_at(type(layer))
+    if "hidden_states" in kwargs:
+        kwargs["hidden_states"] = layer.rk_start(kwargs["hidden_states"], None)
+        return args, kwargs
+    return (*args[:at], layer.rk_start(args[at], None), *args[at + 1 :]), kwargs
+
+
+def hidden_states_at(cls: type[nn.Module]) -> int:
+    """Return where ``hidden_states`` stands among the arguments of a layer's forward."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    if "hidden_states" not in names:
+        raise InputError(f"{cls.__qualname__}.forward has no parameter hidden_states")
+    return names.index("hidden_states")

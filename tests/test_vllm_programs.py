@@ -1,0 +1,289 @@
+"""The vLLM plugin's configuration, requests and bank: all that needs no vLLM."""
+
+import numpy as np
+import pytest
+import torch
+
+from refusal_kernels import Ablate, Add, Clamp, Direction, InputError, Set
+from refusal_kernels.vllm.bank import Bank
+from refusal_kernels.vllm.config import parse_settings
+from refusal_kernels.vllm.families import ADD, START, Place, find_places
+from refusal_kernels.vllm.programs import parse_program
+from refusal_kernels.vllm.requests import RESOLVED, Steering, cache_salt, read_steering
+
+HIDDEN = 8
+
+
+@pytest.fixture
+def directions():
+    q, _ = torch.linalg.qr(torch.randn(HIDDEN, 2))
+    return {"r": Direction(q[:, 0] * 3), "t": Direction(q[:, 1])}
+
+
+@pytest.fixture
+def settings(tmp_path, directions):
+    for name, direction in directions.items():
+        direction.save(tmp_path / name)
+    files = {name: str(tmp_path / name) for name in directions}
+
+    def parse(**own):
+        return parse_settings({"directions": files, **own})
+
+    return parse
+
+
+# --- configuration
+
+
+def test_programs_are_read(directions):
+    given = [
+        {"ablate": "r", "strength": 0.5, "layers": [1, 2]},
+        {"add": "t", "coefficient": 2, "layer": 3},
+        {"set": "t", "value": 1.5, "sites": ["mlp"]},
+        {"clamp": "t", "high": 0},
+    ]
+    program = parse_program("p", given, directions)
+    kinds = [type(i) for i in program.interventions]
+    assert kinds == [Ablate, Add, Set, Clamp]
+    ablate, add, fixed, clamp = program.interventions
+    assert (ablate.strength, ablate.layers) == (0.5, (1, 2))
+    assert (add.coefficient, add.layer) == (2.0, 3)
+    assert (fixed.value, fixed.sites) == (1.5, ("mlp",))
+    assert (clamp.low, clamp.high) == (float("-inf"), 0.0)
+    assert program.version == parse_program("q", given, directions).version
+
+
+def test_the_version_changes_with_all_that_changes_the_result(directions):
+    other = {**directions, "r": Direction(directions["r"].vector * 2)}
+    variants = [
+        ({"add": "r"}, directions),
+        ({"add": "r"}, other),
+        ({"add": "t"}, directions),
+        ({"add": "r", "coefficient": 2}, directions),
+        ({"add": "r", "strength": 2, "layers": [0]}, directions),
+        ({"add": "r", "layer": 1}, directions),
+        ({"add": "r", "layers": [1]}, directions),
+        ({"add": "r", "sites": ["mlp"]}, directions),
+        ({"ablate": "r"}, directions),
+        ([{"add": "r"}, {"ablate": "t"}], directions),
+    ]
+    versions = [parse_program("p", given, those).version for given, those in variants]
+    assert len(set(versions)) == len(versions)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ([], "empty list"),
+        ("ablate", "holds a str"),
+        ({}, "no intervention"),
+        ({"ablate": "r", "add": "r"}, "ablate and add"),
+        ({"ablate": "x"}, "no direction 'x'; there are: r, t"),
+        ({"ablate": ["r"]}, "no direction"),
+        ({"ablate": "r", "value": 1}, "takes no 'value'"),
+        ({"ablate": "r", "positions": "last"}, "takes no 'positions'"),
+        ({"set": "r"}, "needs 'value'"),
+        ({"ablate": "r", "strength": "1"}, "strength is '1'"),
+        ({"ablate": "r", "strength": True}, "strength is True"),
+        ({"ablate": "r", "strength": float("nan")}, "strength is nan"),
+        ({"ablate": "r", "layer": "3"}, "layer is '3'"),
+        ({"ablate": "r", "layer": -1}, "layer is -1"),
+        ({"ablate": "r", "layers": []}, r"layers is \[\]"),
+        ({"ablate": "r", "sites": ["nowhere"]}, "no site 'nowhere'"),
+        ({"ablate": "r", "layer": 1, "sites": ["mlp"]}, "not both"),
+        ({"clamp": "r", "low": 2, "high": 1}, "above high"),
+    ],
+)
+def test_malformed_programs_are_refused(settings, program, words):
+    with pytest.raises(InputError, match=words):
+        settings(programs={"p": program})
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"program": {}}, "has 'program'; expected directions"),
+        ({"programs": []}, "programs is a list"),
+        ({"programs": {"none": {"ablate": "r"}}}, "can not be the name"),
+        ({"programs": {"": {"ablate": "r"}}}, "can not be the name"),
+        ({"default": "a"}, "default is 'a'"),
+        ({"slots": 0}, "slots is 0"),
+        ({"slots": True}, "slots is True"),
+        ({"fuse_norms": "no"}, "fuse_norms is 'no'"),
+        ({"slots": 1, "programs": {"p": [{"ablate": "r"}, {"ablate": "t"}]}}, "slots is 1, but"),
+        ({"directions": {"r": 3}}, "direction 'r' is a int"),
+        ({"directions": {"r": "/nowhere"}}, "is not there"),
+        ({"monitor": {"direction": "x", "layer": 1}}, "monitor: there is no direction 'x'"),
+        ({"monitor": {"direction": "r"}}, "expected null or an object"),
+    ],
+)
+def test_malformed_settings_are_refused(settings, own, words):
+    with pytest.raises(InputError, match=words):
+        settings(**own)
+    with pytest.raises(InputError, match="expected an object"):
+        parse_settings(3)
+
+
+# --- requests
+
+
+@pytest.fixture
+def programs(directions):
+    return {name: parse_program(name, {"ablate": name}, directions) for name in directions}
+
+
+def test_requests_are_read(programs):
+    r = programs["r"].version
+    for extra, default, wanted in (
+        (None, None, None),
+        ({}, "r", Steering(r, 1.0)),
+        ({"other": 3}, "r", Steering(r, 1.0)),
+        ({"steer": {"program": "r", "strength": 0.7}}, None, Steering(r, 0.7)),
+        ({"steer": "r", "steer_strength": 2}, None, Steering(r, 2.0)),
+        ({"steer_strength": 0.5}, "r", Steering(r, 0.5)),
+        ({"steer": {"strength": 0.5}}, "r", Steering(r, 0.5)),
+        ({"steer": "none"}, "r", None),
+        ({"steer": None}, "r", None),
+        ({"steer": {"program": None}}, "r", None),
+        ({"steer": {"program": "r", "strength": 0}}, "t", None),
+    ):
+        assert read_steering(extra, programs, default) == wanted, extra
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"steer": "x"}, "no program 'x'; there are: r, t, none"),
+        ({"steer": 3}, "no program 3"),
+        ({"steer": ["r"]}, "no program"),
+        ({"steer": {"program": "r", "strenght": 1}}, "has 'strenght'"),
+        ({"steer": {"program": "r", "strength": "much"}}, "is 'much'; expected a finite number"),
+        ({"steer": {"program": "r", "strength": float("inf")}}, "finite"),
+        ({"steer": {"program": "r"}, "steer_strength": 1.0}, "not both"),
+        ({"steer": "none", "steer_strength": "x"}, "finite"),
+        ({RESOLVED: ["0", 1.0]}, "set by the engine itself"),
+    ],
+)
+def test_malformed_requests_are_refused(programs, extra, words):
+    with pytest.raises(InputError, match=words):
+        read_steering(extra, programs, "r")
+
+
+def test_prefixes_are_salted_by_program_and_strength():
+    plain = [cache_salt(own, None) for own in (None, "tenant")]
+    assert plain == [None, "tenant"]
+    asked = [Steering(v, s) for v in ("a", "b") for s in (1.0, 0.5)]
+    salts = [cache_salt(own, s) for s in asked for own in (None, "tenant")]
+    assert len(set(salts)) == len(salts)
+    assert cache_salt("x", Steering("a", 1.0)) == cache_salt("x", Steering("a", 1.0))
+
+
+# --- the bank
+
+
+def bank(rows=3, slots=2, tokens=16):
+    layer = torch.nn.Identity()
+    places = [
+        Place("embed", START, layer, feeds=0),
+        Place("layers.0.attn", ADD, layer, 0, frozenset({"attn"})),
+        Place("layers.0.mlp", ADD, layer, 0, frozenset({"mlp"}), 1),
+    ]
+    return Bank(places, HIDDEN, rows, slots, tokens, "cpu")
+
+
+def test_a_row_holds_a_program_at_its_strength_and_its_places(directions):
+    made = bank()
+    program = parse_program("p", [{"ablate": "r"}, {"add": "t", "layer": 1}], directions)
+    made.add(program)
+    (row,) = made.rows_of([Steering(program.version, 0.25)])
+    unit = directions["r"].unit
+    assert torch.equal(made.vectors[row, :, 0], torch.stack([unit, unit]))
+    assert torch.equal(made.vectors[row, 1, 1], directions["t"].vector)
+    assert made.params[:, row, 0, 0].tolist() == [-0.25] * 3
+    assert made.params[:, row, 1, 2].tolist() == [0.0, 0.0, 0.25]
+
+
+def test_batches_are_routed(directions):
+    made = bank()
+    programs = [parse_program("p", {"ablate": name}, directions) for name in ("r", "t")]
+    for program in programs:
+        made.add(program)
+    a, b = (Steering(program.version, 1.0) for program in programs)
+    made.route_batch([a, None, b, a], np.array([2, 3, 1, 1]))
+    first, second = made.rows_of([a, b])
+    assert made.route[:8].tolist() == [first] * 2 + [-1] * 3 + [second, first, -1]
+    made.route_batch([None], np.array([2]))
+    assert made.route.eq(-1).all()
+
+
+def test_rows_are_reused_the_longest_unused_first_and_never_within_a_batch(directions):
+    made = bank(rows=3)
+    program = parse_program("p", {"ablate": "r"}, directions)
+    made.add(program)
+    asked = [Steering(program.version, 0.1 * k) for k in range(1, 40)]
+    rows = made.rows_of(asked[:3])
+    assert sorted(rows) == [0, 1, 2]
+    assert made.rows_of([asked[0], asked[3]]) == (rows[0], rows[1])  # 1 was unused the longest
+    for k in range(4, 36):  # every batch full, nothing in common with the last
+        batch = asked[k : k + 3]
+        found = made.rows_of(batch)
+        assert len(set(found)) == 3
+        written = made.params[0, list(found), 0, 0]
+        assert torch.allclose(written, torch.tensor([-s.strength for s in batch]))
+
+
+def test_programs_that_can_not_be_are_refused(directions):
+    slanted = {**directions, "s": Direction(directions["r"].unit + directions["t"].unit)}
+    other = {"o": Direction(torch.ones(5))}
+    for given, those, words in (
+        ([{"ablate": "r"}, {"ablate": "s"}], slanted, "orthonormal"),
+        ({"ablate": "r", "layer": 7}, directions, "no place of the model"),
+        ({"ablate": "o"}, other, "hidden size 5; the model has 8"),
+        ([{"add": "r"}] * 3, directions, "3 interventions; the engine was started with slots 2"),
+    ):
+        with pytest.raises(InputError, match=words):
+            bank().add(parse_program("p", given, those))
+
+
+def test_programs_that_nobody_names_are_forgotten(directions):
+    made = bank()
+    programs = [parse_program("p", {"ablate": name}, directions) for name in ("r", "t")]
+    for program in programs:
+        made.add(program)
+    a, b = (Steering(program.version, 1.0) for program in programs)
+    made.rows_of([a, b])
+    made.keep_only([b.version])
+    assert made.versions == (b.version,)
+    made.rows_of([b])
+    with pytest.raises(RuntimeError, match="which this worker has not"):
+        made.rows_of([a])
+
+
+def test_an_architecture_on_no_list_is_refused():
+    with pytest.raises(InputError, match="NewForCausalLM is not among those"):
+        find_places(torch.nn.Identity(), "NewForCausalLM")
+
+
+# --- the ops under vLLM's compiler
+
+
+def test_the_number_of_tokens_stays_open():
+    """vLLM marks it as dynamic; a fake implementation that makes a constant of it is refused."""
+    vectors, params = torch.randn(1, 2, 1, HIDDEN), torch.zeros(1, 1, 5)
+    weight, route = torch.ones(HIDDEN), torch.full((64,), -1, dtype=torch.int32)
+    ops = torch.ops.refusal_kernels
+
+    def forward(x):
+        rows = route[: x.shape[0]]
+        h = ops.add_steer_inference(x, None, vectors, params, rows)
+        args = (x, h, weight, 1e-6, vectors, params, rows, 0.0)
+        normed, h = ops.add_steer_rms_norm_inference(*args)
+        scored = ops.add_steer_rms_norm_scores(*args)
+        return normed + ops.scores(h, vectors, None) + scored[2]
+
+    x = torch.randn(5, HIDDEN)
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    for tokens in (5, 7):
+        y = x if tokens == 5 else torch.randn(tokens, HIDDEN)
+        assert torch.equal(compiled(y), forward(y))

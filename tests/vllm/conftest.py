@@ -1,0 +1,91 @@
+"""One process, one thread, no hub; every engine is closed before the next starts."""
+
+import gc
+import os
+
+os.environ.update(
+    {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+
+import families
+import pytest
+import torch
+
+import refusal_kernels as rk
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with the models, the directions, and vLLM's compile cache."""
+    path = tmp_path_factory.mktemp("vllm")
+    os.environ["VLLM_CACHE_ROOT"] = str(path / "cache")
+    return path
+
+
+@pytest.fixture(scope="session")
+def directions(folder):
+    """Two orthonormal directions, by name, and their files."""
+    torch.manual_seed(5)
+    q, _ = torch.linalg.qr(torch.randn(families.HIDDEN, 2))
+    made = {"r": rk.Direction(q[:, 0] * 1.5), "t": rk.Direction(q[:, 1])}
+    for name, direction in made.items():
+        direction.save(folder / f"{name}.safetensors")
+    return made
+
+
+@pytest.fixture(scope="session")
+def steering(folder, directions):
+    """Make the plugin's settings with the given programs."""
+
+    def settings(**own):
+        files = {name: str(folder / f"{name}.safetensors") for name in directions}
+        return {"refusal_kernels": {"directions": files, **own}}
+
+    return settings
+
+
+@pytest.fixture
+def engines():
+    """Start engines, one at a time; all are closed at the end."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    started = []
+
+    def close():
+        started.clear()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def start(path, settings=None, **own):
+        close()
+        started.append(start_engine(path, settings, **own))
+        return started[-1]
+
+    yield start
+    close()
+
+
+def start_engine(path, settings=None, **own):
+    from vllm import LLM
+
+    common = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 128,
+        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 64 << 20,
+        "dtype": "float32",
+        "additional_config": settings or {},
+    }
+    return LLM(model=path, **{**common, **own})

@@ -1,0 +1,262 @@
+"""One engine, many requests: mixtures, caches, chunks, preemption, bad requests, other engines."""
+
+import pytest
+import torch
+from families import greedy, hugging_face, make, prompts, served
+from vllm import SamplingParams
+
+import refusal_kernels as rk
+from refusal_kernels import InputError
+
+EIGHT = {
+    "ablate": {"ablate": "r"},
+    "half": {"ablate": "r", "strength": 0.5},
+    "other": {"ablate": "t"},
+    "add": {"add": "r", "coefficient": 2.0, "layer": 2},
+    "away": {"add": "t", "coefficient": -3.0, "layers": [0, 1]},
+    "clamp": {"clamp": "r", "high": 0.0},
+    "set": {"set": "t", "value": 2.0},
+    "two": [{"ablate": "r"}, {"ablate": "t", "sites": ["attn", "mlp"]}],
+}
+
+
+@pytest.fixture(scope="module")
+def path(folder):
+    return make("llama", folder)
+
+
+def different(texts):
+    return len({tuple(text) for text in texts})
+
+
+def test_a_mixed_batch_says_what_each_request_says_alone(path, steering, engines):
+    llm = engines(path, steering(programs=EIGHT), enable_prefix_caching=False)
+    names = [*EIGHT, "none"]
+    asked = [
+        (prompt, {"program": names[k % len(names)], "strength": 1.0 - 0.1 * (k % 5)})
+        for k, prompt in enumerate(prompts(64))
+    ]
+    together = served(llm, asked)
+    alone = [served(llm, [one])[0] for one in asked]
+    assert together == alone
+    same = [(prompts(1)[0], {"program": name}) for name in names]
+    assert different(served(llm, same)) == len(names)
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [("float32", True), ("bfloat16", False)])
+def test_requests_without_steering_say_what_an_engine_without_the_plugin_says(
+    dtype, fused, path, steering, engines
+):
+    asked = [(prompt, None) for prompt in prompts(16)]
+    without = served(engines(path, None, dtype=dtype), asked, 32)
+    llm = engines(path, steering(programs=EIGHT, fuse_norms=fused), dtype=dtype)
+    assert served(llm, asked, 32) == without
+    beside = [(prompt, {"program": "ablate"}) for prompt in prompts(16, seed=9)]
+    mixed = served(llm, [pair for both in zip(asked, beside, strict=True) for pair in both], 32)
+    assert mixed[::2] == without
+
+
+def test_an_engine_that_does_not_ask_is_untouched(path, engines):
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    runner = engines(path, None).llm_engine.model_executor.driver_worker.worker.model_runner
+    kinds = {type(m) for m in runner.model.modules() if isinstance(m, RMSNorm)}
+    assert kinds == {RMSNorm}
+    assert not hasattr(runner, "refusal_kernels_state")
+    assert not [name for name, _ in runner.model.named_buffers() if "rk_" in name]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_cached_prefix_is_not_served_to_another_program(
+    guarded, path, directions, steering, engines, monkeypatch
+):
+    if not guarded:  # what happens then: this test would notice
+        monkeypatch.setattr("refusal_kernels.vllm.frontend.cache_salt", lambda own, _: own)
+    model, prompt = hugging_face(path), prompts(1, longest=90)[0] * 8
+    prompt = prompt[:96]
+    wanted = [
+        greedy(model, prompt, 16, *case)
+        for case in (
+            ((rk.Ablate(directions["r"]),), 1.0),
+            ((rk.Ablate(directions["r"]),), 0.5),
+            ((rk.Ablate(directions["t"]),), 1.0),
+            ((), 1.0),
+        )
+    ]
+    llm = engines(path, steering(programs=EIGHT), enable_prefix_caching=True, block_size=32)
+    steers = [
+        {"program": "ablate"},
+        {"program": "ablate", "strength": 0.5},
+        {"program": "other"},
+        None,
+    ]
+    got = [served(llm, [(prompt, steer)])[0] for steer in steers]
+    assert got[0] == wanted[0]
+    assert (got == wanted) is guarded
+    if guarded:  # and is served to the same one
+        hits = [
+            llm.generate(
+                {"prompt_token_ids": prompt},
+                SamplingParams(max_tokens=1, detokenize=False, extra_args={"steer": steer}),
+                use_tqdm=False,
+            )[0].num_cached_tokens
+            for steer in (*steers, {"program": "half"})
+        ]
+        assert all(hits[:4]) and hits[4] == 0
+
+
+def test_chunked_prefill_and_preemption(path, directions, steering, engines):
+    model = hugging_face(path)
+    asked, wanted = [], []
+    for k, prompt in enumerate(prompts(6, seed=11, longest=40)):
+        prompt = (prompt * 20)[:70]
+        name, cases = (
+            ("ablate", (rk.Ablate(directions["r"]),)),
+            ("none", ()),
+            ("add", (rk.Add(directions["r"], 2.0, layer=2),)),
+        )[k % 3]
+        asked.append((prompt, {"program": name}))
+        wanted.append(greedy(model, prompt, 40, cases))
+    llm = engines(
+        path,
+        steering(programs=EIGHT),
+        max_num_batched_tokens=32,  # of a prompt of 70
+        enable_chunked_prefill=True,
+        max_num_seqs=8,
+        block_size=32,
+        num_gpu_blocks_override=12,  # 384 tokens; the six need 660
+    )
+    assert served(llm, asked, 40) == wanted
+
+
+def test_bad_requests_are_refused_and_hurt_nobody(path, steering, engines):
+    llm = engines(path, steering(programs=EIGHT, default="ablate"))
+    prompt = prompts(1)[0]
+    before = served(llm, [(prompt, None)])
+    for steer, words in (
+        ({"program": "nowhere"}, "no program 'nowhere'"),
+        ({"program": "ablate", "strength": "x"}, "finite number"),
+        ({"programme": "ablate"}, "has 'programme'"),
+        (["ablate"], "no program"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            served(llm, [(prompt, steer)])
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert served(llm, [(prompt, None)]) == before
+    assert served(llm, [(prompt, "ablate")]) == before
+    assert served(llm, [(prompt, "none")]) != before
+
+
+# --- the start-up check
+
+
+def places_without(number):
+    from refusal_kernels.vllm import families
+
+    whole = families.find_places
+
+    def find(model, architecture):
+        places = whole(model, architecture)
+        del places[number]
+        return places
+
+    return find
+
+
+@pytest.mark.parametrize("number", [0, 3, -1])
+def test_an_add_that_no_site_sees_is_noticed(number, path, steering, engines, monkeypatch):
+    monkeypatch.setattr("refusal_kernels.vllm.worker.find_places", places_without(number))
+    with pytest.raises(InputError, match="can not be steered"):
+        engines(path, steering(programs=EIGHT))
+
+
+def test_another_write_to_the_stream_is_noticed(path, steering, engines, monkeypatch):
+    from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+    own = LlamaDecoderLayer.forward
+
+    def forward(self, positions, hidden_states, residual):
+        hidden_states, residual = own(self, positions, hidden_states, residual)
+        return hidden_states, residual * 1.01  # as a family might that scales its residual
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    monkeypatch.setattr("refusal_kernels.vllm.families._fused_norms", by_name)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp adds to something else"):
+        engines(path, steering(programs=EIGHT))
+
+
+def by_name(module):
+    names = ("input_layernorm", "post_attention_layernorm", "norm")
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+def test_families_are_lists_of_names(path, steering, engines, monkeypatch):
+    monkeypatch.setattr("refusal_kernels.vllm.families.FUSED", frozenset())
+    with pytest.raises(InputError, match="LlamaForCausalLM is not among those"):
+        engines(path, steering(programs=EIGHT))
+    monkeypatch.setattr("refusal_kernels.vllm.families.ADDING", frozenset({"LlamaForCausalLM"}))
+    with pytest.raises(InputError, match=r"adds nothing to the stream|returns no sum"):
+        engines(path, steering(programs=EIGHT))
+
+
+# --- the compile cache
+
+
+def test_all_that_the_graph_depends_on_is_in_the_key_of_the_compile_cache(
+    path, steering, engines, monkeypatch
+):
+    def key(settings):
+        return engines(path, settings).llm_engine.vllm_config.compute_hash()
+
+    keys = [
+        key(None),
+        key(steering(programs=EIGHT)),
+        key(steering(programs=EIGHT, slots=3)),
+    ]
+    monkeypatch.setattr("refusal_kernels.vllm.worker.__version__", "another")
+    keys.append(key(steering(programs=EIGHT)))
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("place", ["embed", "layers.1.attn"])
+def test_a_compiled_graph_that_does_not_steer_is_noticed(
+    place, path, steering, engines, monkeypatch
+):
+    from refusal_kernels.vllm import sites
+
+    kind = sites.Site if place == "embed" else sites.NormSite
+    own = kind.forward
+
+    def forward(self, *args):
+        if not (torch.compiler.is_compiling() and self.left_out):
+            return own(self, *args)
+        if place == "embed":
+            return args[0].clone()
+        route = torch.full_like(self.route[: args[0].shape[0]], -1)
+        op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
+        return op(*args[:4], self.bank, self.params, route, args[4])
+
+    monkeypatch.setattr(kind, "forward", forward)
+    claim = sites.claim
+
+    def claim_and_mark(places, bank, fuse_norms):
+        made = claim(places, bank, fuse_norms)
+        for site, at in zip(made, places, strict=True):
+            site.left_out = at.name == place
+        return made
+
+    monkeypatch.setattr("refusal_kernels.vllm.worker.claim", claim_and_mark)
+    with pytest.raises(InputError, match=f"compiled graph does not steer at {place}"):
+        engines(path, steering(programs=EIGHT), enforce_eager=False)
+
+
+def test_speculative_decoding_says_the_same(path, directions, steering, engines):
+    model = hugging_face(path)
+    asked = [((prompt * 6)[:48], name) for prompt in prompts(3) for name in ("ablate", "none")]
+    wanted = [
+        greedy(model, prompt, 24, (rk.Ablate(directions["r"]),) if name == "ablate" else ())
+        for prompt, name in asked
+    ]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    llm = engines(path, steering(programs=EIGHT), speculative_config=drafts)
+    assert served(llm, asked, 24) == wanted

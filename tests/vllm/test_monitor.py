@@ -1,0 +1,77 @@
+"""The monitor counts what the Hugging Face model shows, of requests alone."""
+
+import pytest
+import torch
+from families import hugging_face, make, prompts, served
+
+import refusal_kernels as rk
+from refusal_kernels import InputError
+from refusal_kernels.vllm import read_monitor
+from refusal_kernels.vllm.monitor import edges, exposition
+
+LAYER, TOKENS = 2, 8
+
+
+def expected(model, texts, direction, interventions=()):
+    """Shares at the input of block 2 of all tokens that the engine reads."""
+    shares = []
+
+    def seen(name, h):
+        if name == f"layers.{LAYER - 1}.mlp":
+            rows = h.reshape(-1, h.shape[-1])
+            shares.append((rows @ direction.unit) / rows.norm(dim=-1))
+
+    # only steered places are seen: strength 0 steers them all, and changes nothing
+    interventions = (*interventions, rk.Ablate(direction, 0.0))
+    for text in texts:
+        with rk.patch(model, *interventions) as handle, handle.watch(seen), torch.no_grad():
+            model(torch.tensor([text]))
+    return torch.cat(shares)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_histogram_counts_the_requests(eager, folder, directions, steering, engines):
+    path, asked = make("llama", folder), prompts(6, seed=31)
+    model = hugging_face(path)
+    settings = steering(
+        programs={"away": {"add": "r", "coefficient": -2.0, "layer": 1}},
+        monitor={"direction": "r", "layer": LAYER},
+    )
+    # dummy tokens were many before the first request: warm-up, compilation, the start-up check
+    llm = engines(path, settings, enforce_eager=eager, enable_prefix_caching=False)
+    assert sum(read_monitor(llm)["counts"]) == 0
+    total = torch.zeros(len(edges()), dtype=torch.int64)
+    shares = []
+    for name, interventions in (
+        ("none", ()),
+        ("away", (rk.Add(directions["r"], -2.0, layer=1),)),
+    ):
+        answers = served(llm, [(prompt, name) for prompt in asked], TOKENS)
+        # the last token that is generated is never read
+        texts = [p + answer[:-1] for p, answer in zip(asked, answers, strict=True)]
+        shares.append(expected(model, texts, directions["r"], interventions))
+        total += torch.histc(shares[-1], bins=len(edges()), min=-1, max=1).long()
+    found = read_monitor(llm)
+    assert sum(found["counts"]) == sum(map(len, shares))
+    # a share at an edge may fall on either side
+    assert (torch.tensor(found["counts"]) - total).abs().sum() <= 4
+    assert found["sum"] == pytest.approx(float(torch.cat(shares).double().sum()), abs=1e-3)
+    assert shares[1].mean() < shares[0].mean() - 0.05
+
+
+def test_prometheus_reads_it():
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = {"edges": [0.0, 1.0], "counts": [3, 2], "sum": -0.5}
+    (family,) = text_string_to_metric_families(exposition(found, 'a "quoted" name', 4))
+    samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
+    name = "refusal_kernels:direction_share"
+    assert samples[f"{name}_bucket", "0.0"] == 3 and samples[f"{name}_bucket", "1.0"] == 5
+    assert samples[f"{name}_bucket", "+Inf"] == samples[f"{name}_count", None] == 5
+    assert family.samples[0].labels["direction"] == 'a "quoted" name'
+
+
+def test_a_block_that_is_not_there(folder, steering, engines):
+    path = make("llama", folder)
+    with pytest.raises(InputError, match="layer is 4; the model has 4 blocks"):
+        engines(path, steering(monitor={"direction": "r", "layer": 4}))
