@@ -58,5 +58,23 @@ def test_numbers_are_the_recorded_ones():
         assert f"{speed['median']:.2f} ({low:.2f} to {high:.2f})" in text
     add = [ratios[f"test_add_steer[{d}]"]["add_steer"]["ratio"] for d in ("float32", "bfloat16")]
     assert f"takes {add[0]:.2f} of the time of `torch.add` in float32, {add[1]:.2f} in" in text
+    collect, select, checkpoint = (
+        json.loads((results / f"{part}-cpu.json").read_text())[part]
+        for part in ("collect", "select", "checkpoint")
+    )
+    bare, kept = (
+        [collect[model][f"{what}_over_bare"] for model in ("toy", "llama-896x6")]
+        for what in ("collect", "kept")
+    )
+    toy_bare = f"{bare[0]['median']:.2f} ({bare[0]['q1']:.2f} to {bare[0]['q3']:.2f})"
+    assert f"Collecting takes {toy_bare} of the bare" in text
+    assert f"and {bare[1]['median']:.2f} on a random" in text
+    assert f"every batch {kept[0]['median']:.2f} and {kept[1]['median']:.2f}" in text
+    assert f"grows by {collect['memory']['growth_bytes'] / 1e6:.1f} MB" in text
+    faster = select["times_faster_than"]["plain float64"]
+    low, high = faster["quartiles"]
+    assert f"is {faster['median']:.1f} ({low:.1f} to {high:.1f}) times as fast" in text
+    assert f"in {checkpoint['seconds']:.0f} s; the process" in text
+    assert f"takes {checkpoint['ratio_over_torch']:.2f} of its largest tensor" in text
     training = json.loads((toy.PATH / "training.json").read_text())
     assert f"{training['parameters'] / 1e6:.1f}-million-parameter" in text
