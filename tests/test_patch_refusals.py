@@ -104,6 +104,9 @@ def test_of_a_block_that_can_not_be_read_the_input_is_steered(direction, tokens)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with plain_hooks(model, add=0.7 * direction.vector, layer=2):
         want = model(tokens).logits
+    with pytest.raises(InputError, match=r"layers\.1 of LlamaForCausalLM can only be .* hook"):
+        patch(model, Add(direction, coefficient=0.7, layer=2), fused=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with patch(model, Add(direction, coefficient=0.7, layer=2)) as handle:
         (site,) = handle.report().sites
         assert (site.name, site.path) == ("layers.1", "hook")
@@ -117,3 +120,11 @@ def test_of_a_block_that_can_not_be_read_the_input_is_steered(direction, tokens)
     assert list(seen) == ["embed", "layers.0", "layers.1"]
     assert all((h @ direction.unit).abs().max() < 1e-5 for h in seen.values())
     assert torch.equal(model(tokens).logits, plain)
+
+
+def test_a_model_that_is_fused_is_taken_with_fused(direction):
+    model = tiny_model("llama")
+    with patch(model, Ablate(direction), fused=True) as handle:
+        paths = {site.name: site.path for site in handle.report().sites}
+    assert paths.pop("embed") == "hook"
+    assert set(paths.values()) == {"fused"}

@@ -17,7 +17,10 @@ from refusal_kernels.patching.site import Program, Site
 
 
 def patch(
-    model: Any, *interventions: Intervention | Sequence[Intervention], fuse_norms: bool = True
+    model: Any,
+    *interventions: Intervention | Sequence[Intervention],
+    fuse_norms: bool = True,
+    fused: bool = False,
 ) -> PatchHandle:
     """Steer a Hugging Face causal language model in place, until the handle is removed.
 
@@ -38,6 +41,9 @@ def patch(
         computed from the unrounded sum, so that logits differ from the model's own in the last
         place. Without it, strength 0 gives the unpatched model's logits bit for bit. Where a
         gradient may be wanted (outside torch.no_grad and inference_mode) no norm is fused.
+    fused
+        Refuse a model where an add of a block can only be steered by a hook, exactly but at a pass
+        of its own. The embedding, which is no add, is always steered by a hook.
 
     Returns
     -------
@@ -50,8 +56,8 @@ def patch(
     InputError
         If the model has no residual stream that is understood (where the adds of a block are not
         found, its input can still be steered), a hidden size or layer does not fit, several
-        directions at one place are not orthonormal, an intervention meets no place, or the model
-        is patched already. The model is untouched then.
+        directions at one place are not orthonormal, an intervention meets no place, a hook is
+        needed against ``fused``, or the model is patched already. The model is untouched then.
 
     Examples
     --------
@@ -78,6 +84,11 @@ def patch(
         if key not in groups:
             groups[key] = Program(here)
         path = HOOK if place.add is None else FUSED
+        if fused and path == HOOK and place.block is not None:
+            raise InputError(
+                f"{place.name} of {type(model).__name__} can only be steered by a hook, not fused "
+                "into an add; expected a family that docs/families.md calls fused, or fused=False"
+            )
         site = Site(place.name, path, groups[key], route, _like(place.module))
         steered.append((place, site))
     for program in programs:
