@@ -21,6 +21,7 @@ from refusal_kernels.files import LIMIT_BYTES, check_size, replacing
 
 FORMAT = "refusal_kernels.direction"
 FORMAT_VERSION = "1"
+MEAN_DIFFERENCE = "mean_difference"  # how a direction was found, unless it says otherwise
 LIMIT_HEADER = 1 << 20  # of a safetensors file, bytes: these files hold three tensors at most
 LIMIT_TENSORS = 4 << 30  # bytes: candidates and moments of the largest models are far below
 # What the file says by itself; the metadata of a direction may not use these names.
@@ -63,7 +64,7 @@ class Direction:
     model: str | None = None
     layer: int | None = None
     position: int | None = None
-    method: str = "mean_difference"
+    method: str = MEAN_DIFFERENCE
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class Direction:
                 model=metadata.get("model"),
                 layer=layer,
                 position=position,
-                method=metadata.get("method", "mean_difference"),
+                method=metadata.get("method", MEAN_DIFFERENCE),
                 metadata=own,
             )
         except ValueError as error:  # InputError is one too

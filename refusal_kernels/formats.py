@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from refusal_kernels.control_vector import ControlVector
-from refusal_kernels.direction import Direction, format_of, read_tensors, write_tensors
+from refusal_kernels.direction import (
+    MEAN_DIFFERENCE,
+    Direction,
+    format_of,
+    read_tensors,
+    write_tensors,
+)
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_bytes, read_json
 
 CANDIDATES = "refusal_kernels.candidates"
 SUFFIXES = (".safetensors", ".gguf", ".glp", ".pt")
-METHOD = "mean_difference"
 _WHERE = ("layer", "pos")
 # All that torch.save writes for one dense tensor. Nothing else is run, whatever torch would allow:
 # its own list has bytearray, for example, which takes as much memory as it is told to.
@@ -54,7 +59,7 @@ class Candidates:
 
     tensor: Tensor
     model: str | None = None
-    method: str = "mean_difference"
+    method: str = MEAN_DIFFERENCE
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 3 or not self.tensor.is_floating_point() or not self.tensor.numel():
@@ -110,7 +115,7 @@ def read(path: str | os.PathLike[str]) -> Found:
         return Direction.load(path)
     tensors, metadata = read_tensors(path, CANDIDATES, ("candidates",))
     try:
-        method = metadata.get("method", "mean_difference")
+        method = metadata.get("method", MEAN_DIFFERENCE)
         return Candidates(tensors["candidates"], metadata.get("model"), method)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -134,7 +139,7 @@ def read_torch(path: str | os.PathLike[str]) -> Direction | Candidates:
         if tensor.ndim == 3:
             return Candidates(tensor)
         layer, position = _where_read(Path(path))
-        return Direction(tensor, layer=layer, position=position, method=METHOD)
+        return Direction(tensor, layer=layer, position=position, method=MEAN_DIFFERENCE)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -83,6 +83,11 @@ def writable(path: Path) -> None:
         raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
 
 
+def unfinished(path: Path) -> Path:
+    """Return where the state of a run is kept that will write a file: beside it, as a part."""
+    return path.with_name(f"{path.stem}.part{path.suffix}")
+
+
 def finish(out: Path | None, json_file: Path | None, document: Any) -> None:
     """Say what was written, and write the machine-readable result where one is wanted."""
     if out is not None:

@@ -24,23 +24,22 @@ from refusal_kernels.commands.common import (
     errors,
     finish,
     progress_bars,
+    unfinished,
     writable,
 )
-from refusal_kernels.direction import write_tensors
+from refusal_kernels.direction import MEAN_DIFFERENCE, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction import ChatFormat
 from refusal_kernels.extraction.distributed import PeerError, joined
 from refusal_kernels.extraction.methods import (
-    MEAN_DIFFERENCE,
     METHODS,
     check_method,
     find_candidates,
 )
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import sweep
+from refusal_kernels.formats import CANDIDATES
 from refusal_kernels.loading import filtered, load, prompts_for
-
-CANDIDATES = "refusal_kernels.candidates"
 
 
 def extract(
@@ -81,7 +80,7 @@ def extract(
     check_method(method)
     if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
-    state = checkpoint or out.with_name(f"{out.stem}.part{out.suffix}")
+    state = checkpoint or unfinished(out)
     if state.resolve() == out.resolve():
         raise InputError(f"{out} cannot be both the checkpoint and the candidates' file")
     with joined() as (rank, local_rank):

@@ -22,12 +22,12 @@ from refusal_kernels.commands.common import (
     console,
     finish,
     progress_bars,
+    unfinished,
     writable,
 )
-from refusal_kernels.direction import read_tensors
+from refusal_kernels.direction import MEAN_DIFFERENCE, read_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction import ChatFormat
-from refusal_kernels.extraction.methods import MEAN_DIFFERENCE
 from refusal_kernels.extraction.sources import SEED
 from refusal_kernels.files import sweep
 from refusal_kernels.formats import CANDIDATES
@@ -75,7 +75,7 @@ def select(
     """Choose the direction by the paper's three scores, on validation prompts."""
     tokens = _tokens(refusal_tokens)
     picture = plot or out.with_suffix(".png")
-    state = checkpoint or out.with_name(f"{out.stem}.part{out.suffix}")
+    state = checkpoint or unfinished(out)
     written = [out, picture, state, *([json_file] if json_file else [])]
     names = [candidates, *written]
     if len({path.resolve() for path in names}) < len(names):

@@ -170,6 +170,21 @@ def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
     return torch.cat(logits)[torch.tensor(rows).argsort()]
 
 
+def layers_to_read(model: Any, last_layer: int | None) -> int:
+    """Return how many layers are read, from the first to the last one wanted; None: all.
+
+    Raises
+    ------
+    InputError
+        If there is no such layer.
+    """
+    layers = len(decoder_layers(model))
+    last = layers - 1 if last_layer is None else last_layer
+    if not 0 <= last < layers:
+        raise InputError(f"the last layer is {last}; expected 0 to {layers - 1}")
+    return last + 1
+
+
 def _new_moments(
     model: Any,
     chat: ChatFormat,
@@ -178,11 +193,8 @@ def _new_moments(
     last_layer: int | None,
 ) -> Moments:
     positions = chat.positions if positions is None else positions
-    layers, hidden = len(decoder_layers(model)), hidden_size(model)
-    last = layers - 1 if last_layer is None else last_layer
-    if not 0 <= last < layers:
-        raise InputError(f"the last layer is {last}; expected 0 to {layers - 1}")
-    return Moments(last + 1, positions, hidden, groups, input_device(model))
+    layers = layers_to_read(model, last_layer)
+    return Moments(layers, positions, hidden_size(model), groups, input_device(model))
 
 
 def _check_lengths(model: Any, batches: Batches) -> None:

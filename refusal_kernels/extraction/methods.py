@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refusal_kernels.direction import MEAN_DIFFERENCE
 from refusal_kernels.errors import InputError
-from refusal_kernels.extraction.collect import Progress, mean_difference
+from refusal_kernels.extraction.collect import Progress, layers_to_read, mean_difference
 from refusal_kernels.extraction.forward import read_inputs
 from refusal_kernels.extraction.prompts import ChatFormat
-from refusal_kernels.models import decoder_layers, hidden_size
+from refusal_kernels.models import hidden_size
 
-MEAN_DIFFERENCE = "mean_difference"
 Fit = Callable[[Tensor, Tensor], Tensor]
 """From activations [harmful prompts, hidden] and [harmless prompts, hidden], float64, to a vector
 [hidden] of any length and sign."""
@@ -145,11 +145,7 @@ def find_candidates(
             batch_size=batch_size, checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
     chat = ChatFormat.of(tokenizer)
-    layers = len(decoder_layers(model)) if last_layer is None else last_layer + 1
-    if not 0 < layers <= len(decoder_layers(model)):
-        raise InputError(
-            f"the last layer is {last_layer}; expected 0 to {len(decoder_layers(model)) - 1}"
-        )
+    layers = layers_to_read(model, last_layer)
     positions = chat.positions if positions is None else positions
     total = len(harmful) + len(harmless)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import MEAN_DIFFERENCE, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import Progress, batch_logits
 from refusal_kernels.extraction.prompts import ChatFormat
@@ -111,7 +111,7 @@ def select(
     prune_last: float = 0.2,
     batch_size: int = 64,
     model_name: str | None = None,
-    method: str = "mean_difference",
+    method: str = MEAN_DIFFERENCE,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
