@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from refusal_kernels import Ablate, Add, Clamp, Direction, InputError, Set
+from refusal_kernels import Ablate, Add, Clamp, Direction, Erase, InputError, Set
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import parse_settings
 from refusal_kernels.vllm.families import ADD, START, Place, find_places
@@ -51,6 +51,31 @@ def test_programs_are_read(directions):
     assert (fixed.value, fixed.sites) == (1.5, ("mlp",))
     assert (clamp.low, clamp.high) == (float("-inf"), 0.0)
     assert program.version == parse_program("q", given, directions).version
+
+
+def test_an_erasure_names_three_vectors(directions):
+    u, v = directions["r"].vector, directions["t"].vector + directions["r"].vector / 9
+    given = {**directions, "v": Direction(v), "mean": Direction(torch.arange(8.0))}
+    named = {"erase": "r", "v": "v", "bias": "mean", "strength": 0.5, "layers": [1]}
+    (erase,) = parse_program("p", named, given).interventions
+    assert isinstance(erase, Erase) and (erase.strength, erase.layers) == (0.5, (1,))
+    assert torch.equal(erase.write, u) and torch.equal(erase.read, v)
+    assert torch.equal(erase.bias, torch.arange(8.0))
+    del named["bias"]
+    (without,) = parse_program("p", named, given).interventions
+    assert not without.bias.any()
+    assert (
+        parse_program("p", named, given).version
+        != parse_program("p", {**named, "bias": "mean"}, given).version
+    )
+    for wrong, words in (
+        ({"erase": "r"}, "erase needs 'v'"),
+        ({"erase": "r", "v": "x"}, "no direction 'x'"),
+        ({"erase": "r", "v": "t"}, "u . v is"),
+        ({"ablate": "r", "v": "t"}, "ablate takes no 'v'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse_program("p", wrong, given)
 
 
 def test_the_version_changes_with_all_that_changes_the_result(directions):

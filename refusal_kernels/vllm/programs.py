@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Ablate, Add, Clamp, Intervention, Set
+from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
 
 NONE = "none"  # the name of doing nothing, in a request
 # The key that names an intervention and its direction, and the numbers that may stand beside it.
@@ -22,7 +24,10 @@ KINDS: dict[str, tuple[type[Intervention], frozenset[str], frozenset[str]]] = {
     "add": (Add, frozenset(), frozenset({"coefficient"})),
     "set": (Set, frozenset({"value"}), frozenset()),
     "clamp": (Clamp, frozenset(), frozenset({"low", "high"})),
+    "erase": (Erase, frozenset(), frozenset()),
 }
+# Of an erasure the vectors are named like directions: what is read, and the mean that stays.
+ERASE = {"v": True, "bias": False}  # whether it must be there
 PLACES = frozenset({"layer", "layers", "sites"})
 LONGEST_NAME = 128
 
@@ -54,7 +59,8 @@ def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) ->
 
     ``{"ablate": "refusal", "strength": 0.8, "layers": [10, 11], "sites": ["mlp"]}`` and the like:
     one of ``ablate``, ``add`` (``coefficient``), ``set`` (``value``) and ``clamp`` (``low``,
-    ``high``) with the name of a direction, and the settings of that intervention.
+    ``high``) with the name of a direction, and the settings of that intervention. ``erase`` takes
+    three names: ``{"erase": U, "v": V, "bias": MEAN}``, without ``bias`` of a mean of zero.
 
     Raises
     ------
@@ -129,23 +135,34 @@ def _intervention(where: str, given: Any, directions: Mapping[str, Direction]) -
         )
     cls, required, optional = KINDS[kinds[0]]
     numbers = required | optional | {"strength"}
-    if unknown := sorted(set(given) - numbers - PLACES - {kinds[0]}):
-        known = ", ".join(sorted(numbers | PLACES))
+    vectors = ERASE if cls is Erase else {}
+    if unknown := sorted(set(given) - numbers - PLACES - {kinds[0], *vectors}):
+        known = ", ".join(sorted({*numbers, *PLACES, *vectors}))
         raise InputError(f"{where}: {kinds[0]} takes no {unknown[0]!r}; expected {known}")
-    if missing := sorted(required - set(given)):
+    needed = required | {key for key, must in vectors.items() if must}
+    if missing := sorted(needed - set(given)):
         raise InputError(f"{where}: {kinds[0]} needs {missing[0]!r}")
-    name = given[kinds[0]]
-    if not isinstance(name, str) or name not in directions:
-        there = ", ".join(directions) or "none"
-        raise InputError(f"{where}: there is no direction {name!r}; there are: {there}")
     settings: dict[str, Any] = {
         key: number(given[key], f"{where}: {key}") for key in numbers & set(given)
     }
     settings.update({key: _place(where, key, given[key]) for key in PLACES & set(given)})
+    first = _named(where, given[kinds[0]], directions)
     try:
-        return cls(directions[name], **settings)  # type: ignore[call-arg]
+        if cls is Erase:
+            u, v = first.vector, _named(where, given["v"], directions).vector
+            named = "bias" in given
+            bias = _named(where, given["bias"], directions).vector if named else torch.zeros_like(u)
+            return Erase(u, v, bias, **settings)
+        return cls(first, **settings)  # type: ignore[call-arg]
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _named(where: str, name: Any, directions: Mapping[str, Direction]) -> Direction:
+    if not isinstance(name, str) or name not in directions:
+        there = ", ".join(directions) or "none"
+        raise InputError(f"{where}: there is no direction {name!r}; there are: {there}")
+    return directions[name]
 
 
 def _place(where: str, key: str, value: Any) -> Any:
