@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from refusal_kernels.direction import Direction
 
 BUCKETS = 40
-NAME = "refusal_kernels:direction_share"
 
 
 def edges() -> list[float]:
@@ -64,23 +63,3 @@ class Histogram:
             "counts": self._counts.tolist(),
             "sum": float(self._sum),
         }
-
-
-def exposition(found: dict[str, list[float]], direction: str, layer: int) -> str:
-    """Write what `Histogram.read` returned in the text format of Prometheus."""
-    labels = f'direction="{_escaped(direction)}",layer="{layer}"'
-    lines = [
-        f"# HELP {NAME} Component of each token along the direction, as a share of its length.",
-        f"# TYPE {NAME} histogram",
-    ]
-    below = 0
-    for edge, count in zip(found["edges"], found["counts"], strict=True):
-        below += int(count)
-        lines.append(f'{NAME}_bucket{{{labels},le="{edge}"}} {below}')
-    lines.append(f'{NAME}_bucket{{{labels},le="+Inf"}} {below}')
-    lines += [f"{NAME}_sum{{{labels}}} {found['sum']}", f"{NAME}_count{{{labels}}} {below}"]
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

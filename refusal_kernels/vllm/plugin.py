@@ -23,6 +23,7 @@ def register() -> None:
     _after(InputProcessor, "__init__", _read_programs)
     _after(InputProcessor, "process_inputs", _resolve)
     _before(AsyncLLM, "generate", _validate)
+    _after(AsyncLLM, "__init__", _export)
     _after(GPUModelRunner, "load_model", _attach)
     _after(GPUModelRunner, "_prepare_inputs", _route)
     _after(GPUModelRunner, "_update_states", _forget)
@@ -99,6 +100,17 @@ def _validate(engine: Any, prompt: Any, sampling_params: Any, *_: Any, **__: Any
             catalog.read(getattr(sampling_params, "extra_args", None))
         except InputError as error:
             raise _refusal()(str(error), parameter=STEER) from None
+
+
+def _export(engine: Any, _: None, *__: Any, **___: Any) -> None:
+    """Before a server is built round an engine with a monitor, see to its ``/metrics``."""
+    catalog = getattr(engine.input_processor, "refusal_kernels", None)
+    if catalog is not None and catalog.monitor is not None:
+        from vllm.entrypoints.serve.instrumentator import metrics
+
+        from refusal_kernels.vllm.metrics import export
+
+        _after(metrics, "attach_router", export)
 
 
 @functools.cache

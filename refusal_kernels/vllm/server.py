@@ -11,16 +11,9 @@ import torch
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import parse_json
-from refusal_kernels.vllm.frontend import (
-    MONITOR,
-    catalog_of,
-    first_answer,
-    set_programs_async,
-)
-from refusal_kernels.vllm.monitor import exposition
+from refusal_kernels.vllm.frontend import catalog_of, set_programs_async
 
 PATH = "/v1/refusal_kernels/programs"
-METRICS = "/v1/refusal_kernels/metrics"
 MOST_BYTES = 16 << 20  # of a request: a direction of hidden size 16384 takes 0.4 MB of JSON
 
 
@@ -34,7 +27,6 @@ class Endpoints:
         """Add the routes."""
         app.get(PATH)(_list)
         app.post(PATH)(_change)
-        app.get(METRICS)(_metrics)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine for the routes."""
@@ -44,9 +36,9 @@ class Endpoints:
 # FastAPI reads these annotations when the routes are added, so the names must be there by then
 try:
     from fastapi import Request
-    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi.responses import JSONResponse
 except ImportError:  # without vLLM there is no server
-    Request = JSONResponse = PlainTextResponse = Any
+    Request = JSONResponse = Any
 
 
 async def _list(request: Request) -> JSONResponse:
@@ -66,19 +58,6 @@ async def _change(request: Request) -> JSONResponse:
         return _answer(catalog_of(engine))
     except InputError as error:
         return _refusal(error)
-
-
-async def _metrics(request: Request) -> PlainTextResponse:
-    """GET: the monitor's histogram, in the text format of Prometheus."""
-    engine = request.app.state.refusal_kernels_engine
-    try:
-        catalog = catalog_of(engine)
-        monitor = catalog.monitor
-        found = first_answer(catalog, await engine.collective_rpc(MONITOR))
-    except InputError as error:
-        return PlainTextResponse(f"{error}\n", status_code=404)
-    assert monitor is not None  # otherwise there was no first answer
-    return PlainTextResponse(exposition(found, monitor.direction, monitor.layer))
 
 
 async def _read(request: Request) -> tuple[dict[str, Any], dict[str, Direction]]:

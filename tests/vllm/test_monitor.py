@@ -7,7 +7,9 @@ from families import hugging_face, make, prompts, served
 import refusal_kernels as rk
 from refusal_kernels import InputError
 from refusal_kernels.vllm import read_monitor
-from refusal_kernels.vllm.monitor import edges, exposition
+from refusal_kernels.vllm.config import Monitor
+from refusal_kernels.vllm.metrics import NAME, Snapshot
+from refusal_kernels.vllm.monitor import edges
 
 LAYER, TOKENS = 2, 8
 
@@ -60,14 +62,16 @@ def test_the_histogram_counts_the_requests(eager, folder, directions, steering, 
 
 
 def test_prometheus_reads_it():
+    from prometheus_client import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
     found = {"edges": [0.0, 1.0], "counts": [3, 2], "sum": -0.5}
-    (family,) = text_string_to_metric_families(exposition(found, 'a "quoted" name', 4))
+    text = generate_latest(Snapshot(found, Monitor('a "quoted" name', 4))).decode()
+    (family,) = text_string_to_metric_families(text)
     samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
-    name = "refusal_kernels:direction_share"
-    assert samples[f"{name}_bucket", "0.0"] == 3 and samples[f"{name}_bucket", "1.0"] == 5
-    assert samples[f"{name}_bucket", "+Inf"] == samples[f"{name}_count", None] == 5
+    assert samples[f"{NAME}_bucket", "0.0"] == 3 and samples[f"{NAME}_bucket", "1.0"] == 5
+    assert samples[f"{NAME}_bucket", "+Inf"] == samples[f"{NAME}_count", None] == 5
+    assert samples[f"{NAME}_sum", None] == -0.5
     assert family.samples[0].labels["direction"] == 'a "quoted" name'
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 from families import greedy, hugging_face, make, prompts
+from prometheus_client.parser import text_string_to_metric_families
 
 import refusal_kernels as rk
+from refusal_kernels.vllm.metrics import NAME
 
 TOKENS = 12
 REQUESTS = int(os.environ.get("REFUSAL_KERNELS_SOAK", "200"))
@@ -31,7 +33,10 @@ def server(path, steering, folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = steering(programs={"r": {"ablate": "r"}, "t": {"ablate": "t"}})
+    settings = steering(
+        programs={"r": {"ablate": "r"}, "t": {"ablate": "t"}},
+        monitor={"direction": "r", "layer": 2},
+    )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in {
         **{"model": path, "served-model-name": "tiny", "host": "127.0.0.1", "port": port},
@@ -136,6 +141,29 @@ def test_programs_change_over_http(server):
     ):
         answer = httpx.post(url + PROGRAMS, content=text)
         assert answer.status_code == 400 and words in answer.text
+
+
+def counted(url):
+    """What the server's own metrics say: tokens that it read, and tokens in the histogram."""
+    text = httpx.get(f"{url}/metrics").text
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    cached = values["vllm:prefix_cache_hits_total"]
+    read = values["vllm:prompt_tokens_total"] - cached + values["vllm:generation_tokens_total"]
+    return read, values[f"{NAME}_count"], values["vllm:request_success_total"]
+
+
+def test_the_monitor_is_among_the_metrics_of_the_server(server):
+    url, _ = server
+    before = counted(url)
+    for k, prompt in enumerate(prompts(3, seed=77)):
+        xargs = {"steer": ("r", "none", "t")[k]}
+        tokens_of(httpx.post(f"{url}/v1/completions", json=body(prompt, xargs)))
+    read, seen, requests = (b - a for a, b in zip(before, counted(url), strict=True))
+    assert requests == 3
+    assert seen == read - requests  # of each request the last token is never read
 
 
 def memory_of(process):
