@@ -10,7 +10,6 @@ Every cell is also checked: what is left of the direction, and the logits.
 """
 
 import argparse
-import copy
 import inspect
 import os
 import time
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rows import OK, write_csv
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers import StaticCache as FixedCache
 
 from refusal_kernels import Ablate, Direction, patch
@@ -36,22 +35,13 @@ from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.files import replacing, write_json
 from refusal_kernels.loading import first_line
 from refusal_kernels.models import decoder, decoder_layers, hidden_size
+from refusal_kernels.overhead import shapes
+from refusal_kernels.overhead.worker import around_the_same_weights
 from refusal_kernels.patching.hooks import paper_hooks
 from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE
 from refusal_kernels.speed import Speed, interleaved
 
-SHAPES: dict[str, Callable[[], Any]] = {
-    "qwen2.5-0.5b": lambda: Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, rms_norm_eps=1e-6,
-        bos_token_id=None, eos_token_id=None,
-    ),
-    "llama-3.2-1b": lambda: LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
-        rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
-    ),
-}  # fmt: skip
+SHAPES = {name: shapes.SHAPES[name] for name in ("qwen2.5-0.5b", "llama-3.2-1b")}
 WORKS = (("decode", 1, 128), ("decode", 8, 128), ("prefill", 1, 512))  # name, batch, tokens
 GRID = {  # dtypes and modes
     "cpu": (("float32", "bfloat16"), ("eager",)),
@@ -172,12 +162,6 @@ def build(name: str, layers: int | None, dtype: str, device: str) -> Any:
     else:
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=DTYPES[dtype])
     return model.to(device).eval().requires_grad_(False)
-
-
-def around_the_same_weights(model: Any) -> Any:
-    """Copy a model's modules, not its weights."""
-    shared = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 @torch.inference_mode()

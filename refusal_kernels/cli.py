@@ -6,6 +6,7 @@ import typer
 from rich.text import Text
 
 from refusal_kernels.commands import (
+    bench,
     evidence,
     experiment,
     extract,
@@ -35,6 +36,7 @@ for command in (
     reproduce.reproduce,
     weights.orthogonalize,
     files.convert,
+    bench.bench,
     machine.doctor,
 ):
     # said outright, so that it is not cut

@@ -5,9 +5,10 @@ Three hooks per block: on its input, on its attention's output and on its MLP's 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from refusal_kernels.direction import Direction
@@ -15,7 +16,11 @@ from refusal_kernels.models import decoder_layers
 
 
 @contextlib.contextmanager
-def paper_hooks(model: Any, direction: Direction) -> Iterator[None]:
+def paper_hooks(
+    model: Any,
+    direction: Direction | Sequence[Direction],
+    layers: Sequence[int] | None = None,
+) -> Iterator[None]:
     """Ablate a direction at the input of every block and the output of its attention and MLP.
 
     Parameters
@@ -23,13 +28,20 @@ def paper_hooks(model: Any, direction: Direction) -> Iterator[None]:
     model
         A transformers model whose blocks have ``self_attn`` and ``mlp``.
     direction
-        What to remove. As in the paper's code it is cast to the dtype of the activations.
+        What to remove, or that of each row of the batch. As in the paper's code it is cast to the
+        dtype of the activations.
+    layers
+        The blocks to hook; None: all.
     """
+    if one := isinstance(direction, Direction):
+        vectors = direction.vector
+    else:
+        vectors = torch.stack([d.vector for d in direction])[:, None]  # [batch, 1, hidden]
 
     def project(activation: Tensor) -> Tensor:
-        r = direction.vector.to(activation.device)
-        r = (r / (r.norm() + 1e-8)).to(activation.dtype)
-        return activation - (activation @ r.unsqueeze(-1)) * r
+        r = vectors.to(activation.device)
+        r = (r / (r.norm(dim=-1, keepdim=True) + 1e-8)).to(activation.dtype)
+        return activation - (activation @ (r.unsqueeze(-1) if one else r.mT)) * r
 
     def on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (project(args[0]), *args[1:])
@@ -40,7 +52,9 @@ def paper_hooks(model: Any, direction: Direction) -> Iterator[None]:
         return project(output)
 
     hooks = []
-    for layer in decoder_layers(model):
+    for number, layer in enumerate(decoder_layers(model)):
+        if layers is not None and number not in layers:
+            continue
         hooks.append(layer.register_forward_pre_hook(on_input))
         for part in (layer.get_submodule("self_attn"), layer.get_submodule("mlp")):
             hooks.append(part.register_forward_hook(on_output))

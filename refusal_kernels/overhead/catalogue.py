@@ -1,0 +1,103 @@
+"""Methods by name: this package's own, the peers, and any file."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.ops.registry import BACKENDS
+from refusal_kernels.overhead.worker import BASE
+
+OWN = "this environment"
+PACKAGE = "refusal_kernels"
+METHODS = Path(__file__).parent / "methods"
+CHECKOUT = Path(__file__).parents[2]
+PEERS = CHECKOUT / "benchmarks" / "overhead" / "peers"
+ENVIRONMENTS = CHECKOUT / ".venv-peers"
+BEFOREHAND = ("orthogonalised",)  # edits that are made before the model runs
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's file, and what runs it.
+
+    Attributes
+    ----------
+    environment
+        Whose worker: all methods of one share a process and its unmodified model.
+    missing
+        Why it can not be run here, or None.
+    """
+
+    name: str
+    file: Path
+    variant: str | None
+    environment: str
+    python: Path
+    missing: str | None = None
+
+
+def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[Method]:
+    """Return the methods of these names; by default all there are.
+
+    Parameters
+    ----------
+    names
+        A method of this package (with ``:variant``), "own" for all of them, a peer, "peers" for
+        all, or the path of a file, which ``@PYTHON`` gives another interpreter.
+    device
+        Chooses the backends that "refusal_kernels" stands for.
+    peers
+        The folder of the peers' files.
+
+    Raises
+    ------
+    InputError
+        If there is no such method.
+    """
+    own = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
+    served = [
+        f"{PACKAGE}:{backend.name}"
+        for backend in BACKENDS.values()
+        if backend.why_not(torch.device(device).type, torch.bfloat16) is None
+    ]
+    groups = {
+        "own": [*served, *sorted(own)],
+        "peers": sorted(path.stem for path in peers.glob("[a-z]*.py")),
+        PACKAGE: served,
+    }
+    wanted: list[str] = [BASE]
+    for name in names if names is not None else ("own", "peers"):
+        wanted += groups.get(name, [name])
+    return [_one(name, peers) for name in dict.fromkeys(wanted)]
+
+
+def _one(name: str, peers: Path) -> Method:
+    """Find one method's file and its interpreter."""
+    text, at, python = name.partition("@")
+    if text.endswith(".py"):
+        file = Path(text)
+        if not file.is_file():
+            raise InputError(f"--methods: there is no file {file}")
+        runs = Path(python).absolute() if at else Path(sys.executable)
+        # a file of its own environment, so that what goes wrong in it is its own
+        return Method(file.stem, file.absolute(), None, file.stem, runs)
+    stem, _, variant = name.partition(":")
+    if (METHODS / f"{stem}.py").is_file() and not stem.startswith("_"):
+        file = METHODS / f"{stem}.py"
+        return Method(name, file, variant or None, OWN, Path(sys.executable))
+    if (peers / f"{name}.py").is_file():
+        runs = ENVIRONMENTS / name / "bin" / "python"
+        ready = ENVIRONMENTS / name / ".ready"
+        missing = (
+            None if ready.is_file() else f"not installed: {ENVIRONMENTS.name}/{name} is not set up"
+        )
+        return Method(name, peers / f"{name}.py", None, name, runs, missing)
+    known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
+    raise InputError(
+        f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "
+        "own, peers, and any file FILE.py[@PYTHON]"
+    )

@@ -1,0 +1,211 @@
+"""What is measured: the cells, and the profiles that choose them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.overhead.worker import MOST
+
+PHASES = ("decode", "prefill")
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "graph")}
+CONTEXT = {"decode": 128, "prefill": 512}
+"""Tokens before the one that is decoded, and tokens of a prompt."""
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Model and work that every method is timed on.
+
+    Attributes
+    ----------
+    layers, of_layers
+        How many the model is measured with, and has.
+    batch, tokens
+        Rows; and tokens of each that are in the cache (decode) or given at once (prefill).
+    steered
+        In how many blocks the direction is removed: those in the middle. None: all of them.
+    programs
+        How many directions there are; row i of the batch takes direction i modulo that.
+    """
+
+    model: str
+    layers: int
+    of_layers: int
+    hidden: int
+    dtype: str
+    mode: str
+    work: str
+    batch: int
+    tokens: int
+    steered: int | None = None
+    programs: int = 1
+
+    def __str__(self) -> str:
+        layers = f"{self.layers} of {self.of_layers} layers"
+        if self.layers == self.of_layers:
+            layers = f"{self.layers} layers"
+        text = f"{self.model}, {layers}, {self.dtype}, {self.mode}, {self.work} {self.batch}"
+        text += f" x {self.tokens}"
+        text += f", {self.steered} steered" if self.steered is not None else ""
+        return text + (f", {self.programs} programs" if self.programs > 1 else "")
+
+    @property
+    def steered_blocks(self) -> list[int] | None:
+        """The numbers of the steered blocks; None: all."""
+        if self.steered is None:
+            return None
+        first = (self.layers - self.steered) // 2
+        return list(range(first, first + self.steered))
+
+    @property
+    def rows(self) -> list[int]:
+        """The program of every row."""
+        return [row % self.programs for row in range(self.batch)]
+
+    @property
+    def tokens_a_step(self) -> int:
+        """How many tokens a step is counted as."""
+        return self.batch * (1 if self.work == "decode" else self.tokens)
+
+    def record(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of every axis.
+
+    Attributes
+    ----------
+    limit_s
+        When no further cell is begun.
+    layers
+        How many layers of each model; None: what fits in memory.
+    rounds
+        The most.
+    measure_s
+        About how long one measurement takes; short, so that there are many.
+    steered, programs
+        None stands for all layers. With ``vary`` the others are measured in one cell of each
+        model only: decoding, eagerly, the largest batch, the first dtype.
+    """
+
+    limit_s: float
+    models: tuple[str, ...]
+    layers: int | None
+    phases: tuple[str, ...]
+    batch: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    modes: tuple[str, ...]
+    steered: tuple[int | None, ...] = (None,)
+    programs: tuple[int, ...] = (1,)
+    rounds: int = 41
+    measure_s: float = 0.1
+    vary: bool = True
+
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """Give phase, batch, dtype, mode, steered and programs of every cell of one model."""
+        widest, first = max(self.batch), self.dtypes[0]
+        axes = product(
+            self.dtypes, self.modes, self.phases, self.batch, self.steered, self.programs
+        )
+        for dtype, mode, work, batch, steered, programs in axes:
+            usual = steered == self.steered[0] and programs == self.programs[0]
+            alone = steered == self.steered[0] or programs == self.programs[0]
+            place = (work, mode, batch, dtype) == (self.phases[0], self.modes[0], widest, first)
+            if programs <= batch and (not self.vary or usual or (place and alone)):
+                yield {
+                    "dtype": dtype, "mode": mode, "work": work, "batch": batch,
+                    "steered": steered, "programs": programs,
+                }  # fmt: skip
+
+    def cells(self, name: str, layers: int, config: Any) -> list[Cell]:
+        """Return the cells of one model that is measured with so many layers."""
+        positions = getattr(config, "max_position_embeddings", None) or 1 << 20
+        found = []
+        for axes in self.combinations():
+            if axes["steered"] is not None and axes["steered"] > layers:
+                continue
+            room = positions - (MOST if axes["work"] == "decode" else 0)
+            tokens = min(CONTEXT[axes["work"]], room)
+            size = config.num_hidden_layers, config.hidden_size
+            found.append(Cell(name, layers, *size, tokens=tokens, **axes))
+        return found
+
+
+PROFILES = {
+    "smoke": Grid(
+        60, ("toy",), None, ("decode",), (2,), ("float32",), ("eager",), rounds=7, measure_s=0.005,
+    ),
+    "quick": Grid(
+        900, ("qwen2.5-0.5b", "toy"), 4, PHASES, (1, 8), ("float32", "bfloat16"), ("eager",),
+        (None, 1), (1, 4), rounds=41,
+    ),
+    "full": Grid(
+        7200, ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b", "qwen2.5-72b", "toy"), None,
+        PHASES, (1, 8, 32), ("float32", "bfloat16"), ("eager", "compile"), (None, 1, 4), (1, 8),
+        rounds=101,
+    ),
+}  # fmt: skip
+# a processor has no use for 24 layers: ratios do not depend on how many there are
+LAYERS_ON_CPU = {"full": 6}
+
+
+def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
+    """Return a profile's grid with what was given in its place.
+
+    Parameters
+    ----------
+    profile
+        One of `PROFILES`.
+    device
+        "cpu", "cuda", ...
+    given
+        Fields of `Grid`; None where the profile's own holds.
+
+    Raises
+    ------
+    InputError
+        Naming the value that can not be.
+    """
+    if profile not in PROFILES:
+        raise InputError(f"--profile is '{profile}'; expected one of {', '.join(PROFILES)}")
+    kind = device.split(":")[0]
+    grid = PROFILES[profile]
+    if kind == "cpu":
+        grid = replace(grid, layers=grid.layers or LAYERS_ON_CPU.get(profile))
+    elif profile != "smoke":
+        grid = replace(grid, dtypes=("bfloat16", "float16"), modes=MODES["cuda"])
+    own = {name: value for name, value in given.items() if value is not None}
+    # who names them wants all that go with the rest
+    grid = replace(grid, **own, vary=not {"steered", "programs"} & set(own))
+    _among("--phases", grid.phases, PHASES)
+    _among("--dtypes", grid.dtypes, DTYPES)
+    _among("--modes", grid.modes, MODES.get(kind, MODES["cpu"]))
+    for option, numbers in (("--batch", grid.batch), ("--programs", grid.programs)):
+        for number in numbers:
+            if not 1 <= number <= 4096:
+                raise InputError(f"{option} is {number}; expected 1 to 4096")
+    for blocks in grid.steered:
+        if blocks is not None and blocks < 1:
+            raise InputError(f"--steered-layers is {blocks}; expected 1 or more, or 'all'")
+    if not 7 <= grid.rounds <= 10_000:
+        raise InputError(
+            f"--rounds is {grid.rounds}; expected 7 to 10000: with fewer no interval holds 95 %"
+        )
+    if grid.layers is not None and grid.layers < 1:
+        raise InputError(f"--layers is {grid.layers}; expected 1 or more")
+    if not any(True for _ in grid.combinations()):
+        raise InputError(f"no cell: {min(grid.programs)} programs need a batch as large")
+    return grid
+
+
+def _among(option: str, values: Sequence[str], known: Sequence[str]) -> None:
+    for value in values:
+        if value not in known:
+            raise InputError(f"{option} is '{value}'; expected one of {', '.join(known)}")

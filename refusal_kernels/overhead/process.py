@@ -1,0 +1,132 @@
+"""A worker as seen from outside: a process that may die, hang, or answer nonsense."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class WorkerError(Exception):
+    """Why a worker gave no answer; it is gone then."""
+
+
+class Process:
+    """One worker and its log.
+
+    Parameters
+    ----------
+    python
+        The interpreter that runs it.
+    log
+        Takes what it and its libraries print.
+    own
+        Whether it is of this environment; a peer is not shown this one's paths.
+    threads
+        Of torch.
+    packages
+        Whose versions it reports.
+    """
+
+    def __init__(self, python: Path, log: Path, own: bool, threads: int, packages: str) -> None:
+        self.log = log
+        environment = {
+            **os.environ,
+            "PYTHONSAFEPATH": "1",  # not this file's own folder, whose names are its own
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(threads),
+            "REFUSAL_KERNELS_BENCH_NAMES": packages,
+        }
+        if not own:
+            environment.pop("PYTHONPATH", None)
+        try:
+            with log.open("ab") as errors:
+                self.process = subprocess.Popen(
+                    [python, str(WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=environment,
+                    cwd=log.parent,
+                    start_new_session=True,  # Ctrl-C is for the one who started this alone
+                )
+        except OSError as error:
+            raise WorkerError(f"failed: {python} does not start: {error.strerror}") from None
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self._rest = b""
+
+    def ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """Send an order and return the answer.
+
+        Raises
+        ------
+        WorkerError
+            If there is none in time, or it is not one. The process is killed then.
+        """
+        try:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self._line(limit_s)
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                answer = None
+            if not isinstance(answer, dict):
+                raise WorkerError(f"failed: it answered {line[:60]!r}, which is no answer")
+            if "error" in answer:
+                raise WorkerError(answer["error"])
+            return answer
+        except OSError:
+            reason = self._last_words()
+            self.kill()
+            raise WorkerError(reason) from None
+        except BaseException:
+            self.kill()
+            raise
+
+    def _line(self, limit_s: float) -> bytes:
+        """Read up to the end of a line."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + limit_s
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._rest:
+                left = end - time.monotonic()
+                if left <= 0 or not ready.select(left):
+                    raise WorkerError(f"failed: no answer in {limit_s:.0f} s")
+                part = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not part:
+                    raise WorkerError(self._last_words())
+                self._rest += part
+                if len(self._rest) > 1 << 24:
+                    raise WorkerError("failed: it answered without an end")
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+    def _last_words(self) -> str:
+        """Say how it ended, with the last line of its log."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
+        code = self.process.returncode
+        how = f"with signal {-code}" if code is not None and code < 0 else f"with code {code}"
+        return f"failed: the process ended {how}" + (f": {lines[-1][:200]}" if lines else "")
+
+    def kill(self) -> None:
+        """End the process and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()

@@ -1,0 +1,102 @@
+"""What a run found, in the terminal and as pictures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from refusal_kernels.overhead.results import (
+    OK,
+    at_run_time,
+    by_cell,
+    cell_text,
+    faster,
+)  # fmt: skip
+from refusal_kernels.overhead.worker import BASE
+
+VERDICTS = {"yes": "yes", "part": "in part", "no": "NO", None: ""}
+STYLES = {"no": "bold red", "part": "yellow"}
+
+
+def number(value: float | None, pattern: str) -> str:
+    """Return a number in a pattern; nothing where there is none."""
+    return "" if value is None else pattern.format(value)
+
+
+def ratio_text(row: Mapping[str, Any]) -> str:
+    """Return a ratio with its interval."""
+    if row["ratio"] is None:
+        return ""
+    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+
+
+def remarks(row: Mapping[str, Any]) -> str:
+    """Return what the numbers of a row do not say."""
+    if row["status"] != OK:
+        return row["status"]
+    if row["method"] != BASE and not at_run_time(row):
+        return "not at run time"
+    if row["verdict"] == "part":
+        return f"edits {', '.join(row['sites'])} only, exactly"
+    return ""
+
+
+def columns(row: Mapping[str, Any]) -> list[str]:
+    """Return what is shown of a row, beside the method."""
+    if row["status"] != OK:
+        return [""] * 7
+    memory = number(row["memory_mib"], "{:.0f}")
+    if row["method"] != BASE:
+        memory += number(row["base_memory_mib"], " of {:.0f}")
+    launches = number(row["launches"], "{}")
+    return [
+        number(row["tokens_per_second"], "{:.4g}"),
+        ratio_text(row),
+        memory,
+        launches,
+        number(row["residual"], "{:.0e}"),
+        number(row["logits_error"], "{:.0e}") + number(row["base_logits_error"], " / {:.0e}"),
+        VERDICTS[row["verdict"]],
+    ]
+
+
+def headings(device: str) -> list[str]:
+    """Return the names of `columns`."""
+    kernels = "kernels" if device.startswith("cuda") else "ops"
+    return ["tokens/s", "ratio [95 %]", "MiB", kernels, "|r.h|/|h|", "logits off / own", "right"]
+
+
+def print_table(document: Mapping[str, Any], console: Console, device: str) -> None:
+    """Print one table, a section a cell, and where another method was faster."""
+    table = Table(title="What steering costs: tokens/s over the unmodified model's")
+    table.title_justify = "left"
+    table.add_column("method", no_wrap=True)
+    for name in headings(device):
+        table.add_column(name, justify="right", no_wrap=name != "logits off / own")
+    table.add_column("remark", overflow="fold")
+    for rows in by_cell(document["rows"]).values():
+        table.add_section()
+        table.add_row(f"[bold]{cell_text(rows[0])}[/bold]")
+        for row in rows:
+            style = STYLES.get(row["verdict"] or "")
+            own = row["method"].startswith("refusal_kernels")
+            name = f"[green]{row['method']}[/green]" if own else row["method"]
+            table.add_row(f"  {name}", *columns(row), remarks(row), style=style)
+    console.print(table)
+    for text in slower_cells(document):
+        console.print(text, markup=False, highlight=False)
+
+
+def slower_cells(document: Mapping[str, Any]) -> list[str]:
+    """Say where this package was not the fastest way to ablate at run time."""
+    found = []
+    for rows in by_cell(document["rows"]).values():
+        best, others = faster(rows)
+        if others and best is not None:
+            top = max(others, key=lambda row: row["ratio"])
+            found.append(
+                f"not the fastest: {cell_text(best)}: {best['method']} {ratio_text(best)}, "
+                f"{top['method']} {ratio_text(top)}"
+            )
+    return found

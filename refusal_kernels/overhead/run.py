@@ -1,0 +1,467 @@
+"""The run: cell by cell every method is checked, then all take turns until the time is up."""
+
+import datetime
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.errors import InputError
+from refusal_kernels.files import read_json, write_json
+from refusal_kernels.loading import first_line
+from refusal_kernels.overhead import shapes
+from refusal_kernels.overhead.catalogue import OWN, Method
+from refusal_kernels.overhead.grid import ALL, Cell, Grid
+from refusal_kernels.overhead.process import Process, WorkerError
+from refusal_kernels.overhead.reference import reference_logits
+from refusal_kernels.overhead.results import (
+    EPS,
+    LOGITS_TIMES,
+    NOT_MEASURED,
+    OK,
+    RESIDUAL_EPS,
+    by_cell,
+    rated,
+    verdict,
+    write_csv,
+)  # fmt: skip
+from refusal_kernels.overhead.worker import BASE, SITES, input_ids, load
+
+LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
+GIVE_UP = 2  # a worker that failed so often in a row is not started again
+MEMORY_SHARE = 0.4  # of what is free: the weights, twice where a method has its own
+NOTHING: dict[str, Any] = {
+    "about": "", "sites": [], "tokens_per_second": None, "base_tokens_per_second": None,
+    "ratio": None, "ratio_low": None, "ratio_high": None, "rounds": 0, "memory_mib": None,
+    "base_memory_mib": None, "launches": None, "base_launches": None, "residual": None,
+    "residual_allowed": None, "logits_error": None, "base_logits_error": None,
+    "logits_error_own": None, "logits_allowed": None, "verdict": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run is told.
+
+    Attributes
+    ----------
+    answer_s
+        How long a worker may take for one answer.
+    """
+
+    profile: str
+    grid: Grid
+    methods: tuple[Method, ...]
+    device: str
+    threads: int
+    out: Path
+    answer_s: float = 240.0
+
+    def comparable(self) -> dict[str, Any]:
+        """What must be the same for a measured cell to be kept."""
+        return {
+            "threads": self.threads,
+            "measure_s": self.grid.measure_s,
+            "versions": versions(),
+            "device": describe_device(self.device),
+        }
+
+    @property
+    def path(self) -> Path:
+        """What is written, without its suffix."""
+        return self.out / f"overhead-{self.device.split(':')[0]}"
+
+    def command(self, cell: Cell, method: str) -> str:
+        """Return the command that gives one row."""
+        words = {
+            "--models": cell.model, "--layers": cell.layers, "--phases": cell.work,
+            "--batch": cell.batch, "--dtypes": cell.dtype, "--modes": cell.mode,
+            "--steered-layers": ALL if cell.steered is None else cell.steered,
+            "--programs": cell.programs, "--methods": method, "--rounds": self.grid.rounds,
+            "--device": self.device, "--threads": self.threads,
+        }  # fmt: skip
+        given = " ".join(f"{option} {value}" for option, value in words.items())
+        return f"refusal-kernels bench --profile {self.profile} {given}"
+
+
+class Run:
+    """One run and its document, which is written anew after every cell.
+
+    Parameters
+    ----------
+    settings
+        What to measure.
+    kept
+        Rows of an earlier run that hold.
+    say
+        Told in words what is done now, with the number of cells done and of all.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        kept: Sequence[dict[str, Any]] = (),
+        say: Callable[[str, int, int], None] = lambda text, done, total: None,
+    ) -> None:
+        self.settings, self.say = settings, say
+        self.start = time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        self.kept = by_cell(kept)
+        self.workers: dict[str, Process] = {}
+        self.failures: dict[str, int] = {}
+        self.environments: dict[str, dict[str, str]] = {}
+        self.shortest = 0.0
+        self.done, self.total = 0, 0
+        self.folder = Path(tempfile.mkdtemp(prefix="refusal_kernels-bench-"))
+
+    # --- the whole
+
+    def __call__(self) -> dict[str, Any]:
+        """Measure everything; Ctrl-C leaves what is there, written, and goes on to the caller."""
+        complete = False
+        torch.set_num_threads(self.settings.threads)
+        try:
+            plan = self._plan()
+            self.total = sum(len(cells) for _, cells in plan)
+            for config, cells in plan:
+                self._model(config, cells)
+            complete = True
+        finally:
+            for worker in self.workers.values():
+                worker.kill()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            document = self.write(complete)
+        return document
+
+    def _plan(self) -> list[tuple[Any, list[Cell]]]:
+        """Return the cells of each model and dtype, the models' weights loaded once."""
+        grid, plan = self.settings.grid, []
+        for name in grid.models:
+            for dtype in grid.dtypes:
+                config = shapes.config_of(name)
+                own = config.get_text_config(decoder=True)
+                room = MEMORY_SHARE * free_memory()
+                if self.settings.device.startswith("cuda"):
+                    room = min(room, MEMORY_SHARE * torch.cuda.mem_get_info()[0])
+                fits = shapes.layers_that_fit(config, dtype, room)
+                layers = min(own.num_hidden_layers, grid.layers or fits, fits)
+                cells = [c for c in grid.cells(name, layers, own) if c.dtype == dtype]
+                plan.append((shapes.cut(config, layers), cells))
+        return plan
+
+    def _model(self, config: Any, cells: list[Cell]) -> None:
+        """Measure all cells of one model in one dtype."""
+        model, name = None, ""
+        for cell in cells:
+            if rows := self._kept(cell):
+                self.rows += rows
+            elif self._left() <= self.shortest:
+                limit = f"the limit of {self.settings.grid.limit_s / 60:g} minutes was reached"
+                self._all(cell, f"{NOT_MEASURED}: {limit}")
+            else:
+                try:
+                    if model is None:
+                        self.say(f"{cell.model}, {cell.dtype}: making the weights", *self._count())
+                        name = f"{cell.model}-{cell.dtype}".replace("/", "-")
+                        model = self._weights(cell, config, self.folder / name)
+                except InputError:
+                    raise
+                except Exception as error:
+                    self._all(cell, f"failed: {type(error).__name__}: {first_line(error)[:300]}")
+                    continue
+                start = time.monotonic()
+                self._cell(cell, model, self.folder / name)
+                self.say(f"{cell}: {time.monotonic() - start:.0f} s", *self._count())
+            self.done += 1
+            self.write(complete=False)
+        del model
+        if name:  # weights of a large model fill a disk
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _weights(self, cell: Cell, config: Any, folder: Path) -> Any:
+        shapes.write(shapes.build(cell.model, config, cell.dtype), folder)
+        return load(str(folder), cell.dtype, "cpu")  # as the workers have it: from the file
+
+    def _kept(self, cell: Cell) -> list[dict[str, Any]]:
+        """Return a cell's rows of the earlier run, if every method has one that holds."""
+        rows = {row["method"]: row for row in self.kept.get(tuple(cell.record().values()), ())}
+        wanted = [method.name for method in self.settings.methods]
+        held = [rows[n] for n in wanted if n in rows]
+        again = any(row["status"].startswith(NOT_MEASURED) for row in held)
+        return held if len(held) == len(wanted) and not again else []
+
+    def _left(self) -> float:
+        return self.settings.grid.limit_s - (time.monotonic() - self.start)
+
+    def _count(self) -> tuple[int, int]:
+        return self.done, self.total
+
+    def _row(self, cell: Cell, method: str, status: str) -> dict[str, Any]:
+        row = {**cell.record(), "method": method, "status": status, **NOTHING}
+        return {**row, "command": self.settings.command(cell, method)}
+
+    def _all(self, cell: Cell, status: str) -> None:
+        self.rows += [self._row(cell, method.name, status) for method in self.settings.methods]
+
+    # --- a cell
+
+    def _cell(self, cell: Cell, model: Any, folder: Path) -> None:
+        start = time.monotonic()
+        budget = self._left() / max(1, self.total - self.done)
+        rows = {m.name: self._row(cell, m.name, OK) for m in self.settings.methods}
+        kept = len(self.rows)
+        self.rows += rows.values()
+        for row in rows.values():
+            row["status"] = f"{NOT_MEASURED}: the run was stopped"
+        directions = shapes.directions_of(model, cell.programs)
+        file = folder / "directions.safetensors"
+        save_file({"directions": directions}, str(file))
+        opened = self._open_all(cell, folder, file, rows)
+        self._check(cell, model, directions, folder, rows, opened)
+        opening = time.monotonic() - start
+        rounds, per_round = self._rounds(cell, rows, opened, start + budget)
+        self.shortest = opening + LEAST_ROUNDS * per_round
+        for name, (seconds, base) in rounds.items():
+            row = rows[name]
+            if len(seconds) >= LEAST_ROUNDS - 1:
+                rated(row, seconds, base, cell.tokens_a_step)
+            elif row["status"] == OK:
+                row["status"] = "failed: too few rounds ended"
+        for row in rows.values():
+            row["verdict"] = verdict(row)
+        self.rows[kept:] = rows.values()
+
+    def _groups(self) -> dict[str, list[Method]]:
+        """The methods of every environment; the unmodified model is in all of them."""
+        base = next(m for m in self.settings.methods if m.name == BASE)
+        groups: dict[str, list[Method]] = {OWN: []}
+        for method in self.settings.methods:
+            groups.setdefault(method.environment, [] if method.environment == OWN else [base])
+            groups[method.environment].append(method)
+        return groups
+
+    def _open_all(
+        self, cell: Cell, folder: Path, file: Path, rows: dict[str, dict[str, Any]]
+    ) -> dict[str, list[str]]:
+        """Have every worker prepare the cell; return the methods that are ready, by worker."""
+        opened: dict[str, list[str]] = {}
+        for name, methods in self._groups().items():
+            own = [m for m in methods if m.name != BASE or name == OWN]
+            reason = next((m.missing for m in methods if m.missing), None)
+            if reason is None and self.failures.get(name, 0) >= GIVE_UP:
+                reason = f"not run: it failed {GIVE_UP} times in a row"
+            if reason is None and self._left() <= 0:
+                reason = f"{NOT_MEASURED}: the limit was reached"
+            self.say(f"{cell}: preparing {name}", *self._count())
+            try:
+                if reason is not None:
+                    raise WorkerError(reason)
+                answer = self._ask(name, methods, self._order(cell, folder, file, name, methods))
+            except WorkerError as error:
+                for method in own:
+                    rows[method.name]["status"] = str(error)
+                continue
+            self.environments[name] = answer["versions"]
+            found = answer["methods"]
+            for method in own:
+                rows[method.name] |= found[method.name]
+                if name != OWN:
+                    base = found[BASE]
+                    rows[method.name]["base_memory_mib"] = base.get("memory_mib")
+                    rows[method.name]["base_launches"] = base.get("launches")
+            if found[BASE]["status"] == OK:
+                opened[name] = [m.name for m in own if rows[m.name]["status"] == OK]
+        base = rows[BASE]
+        for method in self._groups()[OWN]:
+            rows[method.name]["base_memory_mib"] = base["memory_mib"]
+            rows[method.name]["base_launches"] = base["launches"]
+        return opened
+
+    def _order(
+        self, cell: Cell, folder: Path, file: Path, name: str, methods: list[Method]
+    ) -> dict[str, Any]:
+        return {
+            "do": "open",
+            "cell": cell.record(),
+            "folder": str(folder),
+            "device": self.settings.device,
+            "threads": self.settings.threads,
+            "methods": {m.name: [str(m.file), m.variant] for m in methods},
+            "rows": cell.rows,
+            "layers": cell.steered_blocks,
+            "directions": str(file),
+            "measure_s": self.settings.grid.measure_s,
+            "logits": str(folder / f"{name.replace(' ', '-')}-{{}}.logits"),
+        }
+
+    def _ask(self, name: str, methods: list[Method], order: dict[str, Any]) -> dict[str, Any]:
+        """Ask a worker, started where it does not run; count how often it fails in a row."""
+        try:
+            if name not in self.workers:
+                log = self.folder / f"{name.replace(' ', '-')}.log"
+                python = methods[-1].python
+                packages = name.replace("_", "-").replace("transformerlens", "transformer-lens")
+                self.workers[name] = Process(
+                    python, log, name == OWN, self.settings.threads, packages
+                )
+            answer = self.workers[name].ask(order, self.settings.answer_s)
+        except WorkerError:
+            self.workers.pop(name, None)
+            self.failures[name] = self.failures.get(name, 0) + 1
+            raise
+        if order["do"] == "round":
+            self.failures[name] = 0
+        return answer
+
+    def _check(
+        self,
+        cell: Cell,
+        model: Any,
+        directions: Tensor,
+        folder: Path,
+        rows: dict[str, dict[str, Any]],
+        opened: dict[str, list[str]],
+    ) -> None:
+        """Compare the logits with those of float64, beside what the unmodified model is off."""
+        ids = input_ids(cell.record(), model.config.get_text_config(decoder=True).vocab_size)
+        truths: dict[tuple[str, ...], Tensor] = {}
+
+        def off(environment: str, method: str, sites: Sequence[str]) -> float:
+            key = tuple(sorted(sites))
+            if key not in truths:
+                truths[key] = reference_logits(
+                    model, ids, directions, cell.rows, cell.steered_blocks, key
+                )
+            name = f"{environment.replace(' ', '-')}-{method.replace('/', '-')}.logits"
+            logits, truth = load_file(str(folder / name))["logits"], truths[key]
+            if logits.shape != truth.shape:
+                return float("inf")
+            difference = float((logits - truth).abs().max() / truth.abs().max())
+            return difference if difference == difference else float("inf")
+
+        for environment, methods in opened.items():
+            base = off(environment, BASE, ())
+            for method in methods:
+                row = rows[method]
+                row["base_logits_error"] = base
+                row["logits_allowed"] = LOGITS_TIMES * base
+                row["residual_allowed"] = RESIDUAL_EPS * EPS[cell.dtype]
+                sites = () if method == BASE else SITES
+                row["logits_error"] = _finite(off(environment, method, sites))
+                row["logits_error_own"] = _finite(off(environment, method, row["sites"]))
+
+    def _rounds(
+        self,
+        cell: Cell,
+        rows: dict[str, dict[str, Any]],
+        opened: dict[str, list[str]],
+        until: float,
+    ) -> tuple[dict[str, tuple[list[float], list[float]]], float]:
+        """Let all take turns; return the seconds of every method and of its unmodified model."""
+        found: dict[str, tuple[list[float], list[float]]] = {
+            name: ([], []) for methods in opened.values() for name in methods
+        }
+        groups = self._groups()
+        start, number, per_round = time.monotonic(), 0, 0.0
+        while number < self.settings.grid.rounds:
+            if number >= LEAST_ROUNDS and time.monotonic() + per_round > until:
+                break
+            self.say(f"{cell}: round {number + 1}", *self._count())
+            names = list(opened)
+            for name in names if number % 2 == 0 else names[::-1]:
+                order = {"do": "round", "reverse": number % 2 == 1}
+                try:
+                    answer = self._ask(name, groups[name], order)
+                except WorkerError as error:
+                    for method in opened.pop(name):
+                        rows[method]["status"] = str(error)
+                    continue
+                seconds = answer["seconds"]
+                for method in list(opened[name]):
+                    if method in answer["errors"] or BASE not in seconds:
+                        rows[method]["status"] = answer["errors"].get(method, "failed: no base")
+                        opened[name].remove(method)
+                        continue
+                    found[method][0].append(seconds[method])
+                    found[method][1].append(seconds[BASE])
+            number += 1
+            per_round = (time.monotonic() - start) / number
+        for name in list(opened):
+            with suppress(WorkerError):
+                self._ask(name, groups[name], {"do": "close"})
+        bad = [name for name in found if rows[name]["status"] != OK]
+        return {name: times for name, times in found.items() if name not in bad}, per_round
+
+    # --- the document
+
+    def write(self, complete: bool) -> dict[str, Any]:
+        """Write JSON and CSV, and return the document."""
+        settings = self.settings
+        # rows that an earlier run has and this one did not come to are not lost
+        come = set(by_cell(self.rows))
+        rest = [row for key, rows in self.kept.items() if key not in come for row in rows]
+        document = {
+            "what": "tokens/s over the unmodified model's, interleaved round by round",
+            "profile": settings.profile,
+            "date": datetime.date.today().isoformat(),
+            "settings": settings.comparable(),
+            "limit_s": settings.grid.limit_s,
+            "rounds": settings.grid.rounds,
+            "device": describe_device(settings.device),
+            "versions": versions(),
+            "environments": self.environments,
+            "torch_threads": settings.threads,
+            "clock_mhz": clock_mhz(settings.device),
+            "load": os.getloadavg()[0],
+            "seconds": round(time.monotonic() - self.start),
+            "complete": complete,
+            "rows": self.rows + ([] if complete else rest),
+        }
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_json(settings.path.with_suffix(".json"), document)
+        if self.rows:
+            write_csv(settings.path.with_suffix(".csv"), self.rows)
+        return document
+
+
+def earlier_rows(settings: Settings) -> list[dict[str, Any]]:
+    """Return the rows of the run that is in the output folder, if it is one like this."""
+    path = settings.path.with_suffix(".json")
+    if not path.is_file():
+        return []
+    document = read_json(path)
+    same = isinstance(document, dict) and document.get("settings") == settings.comparable()
+    return document["rows"] if same else []
+
+
+def clock_mhz(device: str) -> float | None:
+    """Return the clock at this moment, the mean over all cores; None where nothing tells it."""
+    with suppress(Exception):
+        if device.startswith("cuda"):
+            return float(torch.cuda.clock_rate())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        return round(sum(clocks) / len(clocks), 1)
+    return None
+
+
+def free_memory() -> float:
+    """Return how many bytes of memory can be had; 8 GiB where nothing tells it."""
+    with suppress(Exception):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    return 8.0 * 2**30
+
+
+def _finite(value: float) -> float:
+    return min(value, 1e308)  # JSON has no infinity
