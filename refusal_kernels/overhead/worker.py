@@ -268,35 +268,41 @@ def synchronize() -> None:
 # --- what is found beside the time ---------------------------------------------------------------
 
 
-def left_of(model: Any, work: Work, task: Task) -> float:
+def left_of(model: Any, work: Work, task: Task) -> float | None:
     """Return the largest ``|r . h| / |h|`` at what the norms read, where it should be gone.
 
-    Measured by plain hooks on the norms, whatever the method: they come after every edit.
+    Seen by the norms themselves, whatever the method: they come after every edit. Not by hooks,
+    since there are methods that remove all of them. None where no norm was called.
     """
-    worst, handles = 0.0, []
+    worst: list[float] = []
     directions = task.directions.double()
     one = len(directions) == 1
 
-    def see(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal worst
-        h = (args[0] if args else kwargs["hidden_states"]).double()
-        h = h.reshape(len(task.rows), -1, h.shape[-1])
-        rows = (directions if one else directions[task.rows])[:, :, None]
-        along = (h @ rows).abs().squeeze(-1)
-        worst = max(worst, float((along / h.norm(dim=-1)).max()))
+    def seeing(norm: nn.Module) -> Any:
+        forward = norm.forward
+
+        def see(*args: Any, **kwargs: Any) -> Any:
+            h = (args[0] if args else kwargs["hidden_states"]).double()
+            h = h.reshape(len(task.rows), -1, h.shape[-1])
+            rows = (directions if one else directions[task.rows])[:, :, None]
+            along = (h @ rows).abs().squeeze(-1)
+            worst.append(float((along / h.norm(dim=-1)).max()))
+            return forward(*args, **kwargs)
+
+        return see
 
     norms = stream_norms(model)
     steered = set(task.blocks(len(norms) // 2))
-    for number, (written, norm) in enumerate(norms):
-        if written in steered or number // 2 in steered:
-            handles.append(norm.register_forward_pre_hook(see, with_kwargs=True))
+    seen = [norm for k, (by, norm) in enumerate(norms) if by in steered or k // 2 in steered]
+    for norm in seen:
+        norm.__dict__["forward"] = seeing(norm)
     try:
         work.once()
     finally:
-        for handle in handles:
-            handle.remove()
+        for norm in seen:
+            del norm.__dict__["forward"]
         work.rewind()
-    return worst
+    return max(worst, default=None)
 
 
 class _Ops(TorchDispatchMode):
