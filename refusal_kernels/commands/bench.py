@@ -14,6 +14,8 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.loading import first_line
 from refusal_kernels.overhead import catalogue, report
 from refusal_kernels.overhead.grid import ALL, PROFILES, grid_for
+from refusal_kernels.overhead.page import write_page
+from refusal_kernels.overhead.plots import plot_overhead
 from refusal_kernels.overhead.results import compare, read_results
 from refusal_kernels.overhead.run import Run, Settings, earlier_rows
 from refusal_kernels.overhead.shapes import SHAPES
@@ -108,7 +110,9 @@ def bench(
         document = Run(settings, earlier_rows(settings) if resume else (), say)()
     wide = console if console.is_terminal else Console(width=200)
     report.print_table(document, wide, device)
-    console.print(f"written: {settings.path}.json, .csv")
+    write_page(settings.path.with_suffix(".html"), document)
+    plot_overhead(settings.path.with_suffix(".png"), document)
+    console.print(f"written: {settings.path}.json, .csv, .html, .png")
     finish(None, json_file, document)
     if old is not None:
         worse, compared = compare(document, old)

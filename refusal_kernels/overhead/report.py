@@ -1,6 +1,6 @@
-"""What a run found, in the terminal and as pictures."""
+"""What a run found, in words and in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -67,6 +67,12 @@ def headings(device: str) -> list[str]:
     return ["tokens/s", "ratio [95 %]", "MiB", kernels, "|r.h|/|h|", "logits off / own", "right"]
 
 
+def one_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return why a cell has no time at all, where it is one reason for all methods."""
+    reasons = {row["status"] for row in rows}
+    return reasons.pop() if len(reasons) == 1 and OK not in reasons else None
+
+
 def print_table(document: Mapping[str, Any], console: Console, device: str) -> None:
     """Print one table, a section a cell, and where another method was faster."""
     table = Table(title="What steering costs: tokens/s over the unmodified model's")
@@ -77,15 +83,16 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
     table.add_column("remark", overflow="fold")
     for rows in by_cell(document["rows"]).values():
         table.add_section()
-        table.add_row(f"[bold]{cell_text(rows[0])}[/bold]")
-        for row in rows:
+        reason = one_reason(rows)
+        table.add_row(f"[bold]{cell_text(rows[0])}[/bold]", *[""] * 7, reason or "")
+        for row in () if reason else rows:
             style = STYLES.get(row["verdict"] or "")
             own = row["method"].startswith("refusal_kernels")
             name = f"[green]{row['method']}[/green]" if own else row["method"]
             table.add_row(f"  {name}", *columns(row), remarks(row), style=style)
     console.print(table)
     for text in slower_cells(document):
-        console.print(text, markup=False, highlight=False)
+        console.print(f"not the fastest: {text}", markup=False, highlight=False)
 
 
 def slower_cells(document: Mapping[str, Any]) -> list[str]:
@@ -94,9 +101,16 @@ def slower_cells(document: Mapping[str, Any]) -> list[str]:
     for rows in by_cell(document["rows"]).values():
         best, others = faster(rows)
         if others and best is not None:
-            top = max(others, key=lambda row: row["ratio"])
-            found.append(
-                f"not the fastest: {cell_text(best)}: {best['method']} {ratio_text(best)}, "
-                f"{top['method']} {ratio_text(top)}"
-            )
+            found.append(f"{cell_text(best)}: {slower_text(best, others)}")
+        elif others:
+            found.append(f"{cell_text(others[0])}: refusal_kernels has no right time")
     return found
+
+
+def slower_text(best: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """Say which methods had the higher ratio, and whether that is more than the noise."""
+    text = [f"{best['method']} {ratio_text(best)}"]
+    for row in sorted(others, key=lambda row: -row["ratio"]):
+        apart = row["ratio_low"] > best["ratio_high"]
+        text.append(f"{row['method']} {ratio_text(row)}" + ("" if apart else ", not told apart"))
+    return "; ".join(text)

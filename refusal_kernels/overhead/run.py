@@ -418,6 +418,7 @@ class Run:
             "limit_s": settings.grid.limit_s,
             "rounds": settings.grid.rounds,
             "device": describe_device(settings.device),
+            "device_kind": settings.device.split(":")[0],
             "versions": versions(),
             "environments": self.environments,
             "torch_threads": settings.threads,
