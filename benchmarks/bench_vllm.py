@@ -1,10 +1,12 @@
 """Throughput of vLLM: without the plugin, with it inert, plain, ablated, a program per request.
 
 The engines live beside each other and take turns, so that the machine's load hits all of them
-alike; ratios are within a round, to the engine without the plugin.
+alike; ratios are within a round, to the engine without the plugin. Beside the rate, the processor
+time of the engine's process is taken, which a busy machine disturbs less: what a step costs.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -14,6 +16,8 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a process for each engine
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# a core is left to the front end, as vLLM does where it binds threads itself
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -47,7 +51,29 @@ def longest(model: str) -> int:
     return min(256, transformers.AutoConfig.from_pretrained(model).max_position_embeddings)
 
 
-def engine(model: str, config: dict[str, Any], args: argparse.Namespace) -> LLM:
+class Engine:
+    """An engine in a process of its own."""
+
+    def __init__(self, model: str, config: dict[str, Any], args: argparse.Namespace) -> None:
+        before = set(multiprocessing.active_children())
+        self.llm = start(model, config, args)
+        (self.process,) = set(multiprocessing.active_children()) - before
+
+    def seconds(self) -> float:
+        """Processor time of the engine's process and those that it started."""
+        return sum(map(processor_seconds, processes(self.process.pid)))
+
+
+def processes(root: int) -> list[int]:
+    children = Path(f"/proc/{root}/task/{root}/children").read_text().split()
+    return [root, *(below for child in children for below in processes(int(child)))]
+
+
+def processor_seconds(process: int) -> float:
+    return time.clock_gettime((~process << 3) | 2)  # as clock_getcpuclockid(3) makes it
+
+
+def start(model: str, config: dict[str, Any], args: argparse.Namespace) -> LLM:
     return LLM(
         model=model,
         skip_tokenizer_init=True,
@@ -71,10 +97,10 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
         programs[str(k)] = {"ablate": str(k)}
     steering = {"refusal_kernels": {"directions": directions, "programs": programs}}
     os.environ["VLLM_PLUGINS"] = ""
-    without = engine(model, {}, args)
+    without = Engine(model, {}, args)
     del os.environ["VLLM_PLUGINS"]
     vllm.plugins.plugins_loaded = False  # in this process; the engine's own stays without
-    inert, steered = engine(model, {}, args), engine(model, steering, args)
+    inert, steered = Engine(model, {}, args), Engine(model, steering, args)
     cases = {
         BASE: (without, [None] * args.batch),
         "the same again": (without, [None] * args.batch),
@@ -86,7 +112,8 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
     tokens = min(args.tokens, longest(model) - PROMPT)  # the toy has 128 positions
     prompts = [{"prompt_token_ids": torch.randint(3, 200, (PROMPT,)).tolist()} for _ in programs]
 
-    def run(llm: LLM, names: list[str | None]) -> float:
+    def run(engine: Engine, names: list[str | None]) -> tuple[float, float]:
+        """Return tokens a second, and milliseconds of the engine's processor a step."""
         params = [
             SamplingParams(
                 temperature=0,
@@ -97,30 +124,40 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
             )
             for name in names
         ]
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return args.batch * tokens / (time.perf_counter() - start)
+        spent, began = engine.seconds(), time.perf_counter()
+        engine.llm.generate(prompts, params, use_tqdm=False)
+        ended, spent = time.perf_counter(), engine.seconds() - spent
+        return args.batch * tokens / (ended - began), 1e3 * spent / tokens
 
-    rates: dict[str, list[float]] = {name: [] for name in cases}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for number in range(-1, args.rounds):
         order = list(cases)
         for name in order if number % 2 == 0 else order[::-1]:
-            rate = run(*cases[name])
+            one = run(*cases[name])
             if number >= 0:
-                rates[name].append(rate)
-    return {name: summary(rates, name) for name in cases}
+                found[name].append(one)
+    return {name: summary(found, name) for name in cases}
 
 
-def summary(rates: dict[str, list[float]], name: str) -> dict[str, Any]:
+def summary(found: dict[str, list[tuple[float, float]]], name: str) -> dict[str, Any]:
     base = ABLATED if name == EACH else BASE
-    ratios = [a / b for a, b in zip(rates[name], rates[base], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    pairs = list(zip(found[name], found[base], strict=True))
+    rate = quartiles([own[0] / its[0] for own, its in pairs])
+    processor = quartiles([its[1] / own[1] for own, its in pairs])
     return {
-        "tokens_per_second": statistics.median(rates[name]),
         "to": base,
-        "ratio": median,
-        "quartiles": [low, high],
+        "tokens_per_second": statistics.median(one[0] for one in found[name]),
+        "ratio": rate[1],
+        "quartiles": [rate[0], rate[2]],
+        "processor_ms_per_step": statistics.median(one[1] for one in found[name]),
+        "processor_ratio": processor[1],  # above 1: less processor time than the base
+        "processor_quartiles": [processor[0], processor[2]],
+        "more_ms_per_step": statistics.median(own[1] - its[1] for own, its in pairs),
     }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def main() -> None:
@@ -140,10 +177,13 @@ def main() -> None:
             path = str(PATH) if model == "toy" else random_model(folder / "model", args.layers)
             found[model] = measure(path, folder, args)
             for case, one in found[model].items():
-                low, high = one["quartiles"]
+                spread, busy = one["quartiles"], one["processor_quartiles"]
+                step, more = one["processor_ms_per_step"], one["more_ms_per_step"]
                 print(
-                    f"{model:5} {case:22} {one['tokens_per_second']:8.0f} tokens/s, "
-                    f"{one['ratio']:.3f} [{low:.3f}, {high:.3f}] of {one['to']}",
+                    f"{model:5} {case:17} {one['tokens_per_second']:6.0f} tokens/s, "
+                    f"{one['ratio']:.3f} [{spread[0]:.3f}, {spread[1]:.3f}] of {one['to']}; by "
+                    f"processor {one['processor_ratio']:.3f} [{busy[0]:.3f}, {busy[1]:.3f}], "
+                    f"{step:.2f} ms a step ({more:+.3f})",
                     flush=True,
                 )
     if args.out is not None:

@@ -36,6 +36,9 @@ class Bank:
         float32 [places, rows, slots, 5]: zeros where a row's program does not act at a place.
     route
         int32 [tokens]: the row of every token of the batch, -1 for the plain add.
+    routed
+        Whether route holds the last batch still: the steps of a decoding batch are all alike, and
+        the second one finds it written.
     """
 
     def __init__(
@@ -54,10 +57,10 @@ class Bank:
         self.vectors = torch.zeros(rows, 2, slots, hidden, device=device)
         self.params = torch.zeros(len(places), rows, slots, NUMBERS, device=device)
         self.route = torch.full((tokens,), PLAIN, dtype=torch.int32, device=device)
+        self.routed = False
         self._programs: dict[str, tuple[Tensor, Tensor]] = {}  # of each version: vectors, params
         self._row_of: dict[Steering, int] = {}  # the least recently used first
         self._free = list(range(rows))[::-1]
-        self._last: tuple[tuple[int, ...], bytes] | None = None
 
     # --- programs
 
@@ -125,10 +128,6 @@ class Bank:
             int [requests]: how many tokens of each are in the batch, in this order.
         """
         rows = self.rows_of(asked)
-        seen = rows, counts.tobytes()
-        if seen == self._last:  # the steps of a decoding batch are all alike
-            return
-        self._last = seen
         tokens = np.full(self.route.shape[0], PLAIN, dtype=np.int32)
         routed = np.repeat(np.asarray(rows, dtype=np.int32), counts)
         tokens[: len(routed)] = routed  # the rest is padding
@@ -136,10 +135,7 @@ class Bank:
         if self.route.is_cuda:  # a fresh block: an earlier copy may still be under way
             source = source.pin_memory()
         self.route.copy_(source, non_blocking=True)
-
-    def unroute(self) -> None:
-        """Say that route does not hold the last batch any more."""
-        self._last = None
+        self.routed = True
 
     def rows_of(self, asked: Sequence[Steering | None]) -> tuple[int, ...]:
         """Return the row of each request, writing those that are not there yet."""
@@ -165,5 +161,4 @@ class Bank:
         scaled[..., :3] *= steering.strength  # a, c and b; the limits of a clamp stay
         self.vectors[row].copy_(vectors)
         self.params[:, row].copy_(scaled)
-        self._last = None
         return row

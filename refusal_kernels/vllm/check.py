@@ -24,7 +24,7 @@ from vllm.distributed import get_pp_group
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.bank import PLAIN, Bank
-from refusal_kernels.vllm.families import ADD, START
+from refusal_kernels.vllm.families import ADD, NORM, START
 from refusal_kernels.vllm.worker import WorkerState
 
 logger = logging.getLogger("vllm.refusal_kernels")
@@ -78,8 +78,8 @@ class Watch:
         self._stream: Tensor | None = None
         self._returned: tuple[Tensor, ...] = ()
 
-    def seen(self, number: int, site: nn.Module, args: Any, output: Any) -> None:
-        """Take note of a call: a forward hook of a site."""
+    def seen(self, number: int, _: nn.Module, args: Any, output: Any) -> None:
+        """Take note of a call: a forward hook of a site, or of the norm that it stands in."""
         name, residual = self.places[number].name, args[1]
         h = output[1] if isinstance(output, tuple) else output
         position = len(self.calls)
@@ -125,9 +125,11 @@ def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
     """Ablate r from dummy tokens in an eager pass, with every site watched."""
     bank = state.bank
     watch = Watch(bank, r)
-    hooks = [
-        site.register_forward_hook(functools.partial(watch.seen, number))
-        for number, site in enumerate(state.sites)
+    hooks = [  # a norm may be vLLM's own, behind the site: what counts is what it leaves
+        (place.module if place.kind == NORM else site).register_forward_hook(
+            functools.partial(watch.seen, number)
+        )
+        for number, (place, site) in enumerate(zip(bank.places, state.sites, strict=True))
     ]
     last = bank.places[-1]
     if last.kind == ADD:
@@ -221,7 +223,7 @@ def kept(bank: Bank) -> Iterator[None]:
         bank.vectors.copy_(before[0])
         bank.params.copy_(before[1])
         bank.route.fill_(PLAIN)
-        bank.unroute()
+        bank.routed = False
 
 
 @contextlib.contextmanager

@@ -134,9 +134,7 @@ def _route(runner: Any, _: Any, scheduler_output: Any, counts: Any, *__: Any) ->
     from refusal_kernels.vllm.worker import state_of
 
     if (state := state_of(runner)) is not None:
-        req_ids = runner.input_batch.req_ids
-        requests = [runner.requests[req_id] for req_id in req_ids]
-        state.route(req_ids, [r.sampling_params or r.pooling_params for r in requests], counts)
+        state.route(runner.input_batch.req_ids, runner.requests, counts)
 
 
 def _forget(runner: Any, _: Any, scheduler_output: Any, *__: Any) -> None:

@@ -1,7 +1,7 @@
 """The worker's side: a loaded model is claimed, and the tokens of every batch are routed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,9 @@ class WorkerState:
         self.sites: list[Site] = claim(places, self.bank, settings.fuse_norms)
         self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
         self.monitor = self._watch(config, settings)
-        self._tokens = 0  # of the batch that is under way
+        self._batch: tuple[list[str], bytes] | None = None  # the last: its requests, their tokens
+        self._size = 0  # its tokens, all in all
+        self._tokens = 0  # the same as long as it is under way
         # The key of vLLM's compile cache covers its own configuration and code, not what stands in
         # the model; all that the graph depends on must be there.
         config.additional_config[KEY] = {
@@ -65,26 +67,31 @@ class WorkerState:
             *(len(places), names[0], len(settings.programs), *self.bank.vectors.shape[::2]),
         )
 
-    def route(self, req_ids: Sequence[str], params: Sequence[Any], counts: np.ndarray) -> None:
+    def route(
+        self, req_ids: Sequence[str], requests: Mapping[str, Any], counts: np.ndarray
+    ) -> None:
         """Route a batch.
 
         Parameters
         ----------
         req_ids
             The requests, in their order in the batch.
-        params
-            The sampling (or pooling) parameters of each.
+        requests
+            What the runner knows of each: its sampling or pooling parameters.
         counts
             How many tokens of each are in the batch.
         """
-        known = self.steering
-        asked = []
-        for req_id, one in zip(req_ids, params, strict=True):
-            if req_id not in known:
-                known[req_id] = resolved(one)
-            asked.append(known[req_id])
-        self.bank.route_batch(asked, counts)
-        self._tokens = int(counts.sum())
+        batch = list(req_ids), counts.tobytes()
+        if batch != self._batch or not self.bank.routed:
+            known = self.steering
+            for req_id in req_ids:
+                if req_id not in known:
+                    request = requests[req_id]
+                    known[req_id] = resolved(request.sampling_params or request.pooling_params)
+            self.bank.route_batch([known[req_id] for req_id in req_ids], counts)
+            self._batch = batch
+            self._size = int(counts.sum())
+        self._tokens = self._size
 
     def count(self) -> None:
         """Count what the monitor saw in the batch that was routed; of dummy batches nothing."""
@@ -113,6 +120,7 @@ class WorkerState:
         """Forget requests that have ended."""
         for req_id in req_ids:
             self.steering.pop(req_id, None)
+            self._batch = None  # the name may come again, for another request
 
 
 def resolved(params: Any) -> Steering | None:

@@ -1,5 +1,8 @@
 """One engine, many requests: mixtures, caches, chunks, preemption, bad requests, other engines."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from families import greedy, hugging_face, make, prompts, served
@@ -7,6 +10,8 @@ from vllm import SamplingParams
 
 import refusal_kernels as rk
 from refusal_kernels import InputError
+from refusal_kernels.vllm.check import kept
+from refusal_kernels.vllm.requests import RESOLVED
 
 EIGHT = {
     "ablate": {"ablate": "r"},
@@ -64,6 +69,38 @@ def test_an_engine_that_does_not_ask_is_untouched(path, engines):
     assert kinds == {RMSNorm}
     assert not hasattr(runner, "refusal_kernels_state")
     assert not [name for name, _ in runner.model.named_buffers() if "rk_" in name]
+
+
+def test_the_route_follows_every_change_of_a_batch(path, steering, engines):
+    llm = engines(path, steering(programs={"r": {"ablate": "r"}, "t": {"ablate": "t"}}))
+    state = llm.llm_engine.model_executor.driver_worker.worker.model_runner.refusal_kernels_state
+    r, t = state.bank.versions
+
+    def routed(asked, counts):
+        requests = {
+            name: SimpleNamespace(sampling_params=params, pooling_params=None)
+            for name, params in asked.items()
+        }
+        state.route(list(asked), requests, np.array(counts, dtype=np.int32))
+        route = state.bank.route[: sum(counts) + 1].tolist()
+        assert route.pop() == -1
+        rows = {row: steering.version for steering, row in state.bank._row_of.items()}
+        return [rows.get(row) for row in route]
+
+    def params(version):
+        extra = {} if version is None else {RESOLVED: [version, 1.0]}
+        return SamplingParams(extra_args=extra)
+
+    asked = {"a": params(r), "b": params(None), "c": params(t)}
+    assert routed(asked, [2, 1, 1]) == [r, r, None, t]
+    assert routed(asked, [1, 1, 1]) == [r, None, t]
+    assert routed(asked, [1, 1, 1]) == [r, None, t]
+    assert routed({"c": params(t), "a": params(r)}, [1, 1]) == [t, r]
+    state.forget(["a"])  # and the name comes again
+    assert routed({"c": params(t), "a": params(None)}, [1, 1]) == [t, None]
+    with kept(state.bank):
+        state.bank.route.fill_(5)
+    assert routed({"c": params(t), "a": params(None)}, [1, 1]) == [t, None]
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -250,7 +287,9 @@ def test_a_compiled_graph_that_does_not_steer_is_noticed(
         engines(path, steering(programs=EIGHT), enforce_eager=False)
 
 
-def test_speculative_decoding_says_the_same(path, directions, steering, engines):
+def test_speculative_decoding_says_the_same(path, directions, steering, engines, monkeypatch):
+    # the drafter loads numba, beside which vLLM starts no further engine in the same process
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = hugging_face(path)
     asked = [((prompt * 6)[:48], name) for prompt in prompts(3) for name in ("ablate", "none")]
     wanted = [

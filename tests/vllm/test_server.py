@@ -19,7 +19,6 @@ import refusal_kernels as rk
 from refusal_kernels.vllm.metrics import NAME
 
 TOKENS = 12
-REQUESTS = int(os.environ.get("REFUSAL_KERNELS_SOAK", "200"))
 PROGRAMS = "/v1/refusal_kernels/programs"
 
 
@@ -174,7 +173,8 @@ def memory_of(process):
     return pages * 4096 + sum(memory_of(int(child)) for child in children)
 
 
-def test_soak(server, wanted):
+@pytest.mark.parametrize("requests", [200, pytest.param(2000, marks=pytest.mark.soak)])
+def test_soak(requests, server, wanted):
     """Random programs, cancellations and changes: no wrong stream, no crash, no leak."""
     url, process = server
     generator, mistakes, memory = random.Random(0), [], []
@@ -185,7 +185,7 @@ def test_soak(server, wanted):
         kind = generator.random()
         xargs = {"steer": name, "steer_strength": strength}
         async with gate:
-            if number % (REQUESTS // 10) == 0:
+            if number % (requests // 10) == 0:
                 memory.append(memory_of(process.pid))
             if kind < 0.05:
                 answer = await client.post("/v1/completions", json=body([5], {"steer": "x"}))
@@ -210,7 +210,7 @@ def test_soak(server, wanted):
     async def all_of_them():
         gate = asyncio.Semaphore(12)
         async with httpx.AsyncClient(base_url=url, timeout=300) as client:
-            await asyncio.gather(*(one(client, gate, number) for number in range(REQUESTS)))
+            await asyncio.gather(*(one(client, gate, number) for number in range(requests)))
 
     asyncio.run(all_of_them())
     assert not mistakes
