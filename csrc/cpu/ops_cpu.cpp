@@ -31,8 +31,10 @@ struct Cpu {
 
   static void steer(const char*, int32_t, Dtype dtype, const SteerArgs& args, int64_t tokens) {
     const int64_t slots = args.programs.slots;
+    const bool widened = args.weight.data && (args.h.data || args.weight.dtype != dtype);
+    const int64_t floats = scratch_floats(args.hidden, slots, widened);
     for_tokens(tokens, args.hidden * std::max<int64_t>(1, slots), [&](int64_t begin, int64_t end) {
-      std::unique_ptr<float[]> scratch(new float[scratch_floats(args.hidden, slots)]);
+      std::unique_ptr<float[]> scratch(floats ? new float[floats] : nullptr);
       kernels().steer(dtype, args, begin, end, scratch.get());
     });
   }
@@ -43,8 +45,9 @@ struct Cpu {
   }
 
   static void rms_norm(const char*, int32_t, Dtype dtype, const RmsNormArgs& args, int64_t tokens) {
+    const int64_t floats = scratch_floats(args.hidden, 0, args.weight.dtype != Dtype::f32);
     for_tokens(tokens, args.hidden, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<float[]> scratch(new float[scratch_floats(args.hidden, 0)]);
+      std::unique_ptr<float[]> scratch(floats ? new float[floats] : nullptr);
       kernels().rms_norm(dtype, args, begin, end, scratch.get());
     });
   }

@@ -24,8 +24,9 @@ struct Kernels {
 };
 
 // What a thread needs beside its rows: the row in float32, the gain, and a number for every slot.
-inline int64_t scratch_floats(int64_t hidden, int64_t slots) {
-  return 2 * hidden + slots;
+// One slot and a weight that is read as it lies need nothing.
+inline int64_t scratch_floats(int64_t hidden, int64_t slots, bool widened) {
+  return slots > 1 || widened ? 2 * hidden + slots : 0;
 }
 
 extern const Kernels kernels_baseline;

@@ -21,6 +21,7 @@ from refusal_kernels.ops.registry import (
     edit_for,
     explain,
     op_for,
+    serving,
     use_backend,
 )
 
@@ -114,7 +115,7 @@ def add_steer_(
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, bank, params)):
         raise RuntimeError("add_steer_ overwrites its input and has no gradient; use add_steer")
-    op_for("add_steer_", x)(x, residual, bank, params, route)
+    serving("add_steer_", x)(x, residual, bank, params, route)
     return residual
 
 
@@ -194,7 +195,7 @@ def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:
     Tensor
         float32 [tokens, slots]; 0 where the route is -1.
     """
-    return op_for("scores", h)(h, bank, route)
+    return serving("scores", h)(h, bank, route)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
@@ -216,7 +217,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
     Zhang and Sennrich 2019. Computed in float32 and rounded once; Hugging Face rounds the
     normalised row to the model's dtype before the weight, so half-precision bits differ from it.
     """
-    return op_for("rms_norm", x)(x, weight, eps, weight_offset)
+    return serving("rms_norm", x)(x, weight, eps, weight_offset)
 
 
 def moments_(
@@ -241,4 +242,4 @@ def moments_(
     -----
     States merge by Chan, Golub and LeVeque 1979. The order of summation is fixed by the shapes.
     """
-    op_for("moments_", activations)(count, mean, m2, activations, index, group)
+    serving("moments_", activations)(count, mean, m2, activations, index, group)
