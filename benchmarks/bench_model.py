@@ -47,10 +47,10 @@ GRID = {  # dtypes and modes
     "cpu": (("float32", "bfloat16"), ("eager",)),
     "cuda": (("bfloat16", "float16"), ("eager", "compile", "graph")),
 }
-# A measurement repeats the work for about so long, between a least and a most number of times: it
-# is short and there are many rounds, since what differs is a few thousandths, and a median over the
-# same minutes is the steadier, the more often the methods take turns.
-MEASURE_S, LEAST, MOST = 0.2, {"decode": 2, "prefill": 1}, 16
+# A measurement is short and there are many rounds, since what differs is a few thousandths, and a
+# median over the same minutes is the steadier, the more often the methods take turns.
+MEASURE_S, MOST = 0.05, 16  # the work is repeated for about so long, at most so often
+MOST_ROUNDS = 401
 
 BASE, FUSED, UNFUSED, HOOKS = "unmodified", "patched", "patched, norms apart", "hooks"
 Method = Callable[[Any, Direction], AbstractContextManager[Any]]
@@ -179,7 +179,7 @@ class Work:
     """What one method does in a cell; made, rewound and run in inference mode."""
 
     def __init__(self, model: Any, cell: Cell) -> None:
-        self.cell, self.call, self.cache, self.repeats = cell, model, None, LEAST[cell.work]
+        self.cell, self.call, self.cache, self.repeats = cell, model, None, 1
         ids = torch.arange(cell.batch * (cell.tokens + 1)) * 7919 % model.config.vocab_size
         ids = ids.view(cell.batch, -1).to(model.device)
         self.fed: dict[str, Any] = {"input_ids": ids[:, :-1], "logits_to_keep": 1}
@@ -261,7 +261,7 @@ def watched(work: Work, handle: Any, direction: Direction) -> tuple[int, float]:
     return len(found), max(found.values(), default=float("inf"))
 
 
-def measure(model: Any, direction: Direction, cell: Cell, rounds: int) -> list[Row]:
+def measure(model: Any, direction: Direction, cell: Cell, rounds: int, seconds: float) -> list[Row]:
     """Check and time every method; one that fails is a row that says why."""
     rows = {name: Row(cell, name) for name in METHODS}
     works: dict[str, Work] = {}
@@ -293,20 +293,22 @@ def measure(model: Any, direction: Direction, cell: Cell, rounds: int) -> list[R
             difference = (own_logits - truth).abs().max() / truth.abs().max()
             rows[name].logits_difference = float(difference)
         if BASE in works:
-            time_them(works, rows, rounds)
+            time_them(works, rows, rounds, seconds)
     return list(rows.values())
 
 
-def time_them(works: dict[str, Work], rows: dict[str, Row], rounds: int) -> None:
+def time_them(works: dict[str, Work], rows: dict[str, Row], least: int, seconds: float) -> None:
     """Time all methods in every round; they have run before, so no round is a warm-up."""
     cell = works[BASE].cell
     with torch.inference_mode():
         start = time.perf_counter()
         works[BASE].once().sum().item()
-        seconds = time.perf_counter() - start
+        once = time.perf_counter() - start
         works[BASE].rewind()
+    repeats = max(1, min(MOST, round(MEASURE_S / once)))
     for work in works.values():
-        work.repeats = max(LEAST[cell.work], min(MOST, round(MEASURE_S / seconds)))
+        work.repeats = repeats
+    rounds = max(least, min(MOST_ROUNDS, int(seconds / (once * repeats * len(works)))))
     tokens = cell.batch * (1 if cell.work == "decode" else cell.tokens)
 
     def run(name: str) -> int:
@@ -341,7 +343,7 @@ def run_grid(
             for mode, work in product(options.modes, WORKS):
                 cell = Cell(name, *size, dtype, mode, *work)
                 start = time.perf_counter()
-                rows += measure(model, direction, cell, options.rounds)
+                rows += measure(model, direction, cell, options.rounds, options.seconds)
                 print(f"{cell}: {time.perf_counter() - start:.0f} s", flush=True)
                 keep(rows)
             del model
@@ -460,15 +462,18 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--layers", type=int, help="only the first so many of each model")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=("eager", "compile", "graph"))
-    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--rounds", type=int, default=15, help="at least so many for a cell")
+    parser.add_argument(
+        "--seconds", type=float, default=90, help="more, if they take less than this"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
-    parser.add_argument("--quick", action="store_true", help="2 layers, 5 rounds")
+    parser.add_argument("--quick", action="store_true", help="2 layers, 5 rounds or 2 s")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device")
     if options.quick:
-        options.layers, options.rounds = options.layers or 2, min(options.rounds, 5)
+        options.layers, options.rounds, options.seconds = options.layers or 2, 5, 2.0
     if options.rounds < 2 or (options.layers is not None and options.layers < 1):
         parser.error("--rounds must be 2 or more, --layers 1 or more")
     options.dtypes = options.dtypes or GRID[options.device][0]

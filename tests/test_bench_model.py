@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
         rows = bench_model.main(
             [
                 *("--models", str(tmp_path / "tiny"), "--dtypes", "float32", "--rounds", "2"),
-                *("--threads", "1", "--out", str(tmp_path / "out")),
+                *("--seconds", "0", "--threads", "1", "--out", str(tmp_path / "out")),
             ]
         )
         return rows, json.loads((tmp_path / "out" / "models-cpu.json").read_text())
