@@ -13,6 +13,7 @@ from refusal_kernels.commands.common import JsonOption, console, errors, finish,
 from refusal_kernels.errors import InputError
 from refusal_kernels.loading import first_line
 from refusal_kernels.overhead import catalogue, report
+from refusal_kernels.overhead.docs import write_document
 from refusal_kernels.overhead.grid import ALL, PROFILES, grid_for
 from refusal_kernels.overhead.page import write_page
 from refusal_kernels.overhead.plots import plot_overhead
@@ -57,12 +58,22 @@ def bench(
         Path | None, typer.Option("--compare", help="An earlier JSON; exit code 1 if slower.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what --out has already.")] = False,
+    document_file: Annotated[
+        Path | None, typer.Option("--document", help="Measure nothing: write this page instead.")
+    ] = None,
+    recorded: Annotated[
+        Path, typer.Option(help="The folder of the results that --document tells of.")
+    ] = catalogue.RECORDED,
     json_file: JsonOption = None,
 ) -> None:
     """Time every way to ablate beside the unmodified model, and check each.
 
     Writes overhead-DEVICE.json, .csv, .png and .html to --out, the first two after every cell.
     """
+    if document_file is not None:
+        write_document(document_file, recorded)
+        console.print(f"written: {document_file}")
+        return
     old = read_results(compare_with) if compare_with is not None else None
     try:
         torch.empty(0, device=device)

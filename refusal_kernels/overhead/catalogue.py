@@ -16,7 +16,10 @@ PACKAGE = "refusal_kernels"
 METHODS = Path(__file__).parent / "methods"
 CHECKOUT = Path(__file__).parents[2]
 PEERS = CHECKOUT / "benchmarks" / "overhead" / "peers"
+RECORDED = CHECKOUT / "benchmarks" / "results"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
+# the interpreter of Triton serves a CPU too, but is no way to run a model
+SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BEFOREHAND = ("orthogonalised",)  # edits that are made before the model runs
 
 
@@ -59,10 +62,11 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
         If there is no such method.
     """
     own = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
+    kind = torch.device(device).type
     served = [
-        f"{PACKAGE}:{backend.name}"
-        for backend in BACKENDS.values()
-        if backend.why_not(torch.device(device).type, torch.bfloat16) is None
+        f"{PACKAGE}:{name}"
+        for name in SERVING.get(kind, ("reference",))
+        if BACKENDS[name].why_not(kind, torch.bfloat16) is None
     ]
     groups = {
         "own": [*served, *sorted(own)],

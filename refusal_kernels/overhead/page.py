@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from refusal_kernels.files import replacing
 from refusal_kernels.overhead import plots, report
-from refusal_kernels.overhead.catalogue import CHECKOUT, PACKAGE
+from refusal_kernels.overhead.catalogue import PACKAGE, RECORDED
 from refusal_kernels.overhead.results import (
     LOGITS_TIMES,
     RESIDUAL_EPS,
@@ -22,7 +22,6 @@ from refusal_kernels.overhead.results import (
 )
 
 TEMPLATE = "overhead.html"
-ROOFLINE = CHECKOUT / "benchmarks" / "results"
 OVERHEAD = "Overhead by batch. An open marker: not right, or only in part."
 MEMORY = "Memory above the unmodified model's; a mark for each cell."
 OPS = "The ops by themselves: achieved bandwidth over bytes moved, beside a copy (bench_ops.py)."
@@ -30,12 +29,12 @@ OPS = "The ops by themselves: achieved bandwidth over bytes moved, beside a copy
 
 def write_page(path: Path, document: Mapping[str, Any]) -> None:
     """Write the page of `render`, replacing the file in one step."""
-    text = render(document, (path.parent, ROOFLINE))
+    text = render(document, (path.parent, RECORDED))
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def render(document: Mapping[str, Any], pictures: Sequence[Path] = (ROOFLINE,)) -> str:
+def render(document: Mapping[str, Any], pictures: Sequence[Path] = (RECORDED,)) -> str:
     """Make the page.
 
     Parameters

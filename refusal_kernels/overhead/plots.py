@@ -91,7 +91,7 @@ def plot_overhead(path: Target, document: Mapping[str, Any]) -> None:
 
 def _legend(figure: Any, look: Mapping[str, tuple[str, str, str]]) -> None:
     handles = [
-        plt.Line2D([], [], color=c, ls=s, marker=m, markersize=5, label=name)  # type: ignore
+        plt.Line2D([], [], color=c, ls=s, marker=m, markersize=5, label=name)
         for name, (c, s, m) in look.items()
     ]
     figure.legend(
@@ -119,9 +119,12 @@ def plot_memory(path: Target, document: Mapping[str, Any]) -> None:
             color, _, marker = look[name]
             axes.plot(found[name], [y] * len(found[name]), marker, color=color, alpha=0.7)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_xscale("symlog", linthresh=10)
+        most = max(max(found[name]) for name in names)
+        if most > 100:  # weights of one's own beside a few activations
+            axes.set_xscale("symlog", linthresh=10)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.grid(axis="both", color=GREY, alpha=0.2, linewidth=0.6)
-        axes.set_xlabel("MiB above the unmodified model's peak, linear within 10")
+        axes.set_xlabel("MiB above the unmodified model's peak")
         _save(figure, path)

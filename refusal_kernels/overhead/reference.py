@@ -68,6 +68,7 @@ def reference_logits(
     rows: Sequence[int],
     layers: Sequence[int] | None,
     sites: Sequence[str],
+    noise: float = 0.0,
 ) -> Tensor:
     """Return the logits of the last position of every row, with the directions projected out.
 
@@ -85,6 +86,9 @@ def reference_logits(
         The blocks in which; None: all.
     sites
         Of "input", "attn", "mlp" and "output" (of the block); none: the unmodified model.
+    noise
+        By how much, relatively, every number of the stream is moved at every block's input, the
+        same way every time: shows how sensitive the logits are to rounding.
 
     Returns
     -------
@@ -104,6 +108,12 @@ def reference_logits(
             return (project(output[0]), *output[1:])
         return project(output)
 
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        z = torch.randn(args[0].shape, generator=generator, dtype=torch.float64)
+        return (args[0] * (1 + noise * z.to(args[0].device)), *args[1:])
+
     body = decoder(model)
     blocks = list(decoder_layers(model))
     with ExitStack() as stack, torch.inference_mode():
@@ -112,6 +122,8 @@ def reference_logits(
         for module in (*blocks, body.get_submodule("norm")):
             stack.enter_context(_in_double(module))
         for number, block in enumerate(blocks):
+            if noise:
+                stack.callback(block.register_forward_pre_hook(disturb).remove)
             if layers is not None and number not in layers:
                 continue
             if "input" in sites:

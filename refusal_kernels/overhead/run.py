@@ -38,6 +38,8 @@ from refusal_kernels.overhead.results import (
 from refusal_kernels.overhead.worker import BASE, SITES, input_ids, load
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
+NOISE = 1e-7  # how far the stream is moved, to see how sensitive a model is to rounding
+FAR = 1e9  # JSON has no infinity
 GIVE_UP = 2  # a worker that failed so often in a row is not started again
 MEMORY_SHARE = 0.4  # of what is free: the weights, twice where a method has its own
 NOTHING: dict[str, Any] = {
@@ -334,31 +336,36 @@ class Run:
     ) -> None:
         """Compare the logits with those of float64, beside what the unmodified model is off."""
         ids = input_ids(cell.record(), model.config.get_text_config(decoder=True).vocab_size)
-        truths: dict[tuple[str, ...], Tensor] = {}
+        truths: dict[tuple[tuple[str, ...], float], Tensor] = {}
+
+        def truth(sites: Sequence[str], noise: float = 0.0) -> Tensor:
+            key = tuple(sorted(sites)), noise
+            if key not in truths:
+                where = cell.rows, cell.steered_blocks, key[0], noise
+                truths[key] = reference_logits(model, ids, directions, *where)
+            return truths[key]
 
         def off(environment: str, method: str, sites: Sequence[str]) -> float:
-            key = tuple(sorted(sites))
-            if key not in truths:
-                truths[key] = reference_logits(
-                    model, ids, directions, cell.rows, cell.steered_blocks, key
-                )
             name = f"{environment.replace(' ', '-')}-{method.replace('/', '-')}.logits"
-            logits, truth = load_file(str(folder / name))["logits"], truths[key]
-            if logits.shape != truth.shape:
-                return float("inf")
-            difference = float((logits - truth).abs().max() / truth.abs().max())
-            return difference if difference == difference else float("inf")
+            return _difference(load_file(str(folder / name))["logits"], truth(sites))
+
+        def sensitivity(sites: Sequence[str]) -> float:
+            return _difference(truth(sites, NOISE), truth(sites))
 
         for environment, methods in opened.items():
             base = off(environment, BASE, ())
             for method in methods:
                 row = rows[method]
                 row["base_logits_error"] = base
-                row["logits_allowed"] = LOGITS_TIMES * base
                 row["residual_allowed"] = RESIDUAL_EPS * EPS[cell.dtype]
                 sites = () if method == BASE else SITES
-                row["logits_error"] = _finite(off(environment, method, sites))
-                row["logits_error_own"] = _finite(off(environment, method, row["sites"]))
+                row["logits_error"] = off(environment, method, sites)
+                row["logits_error_own"] = off(environment, method, row["sites"])
+                row["logits_allowed"] = LOGITS_TIMES * base
+                if row["logits_error_own"] > row["logits_allowed"]:
+                    # removed, what the stream mostly was leaves less for the same roundings
+                    worse = sensitivity(row["sites"]) / sensitivity(())
+                    row["logits_allowed"] *= max(1.0, worse)
 
     def _rounds(
         self,
@@ -464,5 +471,9 @@ def free_memory() -> float:
     return 8.0 * 2**30
 
 
-def _finite(value: float) -> float:
-    return min(value, 1e308)  # JSON has no infinity
+def _difference(logits: Tensor, truth: Tensor) -> float:
+    """Return the largest difference over the largest logit; what cannot be compared is far off."""
+    if logits.shape != truth.shape:
+        return FAR
+    found = float((logits - truth).abs().max() / truth.abs().max())
+    return found if found < FAR else FAR  # also where it is no number

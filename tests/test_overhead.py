@@ -1,0 +1,302 @@
+"""The overhead benchmark measures what it says, shows what is wrong, and loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from refusal_kernels import Ablate, Direction, patch
+from refusal_kernels.cli import app
+from refusal_kernels.errors import InputError
+from refusal_kernels.overhead import results, shapes
+from refusal_kernels.overhead.reference import reference_logits
+from refusal_kernels.overhead.worker import SITES, input_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HALF = '''"""Takes half of it out."""
+from contextlib import contextmanager
+@contextmanager
+def steer(model, task):
+    r = task.per_row(model.dtype)
+    def half(module, args):
+        return (args[0] - 0.5 * (args[0] * r).sum(-1, keepdim=True) * r, *args[1:])
+    for block in model.model.layers:
+        block.register_forward_pre_hook(half)
+    yield model
+'''
+NOTHING = '''"""Takes nothing out, and is fast."""
+from contextlib import contextmanager
+@contextmanager
+def steer(model, task):
+    yield model
+'''
+RAISES = '''"""Fails."""
+def steer(model, task):
+    raise ValueError("not today")
+'''
+HANGS = '''"""Never ends."""
+import time
+def steer(model, task):
+    time.sleep(600)
+'''
+DIES = '''"""Ends the process."""
+import os
+def steer(model, task):
+    os._exit(7)
+'''
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Run the command with the smoke profile; return its result and what it wrote."""
+
+    def go(*arguments: str, out: str = "out"):
+        folder = tmp_path / out
+        given = ("bench", "--profile", "smoke", "--threads", "1", "--out", str(folder))
+        result = CliRunner().invoke(app, [*given, *arguments])
+        file = folder / "overhead-cpu.json"
+        return result, json.loads(file.read_text()) if file.is_file() else None
+
+    return go
+
+
+@pytest.fixture
+def method(tmp_path):
+    """Write a method's file, and return its path as --methods takes it."""
+
+    def write(name, text):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def by_method(document):
+    return {row["method"]: row for row in document["rows"]}
+
+
+def test_the_smoke_profile_end_to_end(bench, tmp_path):
+    result, document = bench("--methods", "own", "--json", str(tmp_path / "copy.json"))
+    assert result.exit_code == 0, result.output
+    rows = by_method(document)
+    assert set(rows) == {
+        *("unmodified", "hooks", "orthogonalised", "refusal_kernels:cpu"),
+        "refusal_kernels:reference",
+    }
+    assert document["complete"] and document == json.loads((tmp_path / "copy.json").read_text())
+    for name, row in rows.items():
+        assert row["status"] == "ok" and row["tokens_per_second"] > 0
+        assert row["rounds"] == 7 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["launches"] > 0 and f"--methods {name}" in row["command"]
+        assert row["verdict"] == (None if name == "unmodified" else "yes")
+        if name != "unmodified":
+            assert row["residual"] < 1e-6 and row["logits_error"] <= row["logits_allowed"]
+    # one op does the add, the edit and the norm
+    assert rows["refusal_kernels:cpu"]["launches"] < rows["unmodified"]["launches"]
+    assert rows["hooks"]["launches"] > rows["unmodified"]["launches"]
+    assert "refusal_kernels:cpu" in result.output
+    page = (tmp_path / "out" / "overhead-cpu.html").read_text()
+    assert "refusal_kernels:cpu" in page and "<script" not in page and "http" not in page
+    assert (tmp_path / "out" / "overhead-cpu.png").stat().st_size > 1000
+    assert len((tmp_path / "out" / "overhead-cpu.csv").read_text().splitlines()) == 1 + len(rows)
+
+
+def test_what_is_wrong_or_fails_or_hangs_or_dies_is_a_row_with_its_reason(bench, method, tmp_path):
+    babbler = tmp_path / "python"
+    babbler.write_text("#!/bin/sh\necho hello\nsleep 60\n")
+    babbler.chmod(0o755)
+    methods = ",".join(
+        [
+            "refusal_kernels:reference",
+            method("half", HALF),
+            method("nothing", NOTHING),
+            method("raises", RAISES),
+            method("dies", DIES),
+            method("babbles", NOTHING) + f"@{babbler}",
+            method("nobody", NOTHING) + f"@{tmp_path}/no-such-python",
+            method("hangs", HANGS),
+        ]
+    )
+    result, document = bench("--methods", methods, "--answer-limit", "12")
+    assert result.exit_code == 0, result.output
+    rows = by_method(document)
+    assert document["complete"] and rows["refusal_kernels:reference"]["verdict"] == "yes"
+    for name in ("half", "nothing"):
+        assert rows[name]["status"] == "ok" and rows[name]["ratio"] > 0
+        assert rows[name]["verdict"] == "no" and rows[name]["residual"] > 0.01
+    assert rows["raises"]["status"] == "failed: ValueError: not today"
+    assert rows["dies"]["status"].startswith("failed: the process ended with code 7")
+    assert rows["babbles"]["status"].startswith("failed: it answered b'hello'")
+    assert rows["nobody"]["status"].endswith("does not start: No such file or directory")
+    assert rows["hangs"]["status"] == "failed: no answer in 12 s"
+    assert "NO" in result.output and "not today" in result.output
+
+
+def test_a_peer_that_is_not_installed_is_a_row(bench, method, tmp_path):
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "elsewhere.py").write_text(NOTHING)
+    result, document = bench("--methods", "peers", "--peers", str(tmp_path / "peers"))
+    assert result.exit_code == 0
+    assert by_method(document)["elsewhere"]["status"].startswith("not installed: ")
+
+
+def test_steered_layers_and_programs_are_right(bench):
+    result, document = bench(
+        *("--methods", "refusal_kernels:cpu,hooks,orthogonalised"),
+        *("--steered-layers", "2", "--programs", "2", "--phases", "prefill"),
+    )
+    assert result.exit_code == 0
+    rows = by_method(document)
+    assert rows["refusal_kernels:cpu"]["verdict"] == rows["hooks"]["verdict"] == "yes"
+    assert rows["orthogonalised"]["status"].startswith("cannot: ")
+
+
+def test_resume_keeps_what_holds_and_measures_the_rest(bench):
+    given = ("--methods", "hooks", "--phases", "decode,prefill")
+    _, first = bench(*given, "--phases", "decode")
+    kept = by_method(first)["hooks"]
+    result, second = bench(*given, "--resume")
+    assert result.exit_code == 0 and len(second["rows"]) == 4
+    assert kept in second["rows"]
+    _, third = bench(*given, "--resume", "--methods", "hooks")
+    assert third["rows"] == second["rows"]
+
+
+def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method):
+    """Ctrl-C while the second cell is prepared."""
+    mark = tmp_path / "mark"
+    slow = method(
+        "slow",
+        NOTHING.replace(
+            "    yield",
+            f"    if task.work == 'prefill' and not __import__('os').path.exists({str(mark)!r}):\n"
+            f"        open({str(mark)!r}, 'w').close(); __import__('time').sleep(600)\n    yield",
+        ),
+    )
+    given = ["--methods", slow, "--phases", "decode,prefill"]
+    command = [sys.executable, "-m", "refusal_kernels", "bench", "--profile", "smoke"]
+    command += ["--threads", "1", "--out", str(tmp_path / "out"), *given]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < end and child.poll() is None:
+        time.sleep(0.1)
+    workers = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
+    ).stdout.split()
+    child.send_signal(signal.SIGINT)
+    output, _ = child.communicate(timeout=30)
+    assert child.returncode == 130, output.decode()
+    assert workers and not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in workers)
+    document = json.loads((tmp_path / "out" / "overhead-cpu.json").read_text())
+    assert not document["complete"]
+    status = {(row["work"], row["method"]): row["status"] for row in document["rows"]}
+    assert status["decode", "slow"] == "ok"
+    assert status["prefill", "slow"] == "not measured: the run was stopped"
+    done = [row for row in document["rows"] if row["work"] == "decode"]
+
+    result, document = bench(*given, "--resume")
+    assert result.exit_code == 0 and document["complete"]
+    assert [row for row in document["rows"] if row["work"] == "decode"] == done
+    assert all(row["status"] == "ok" for row in document["rows"]) and len(document["rows"]) == 4
+
+
+def test_cells_beyond_the_limit_are_rows(bench):
+    result, document = bench("--methods", "hooks", "--minutes", "0.0001", "--phases", "decode")
+    assert result.exit_code == 0
+    for row in document["rows"]:
+        assert row["status"] == "not measured: the limit of 0.0001 minutes was reached"
+        assert row["ratio"] is None
+
+
+def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):
+    _, document = bench("--methods", "hooks")
+    assert results.compare(document, document) == ([], 2)
+    for row in document["rows"]:
+        if row["method"] == "hooks":
+            row |= {"ratio": 0.9, "ratio_low": 0.89, "ratio_high": 0.91}
+    slower = json.loads(json.dumps(document))
+    for row in slower["rows"]:
+        if row["method"] == "hooks":
+            row |= {"ratio": 0.85, "ratio_low": 0.84, "ratio_high": 0.86}
+    worse, compared = results.compare(slower, document)
+    assert compared == 2 and len(worse) == 1 and "0.900" in worse[0] and "hooks" in worse[0]
+    assert results.compare(document, slower) == ([], 2)  # faster is no regression
+    wrong = json.loads(json.dumps(document))
+    wrong["rows"][1]["verdict"] = "no"
+    assert len(results.compare(wrong, document)[0]) == 1
+
+    for row in document["rows"]:  # no machine is as fast as that
+        if row["method"] == "hooks":
+            row |= {"ratio": 90.0, "ratio_low": 89.0, "ratio_high": 91.0}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(document))
+    result, _ = bench("--methods", "hooks", "--compare", str(old), out="again")
+    assert result.exit_code == 1 and "slower: hooks" in result.output
+
+
+def test_the_interval_is_that_of_order_statistics():
+    # of 20 values the 6th and the 15th: 95.9 %, the narrowest with 95 % (the sign test's table)
+    assert results.interval([float(k) for k in range(1, 21)]) == (6.0, 15.0)
+    assert results.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (1.0, 6.0)
+    with pytest.raises(ValueError, match="5 values"):
+        results.interval([1.0] * 5)
+
+
+def test_the_reference_is_the_patched_model_in_float64():
+    config = shapes.config_of("toy")
+    model = shapes.build("toy", config, "float32")
+    weights = [parameter.data for parameter in model.parameters()]
+    directions = shapes.directions_of(model, 1)
+    cell = {"work": "prefill", "batch": 2, "tokens": 12}
+    ids = input_ids(cell, config.vocab_size)
+    found = reference_logits(model, ids, directions, [0, 0], None, SITES)
+    plain = reference_logits(model, ids, directions, [0, 0], None, ())
+    assert found.dtype == torch.float64 and (found - plain).abs().max() > 0.1
+    assert all(p.data is not None and p.dtype == torch.float32 for p in model.parameters())
+    assert all(torch.equal(a, p.data) for a, p in zip(weights, model.parameters(), strict=True))
+    double = model.double()
+    with torch.inference_mode(), patch(double, Ablate(Direction(directions[0]))):
+        patched = double(ids).logits[:, -1]
+    # the model's own norms and softmax turn to float32 in between; the reference's do not
+    assert (patched - found).abs().max() < 1e-4 * found.abs().max()
+
+
+BAD = {
+    "--profile": ("huge", "expected one of smoke, quick, full"),
+    "--methods": ("nonsense", "no method 'nonsense'"),
+    "--models": ("/no/such/folder", "/no/such/folder"),
+    "--phases": ("dreaming", "expected one of decode, prefill"),
+    "--batch": ("0", "expected 1 to 4096"),
+    "--dtypes": ("int8", "expected one of float32"),
+    "--modes": ("graph", "expected one of eager, compile"),
+    "--steered-layers": ("x", "expected whole numbers"),
+    "--programs": ("9", "need a batch as large"),
+    "--rounds": ("3", "expected 7 to 10000"),
+    "--threads": ("0", "expected 1 to 1024"),
+    "--device": ("nowhere", "--device 'nowhere'"),
+    "--compare": ("/no/such.json", "is not there"),
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_bad_options_give_one_line(bench, option, tmp_path):
+    value, message = BAD[option]
+    result, document = bench(option, value)
+    assert isinstance(result.exception, InputError) and document is None
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_the_exit_code_of_bad_input_is_two(tmp_path):
+    command = [sys.executable, "-m", "refusal_kernels", "bench", "--rounds", "1"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 2 and len(found.stderr.strip().splitlines()) == 1
+    assert not list(Path(tmp_path).iterdir())
