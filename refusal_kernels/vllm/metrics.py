@@ -44,13 +44,16 @@ class Snapshot:
 
     def collect(self) -> list[Any]:
         """Return the metrics: one."""
-        from prometheus_client.core import HistogramMetricFamily
+        from prometheus_client.core import Metric
 
-        below, buckets = 0, []
+        # by hand: HistogramMetricFamily leaves out the count and the sum where an edge is negative
+        family = Metric(NAME, ABOUT, "histogram")
+        labels = {"direction": self.monitor.direction, "layer": str(self.monitor.layer)}
+        below = 0
         for edge, count in zip(self.found["edges"], self.found["counts"], strict=True):
             below += count
-            buckets.append((str(edge), below))
-        family = HistogramMetricFamily(NAME, ABOUT, labels=("direction", "layer"))
-        labels = (self.monitor.direction, str(self.monitor.layer))
-        family.add_metric(labels, [*buckets, ("+Inf", below)], self.found["sum"])
+            family.add_sample(f"{NAME}_bucket", {**labels, "le": str(edge)}, below)
+        family.add_sample(f"{NAME}_bucket", {**labels, "le": "+Inf"}, below)
+        family.add_sample(f"{NAME}_count", labels, below)
+        family.add_sample(f"{NAME}_sum", labels, self.found["sum"])
         return [family]

@@ -65,11 +65,11 @@ def test_prometheus_reads_it():
     from prometheus_client import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
-    found = {"edges": [0.0, 1.0], "counts": [3, 2], "sum": -0.5}
+    found = {"edges": [-0.5, 1.0], "counts": [3, 2], "sum": -0.5}
     text = generate_latest(Snapshot(found, Monitor('a "quoted" name', 4))).decode()
     (family,) = text_string_to_metric_families(text)
     samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
-    assert samples[f"{NAME}_bucket", "0.0"] == 3 and samples[f"{NAME}_bucket", "1.0"] == 5
+    assert samples[f"{NAME}_bucket", "-0.5"] == 3 and samples[f"{NAME}_bucket", "1.0"] == 5
     assert samples[f"{NAME}_bucket", "+Inf"] == samples[f"{NAME}_count", None] == 5
     assert samples[f"{NAME}_sum", None] == -0.5
     assert family.samples[0].labels["direction"] == 'a "quoted" name'
