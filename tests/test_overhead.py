@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.cli import app
 from refusal_kernels.errors import InputError
-from refusal_kernels.overhead import results, shapes
+from refusal_kernels.overhead import docs, results, shapes
+from refusal_kernels.overhead.process import Process, WorkerError
 from refusal_kernels.overhead.reference import reference_logits
 from refusal_kernels.overhead.worker import SITES, input_ids
 
@@ -32,20 +33,9 @@ def steer(model, task):
         block.register_forward_pre_hook(half)
     yield model
 '''
-NOTHING = '''"""Takes nothing out, and is fast."""
-from contextlib import contextmanager
-@contextmanager
-def steer(model, task):
-    yield model
-'''
 RAISES = '''"""Fails."""
 def steer(model, task):
     raise ValueError("not today")
-'''
-HANGS = '''"""Never ends."""
-import time
-def steer(model, task):
-    time.sleep(600)
 '''
 DIES = '''"""Ends the process."""
 import os
@@ -105,48 +95,49 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     assert rows["hooks"]["launches"] > rows["unmodified"]["launches"]
     assert "refusal_kernels:cpu" in result.output
     page = (tmp_path / "out" / "overhead-cpu.html").read_text()
-    assert "refusal_kernels:cpu" in page and "<script" not in page and "http" not in page
+    assert "refusal_kernels:cpu" in page and "<script" not in page and "://" not in page
     assert (tmp_path / "out" / "overhead-cpu.png").stat().st_size > 1000
     assert len((tmp_path / "out" / "overhead-cpu.csv").read_text().splitlines()) == 1 + len(rows)
 
 
-def test_what_is_wrong_or_fails_or_hangs_or_dies_is_a_row_with_its_reason(bench, method, tmp_path):
-    babbler = tmp_path / "python"
-    babbler.write_text("#!/bin/sh\necho hello\nsleep 60\n")
-    babbler.chmod(0o755)
-    methods = ",".join(
-        [
-            "refusal_kernels:reference",
-            method("half", HALF),
-            method("nothing", NOTHING),
-            method("raises", RAISES),
-            method("dies", DIES),
-            method("babbles", NOTHING) + f"@{babbler}",
-            method("nobody", NOTHING) + f"@{tmp_path}/no-such-python",
-            method("hangs", HANGS),
-        ]
-    )
-    result, document = bench("--methods", methods, "--answer-limit", "12")
+def test_what_is_wrong_or_fails_or_dies_or_is_not_there_is_a_row(bench, method, tmp_path):
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "elsewhere.py").write_text(HALF)
+    methods = ["refusal_kernels:reference", method("half", HALF), method("raises", RAISES)]
+    methods += [method("dies", DIES), "peers"]
+    methods += [method("babbles", HALF) + f"@{script(tmp_path, 'echo hello; sleep 60')}"]
+    result, document = bench("--methods", ",".join(methods), "--peers", str(tmp_path / "peers"))
     assert result.exit_code == 0, result.output
     rows = by_method(document)
     assert document["complete"] and rows["refusal_kernels:reference"]["verdict"] == "yes"
-    for name in ("half", "nothing"):
-        assert rows[name]["status"] == "ok" and rows[name]["ratio"] > 0
-        assert rows[name]["verdict"] == "no" and rows[name]["residual"] > 0.01
+    assert rows["half"]["status"] == "ok" and rows["half"]["ratio"] > 0
+    assert rows["half"]["verdict"] == "no" and rows["half"]["residual"] > 0.01
     assert rows["raises"]["status"] == "failed: ValueError: not today"
     assert rows["dies"]["status"].startswith("failed: the process ended with code 7")
     assert rows["babbles"]["status"].startswith("failed: it answered b'hello'")
-    assert rows["nobody"]["status"].endswith("does not start: No such file or directory")
-    assert rows["hangs"]["status"] == "failed: no answer in 12 s"
+    assert rows["elsewhere"]["status"].startswith("not installed: ")
     assert "NO" in result.output and "not today" in result.output
 
 
-def test_a_peer_that_is_not_installed_is_a_row(bench, method, tmp_path):
-    (tmp_path / "peers").mkdir()
-    (tmp_path / "peers" / "elsewhere.py").write_text(NOTHING)
-    result, document = bench("--methods", "peers", "--peers", str(tmp_path / "peers"))
-    assert result.exit_code == 0
-    assert by_method(document)["elsewhere"]["status"].startswith("not installed: ")
+def script(folder, text):
+    """Write what stands in for an interpreter."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_worker_that_hangs_or_does_not_start_says_so(tmp_path):
+    log = tmp_path / "log"
+    worker = Process(script(tmp_path, "sleep 600"), log, True, 1, "")
+    with pytest.raises(WorkerError, match="failed: no answer in 1 s"):
+        worker.ask({"do": "close"}, 1.0)
+    assert worker.process.poll() is not None  # and what it started with it
+    worker = Process(script(tmp_path, "echo the last words >&2; exit 3"), log, True, 1, "")
+    with pytest.raises(WorkerError, match="ended with code 3: the last words"):
+        worker.ask({"do": "close"}, 30.0)
+    with pytest.raises(WorkerError, match="does not start: No such file"):
+        Process(tmp_path / "nobody", log, True, 1, "")
 
 
 def test_steered_layers_and_programs_are_right(bench):
@@ -176,7 +167,7 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
     mark = tmp_path / "mark"
     slow = method(
         "slow",
-        NOTHING.replace(
+        HALF.replace(
             "    yield",
             f"    if task.work == 'prefill' and not __import__('os').path.exists({str(mark)!r}):\n"
             f"        open({str(mark)!r}, 'w').close(); __import__('time').sleep(600)\n    yield",
@@ -239,7 +230,7 @@ def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path
             row |= {"ratio": 90.0, "ratio_low": 89.0, "ratio_high": 91.0}
     old = tmp_path / "old.json"
     old.write_text(json.dumps(document))
-    result, _ = bench("--methods", "hooks", "--compare", str(old), out="again")
+    result, _ = bench("--methods", "hooks", "--resume", "--compare", str(old))
     assert result.exit_code == 1 and "slower: hooks" in result.output
 
 
@@ -300,3 +291,27 @@ def test_the_exit_code_of_bad_input_is_two(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 2 and len(found.stderr.strip().splitlines()) == 1
     assert not list(Path(tmp_path).iterdir())
+
+
+RECORDED = Path(__file__).parents[1] / "benchmarks" / "results"
+DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+
+def test_the_page_is_what_the_recorded_results_make(tmp_path):
+    docs.write_document(tmp_path / "page.md", RECORDED)
+    assert (tmp_path / "page.md").read_text() == DOCS.read_text(), (
+        "docs/benchmarks.md is made by: refusal-kernels bench --document docs/benchmarks.md"
+    )
+
+
+def test_a_faster_method_has_its_reason_or_is_said_to_have_none():
+    ours = {"method": "refusal_kernels:cpu", "ratio": 0.9, "ratio_low": 0.89, "ratio_high": 0.91}
+    common = {"steered": None, "programs": 1, "work": "decode", "mode": "eager"}
+    common |= {"dtype": "float32", "model": "toy", "batch": 1, "verdict": "yes"}
+    other = {**common, "method": "theirs", "ratio": 0.95, "ratio_low": 0.94, "ratio_high": 0.96}
+    rules = [{"methods": ["others"], "why": "a"}, {"overlap": True, "why": "b"}]
+    assert docs.reason_for(ours, other, rules) == "not explained"
+    assert docs.reason_for(ours, {**other, "ratio_low": 0.9}, rules) == "b"
+    assert docs.reason_for(ours, {**other, "method": "others"}, rules) == "a"
+    for rule in json.loads(docs.REASONS.read_text()):
+        assert rule["why"] and set(rule) <= {"methods", "overlap", "why", *common}

@@ -21,7 +21,8 @@ of it each (the direction, the product, the stream), on a stream that was a few 
 LOGITS_TIMES = 8
 """How many times the unmodified model's own error in its dtype the logits may be off: three times
 as many roundings as there are adds stand beside those that the model makes. Where the steered model
-is more sensitive to rounding than the unmodified one, as many times more (`reference_logits`, noise)."""
+is more sensitive to rounding than the unmodified one, as many times more: `reference_logits` shows
+it by noise."""
 CELL = tuple("model layers of_layers hidden dtype mode work batch tokens steered programs".split())
 NOT_MEASURED = "not measured"
 TOLERANCE = 0.02  # runs differ by this much where nothing has changed

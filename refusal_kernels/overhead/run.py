@@ -35,11 +35,10 @@ from refusal_kernels.overhead.results import (
     verdict,
     write_csv,
 )  # fmt: skip
-from refusal_kernels.overhead.worker import BASE, SITES, input_ids, load
+from refusal_kernels.overhead.worker import BASE, FAR, SITES, input_ids, load
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
 NOISE = 1e-7  # how far the stream is moved, to see how sensitive a model is to rounding
-FAR = 1e9  # JSON has no infinity
 GIVE_UP = 2  # a worker that failed so often in a row is not started again
 MEMORY_SHARE = 0.4  # of what is free: the weights, twice where a method has its own
 NOTHING: dict[str, Any] = {
@@ -124,16 +123,16 @@ class Run:
         self.environments: dict[str, dict[str, str]] = {}
         self.shortest = 0.0
         self.done, self.total = 0, 0
-        self.folder = Path(tempfile.mkdtemp(prefix="refusal_kernels-bench-"))
+        self.folder = Path()
 
     # --- the whole
 
     def __call__(self) -> dict[str, Any]:
         """Measure everything; Ctrl-C leaves what is there, written, and goes on to the caller."""
-        complete = False
+        complete, plan = False, self._plan()
         torch.set_num_threads(self.settings.threads)
+        self.folder = Path(tempfile.mkdtemp(prefix="refusal_kernels-bench-"))
         try:
-            plan = self._plan()
             self.total = sum(len(cells) for _, cells in plan)
             for config, cells in plan:
                 self._model(config, cells)
@@ -168,8 +167,7 @@ class Run:
             if rows := self._kept(cell):
                 self.rows += rows
             elif self._left() <= self.shortest:
-                limit = f"the limit of {self.settings.grid.limit_s / 60:g} minutes was reached"
-                self._all(cell, f"{NOT_MEASURED}: {limit}")
+                self._all(cell, self._too_late())
             else:
                 try:
                     if model is None:
@@ -204,6 +202,10 @@ class Run:
 
     def _left(self) -> float:
         return self.settings.grid.limit_s - (time.monotonic() - self.start)
+
+    def _too_late(self) -> str:
+        minutes = self.settings.grid.limit_s / 60
+        return f"{NOT_MEASURED}: the limit of {minutes:g} minutes was reached"
 
     def _count(self) -> tuple[int, int]:
         return self.done, self.total
@@ -263,7 +265,7 @@ class Run:
             if reason is None and self.failures.get(name, 0) >= GIVE_UP:
                 reason = f"not run: it failed {GIVE_UP} times in a row"
             if reason is None and self._left() <= 0:
-                reason = f"{NOT_MEASURED}: the limit was reached"
+                reason = self._too_late()
             self.say(f"{cell}: preparing {name}", *self._count())
             try:
                 if reason is not None:

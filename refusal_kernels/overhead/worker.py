@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 BASE = "unmodified"
 SITES = ("input", "attn", "mlp")
+FAR = 1e9  # JSON has no infinity
 MOST = 16  # steps in one measurement, and room for them in the cache
 LEAST = {"decode": 2, "prefill": 1}
 
@@ -286,7 +287,8 @@ def left_of(model: Any, work: Work, task: Task) -> float | None:
             h = h.reshape(len(task.rows), -1, h.shape[-1])
             rows = (directions if one else directions[task.rows])[:, :, None]
             along = (h @ rows).abs().squeeze(-1)
-            worst.append(float((along / h.norm(dim=-1)).max()))
+            share = float((along / h.norm(dim=-1).clamp_min(1e-30)).max())  # padding may be 0
+            worst.append(share if share < FAR else FAR)  # also where it is no number
             return forward(*args, **kwargs)
 
         return see
@@ -429,11 +431,13 @@ class Worker:
             self.model, self.loaded = None, ()
             gc.collect()
             self.model, self.loaded = load(*wanted), wanted
-        torch._dynamo.reset()
         session = self.session = Session({}, ExitStack())
-        # the copies share their code, and by default a hook is nothing that a graph is guarded by
-        guarded = torch._dynamo.config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
-        session.stack.enter_context(guarded)
+        if cell["mode"] == "compile":  # which takes seconds to import
+            torch._dynamo.reset()
+            # the copies share their code, and by default no graph is guarded by hooks
+            config: Any = torch._dynamo.config
+            guarded = config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
+            session.stack.enter_context(guarded)
         found: dict[str, Any] = {}
         with torch.inference_mode():  # what a process does once is no method's memory
             Work(self.model, self.model, cell, nullcontext).once()
