@@ -29,7 +29,9 @@ def bench(
     profile: Annotated[str, typer.Option(help=f"How much: {', '.join(PROFILES)}.")] = "quick",
     methods: Annotated[
         str | None,
-        typer.Option(help="own, peers, names, FILE.py[@PYTHON]; with commas. Default: own,peers."),
+        typer.Option(
+            help="own, peers, engines, names, FILE.py[@PYTHON]; with commas. Default: own,peers."
+        ),
     ] = None,
     models: Annotated[str | None, typer.Option("--models", "--model", help=_MODELS)] = None,
     phases: Annotated[str | None, typer.Option(help="decode, prefill.")] = None,

@@ -9,6 +9,7 @@ import torch
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops.registry import BACKENDS
+from refusal_kernels.overhead.process import WORKER
 from refusal_kernels.overhead.worker import BASE
 
 OWN = "this environment"
@@ -20,6 +21,8 @@ RECORDED = CHECKOUT / "benchmarks" / "results"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
 # the interpreter of Triton serves a CPU too, but is no way to run a model
 SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+ENGINES = ("vllm:plugin", "vllm:hooks")
+ENGINE_ENVIRONMENT = CHECKOUT / ".venv-vllm"
 BEFOREHAND = ("orthogonalised",)  # edits that are made before the model runs
 
 
@@ -33,6 +36,8 @@ class Method:
         Whose worker: all methods of one share a process and its unmodified model.
     missing
         Why it can not be run here, or None.
+    script
+        The worker that it needs.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Method:
     environment: str
     python: Path
     missing: str | None = None
+    script: Path = WORKER
 
 
 def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[Method]:
@@ -50,7 +56,8 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     ----------
     names
         A method of this package (with ``:variant``), "own" for all of them, a peer, "peers" for
-        all, or the path of a file, which ``@PYTHON`` gives another interpreter.
+        all, "engines" for those of vLLM, or the path of a file, which ``@PYTHON`` gives another
+        interpreter.
     device
         Chooses the backends that "refusal_kernels" stands for.
     peers
@@ -71,6 +78,7 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     groups = {
         "own": [*served, *sorted(own)],
         "peers": sorted(path.stem for path in peers.glob("[a-z]*.py")),
+        "engines": ENGINES,
         PACKAGE: served,
     }
     wanted: list[str] = [BASE]
@@ -89,6 +97,12 @@ def _one(name: str, peers: Path) -> Method:
         runs = Path(python).absolute() if at else Path(sys.executable)
         # a file of its own environment, so that what goes wrong in it is its own
         return Method(file.stem, file.absolute(), None, file.stem, runs)
+    if name in ENGINES:
+        there = (ENGINE_ENVIRONMENT / ".ready").is_file()
+        missing = None if there else f"not installed: {ENGINE_ENVIRONMENT.name} is not set up"
+        runs = ENGINE_ENVIRONMENT / "bin" / "python"
+        script = Path(__file__).with_name("vllm_worker.py")
+        return Method(name, script, None, "vllm", runs, missing, script)
     stem, _, variant = name.partition(":")
     if (METHODS / f"{stem}.py").is_file() and not stem.startswith("_"):
         file = METHODS / f"{stem}.py"
@@ -103,5 +117,5 @@ def _one(name: str, peers: Path) -> Method:
     known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
     raise InputError(
         f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "
-        "own, peers, and any file FILE.py[@PYTHON]"
+        "own, peers, engines, and any file FILE.py[@PYTHON]"
     )

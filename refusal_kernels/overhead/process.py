@@ -32,9 +32,19 @@ class Process:
         Of torch.
     packages
         Whose versions it reports.
+    script
+        What it runs.
     """
 
-    def __init__(self, python: Path, log: Path, own: bool, threads: int, packages: str) -> None:
+    def __init__(
+        self,
+        python: Path,
+        log: Path,
+        own: bool,
+        threads: int,
+        packages: str,
+        script: Path = WORKER,
+    ) -> None:
         self.log = log
         environment = {
             **os.environ,
@@ -49,7 +59,7 @@ class Process:
         try:
             with log.open("ab") as errors:
                 self.process = subprocess.Popen(
-                    [python, str(WORKER)],
+                    [python, str(script)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,

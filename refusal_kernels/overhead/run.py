@@ -316,7 +316,12 @@ class Run:
                 python = methods[-1].python
                 packages = name.replace("_", "-").replace("transformerlens", "transformer-lens")
                 self.workers[name] = Process(
-                    python, log, name == OWN, self.settings.threads, packages
+                    python,
+                    log,
+                    name in (OWN, "vllm"),
+                    self.settings.threads,
+                    packages,
+                    methods[-1].script,
                 )
             answer = self.workers[name].ask(order, self.settings.answer_s)
         except WorkerError:
@@ -349,7 +354,10 @@ class Run:
 
         def off(environment: str, method: str, sites: Sequence[str]) -> float:
             name = f"{environment.replace(' ', '-')}-{method.replace('/', '-')}.logits"
-            return _difference(load_file(str(folder / name))["logits"], truth(sites))
+            found, wanted = load_file(str(folder / name)), truth(sites)
+            if "logprobs" in found:  # what engines give
+                return _difference(found["logprobs"], wanted.log_softmax(-1))
+            return _difference(found["logits"], wanted)
 
         def sensitivity(sites: Sequence[str]) -> float:
             return _difference(truth(sites, NOISE), truth(sites))

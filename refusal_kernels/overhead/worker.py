@@ -533,11 +533,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main(worker: Any) -> None:
     """Serve until the input ends; what libraries print goes elsewhere."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = Worker()
     for line in sys.stdin:
         try:
             answer = worker.answer(json.loads(line))
@@ -549,4 +548,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Worker())
