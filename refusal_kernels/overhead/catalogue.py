@@ -32,6 +32,8 @@ class Method:
 
     Attributes
     ----------
+    given
+        What --methods was given for it.
     environment
         Whose worker: all methods of one share a process and its unmodified model.
     missing
@@ -43,6 +45,7 @@ class Method:
     name: str
     file: Path
     variant: str | None
+    given: str
     environment: str
     python: Path
     missing: str | None = None
@@ -96,24 +99,24 @@ def _one(name: str, peers: Path) -> Method:
             raise InputError(f"--methods: there is no file {file}")
         runs = Path(python).absolute() if at else Path(sys.executable)
         # a file of its own environment, so that what goes wrong in it is its own
-        return Method(file.stem, file.absolute(), None, file.stem, runs)
+        return Method(file.stem, file.absolute(), None, name, file.stem, runs)
     if name in ENGINES:
         there = (ENGINE_ENVIRONMENT / ".ready").is_file()
         missing = None if there else f"not installed: {ENGINE_ENVIRONMENT.name} is not set up"
         runs = ENGINE_ENVIRONMENT / "bin" / "python"
         script = Path(__file__).with_name("vllm_worker.py")
-        return Method(name, script, None, "vllm", runs, missing, script)
+        return Method(name, script, None, name, "vllm", runs, missing, script)
     stem, _, variant = name.partition(":")
     if (METHODS / f"{stem}.py").is_file() and not stem.startswith("_"):
         file = METHODS / f"{stem}.py"
-        return Method(name, file, variant or None, OWN, Path(sys.executable))
+        return Method(name, file, variant or None, name, OWN, Path(sys.executable))
     if (peers / f"{name}.py").is_file():
         runs = ENVIRONMENTS / name / "bin" / "python"
         ready = ENVIRONMENTS / name / ".ready"
         missing = (
             None if ready.is_file() else f"not installed: {ENVIRONMENTS.name}/{name} is not set up"
         )
-        return Method(name, peers / f"{name}.py", None, name, runs, missing)
+        return Method(name, peers / f"{name}.py", None, name, name, runs, missing)
     known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
     raise InputError(
         f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "

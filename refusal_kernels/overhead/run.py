@@ -40,7 +40,6 @@ from refusal_kernels.overhead.worker import BASE, FAR, SITES, input_ids, load
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
 NOISE = 1e-7  # how far the stream is moved, to see how sensitive a model is to rounding
 GIVE_UP = 2  # a worker that failed so often in a row is not started again
-MEMORY_SHARE = 0.4  # of what is free: the weights, twice where a method has its own
 NOTHING: dict[str, Any] = {
     "about": "", "sites": [], "tokens_per_second": None, "base_tokens_per_second": None,
     "ratio": None, "ratio_low": None, "ratio_high": None, "rounds": 0, "memory_mib": None,
@@ -88,9 +87,10 @@ class Settings:
             "--models": cell.model, "--layers": cell.layers, "--phases": cell.work,
             "--batch": cell.batch, "--dtypes": cell.dtype, "--modes": cell.mode,
             "--steered-layers": ALL if cell.steered is None else cell.steered,
-            "--programs": cell.programs, "--methods": method, "--rounds": self.grid.rounds,
+            "--programs": cell.programs, "--methods": "", "--rounds": self.grid.rounds,
             "--device": self.device, "--threads": self.threads,
         }  # fmt: skip
+        words["--methods"] = next(m.given for m in self.methods if m.name == method)
         given = " ".join(f"{option} {value}" for option, value in words.items())
         return f"refusal-kernels bench --profile {self.profile} {given}"
 
@@ -145,19 +145,22 @@ class Run:
         return document
 
     def _plan(self) -> list[tuple[Any, list[Cell]]]:
-        """Return the cells of each model and dtype, the models' weights loaded once."""
+        """Return the cells of each model and dtype, the models' weights loaded once.
+
+        With each its configuration, cut to as many layers as fit; None if none does.
+        """
         grid, plan = self.settings.grid, []
         for name in grid.models:
             for dtype in grid.dtypes:
                 config = shapes.config_of(name)
                 own = config.get_text_config(decoder=True)
-                room = MEMORY_SHARE * free_memory()
+                room = shapes.free_memory()
                 if self.settings.device.startswith("cuda"):
-                    room = min(room, MEMORY_SHARE * torch.cuda.mem_get_info()[0])
+                    room = min(room, torch.cuda.mem_get_info()[0])
                 fits = shapes.layers_that_fit(config, dtype, room)
-                layers = min(own.num_hidden_layers, grid.layers or fits, fits)
+                layers = max(1, min(own.num_hidden_layers, grid.layers or fits, fits))
                 cells = [c for c in grid.cells(name, layers, own) if c.dtype == dtype]
-                plan.append((shapes.cut(config, layers), cells))
+                plan.append((shapes.cut(config, layers) if fits else None, cells))
         return plan
 
     def _model(self, config: Any, cells: list[Cell]) -> None:
@@ -166,6 +169,8 @@ class Run:
         for cell in cells:
             if rows := self._kept(cell):
                 self.rows += rows
+            elif config is None:
+                self._all(cell, f"{NOT_MEASURED}: one layer does not fit in memory")
             elif self._left() <= self.shortest:
                 self._all(cell, self._too_late())
             else:
@@ -471,14 +476,6 @@ def clock_mhz(device: str) -> float | None:
         clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
         return round(sum(clocks) / len(clocks), 1)
     return None
-
-
-def free_memory() -> float:
-    """Return how many bytes of memory can be had; 8 GiB where nothing tells it."""
-    with suppress(Exception):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-    return 8.0 * 2**30
 
 
 def _difference(logits: Tensor, truth: Tensor) -> float:

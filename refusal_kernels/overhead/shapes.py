@@ -1,6 +1,7 @@
 """The models that are measured: random weights at the shapes of real ones, the toy, any other."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,20 @@ def config_of(name: str) -> Any:
         ) from None
 
 
+def free_memory() -> float:
+    """Return how many bytes of memory can be had; 8 GiB where nothing tells it."""
+    with suppress(Exception):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    return 8.0 * 2**30
+
+
 def layers_that_fit(config: Any, dtype: str, memory_bytes: float) -> int:
-    """Return how many layers fit, at least 1: in its dtype and, one layer and the head, float64."""
+    """Return how many layers fit; 0 if not even one does.
+
+    Half of the memory is for the weights, which all workers share; but one layer may take more, if
+    with it in float64, as the reference has it, three quarters are not exceeded.
+    """
     own = config.get_text_config(decoder=True)
     hidden, wide = own.hidden_size, own.intermediate_size
     heads = own.num_attention_heads
@@ -65,9 +78,10 @@ def layers_that_fit(config: Any, dtype: str, memory_bytes: float) -> int:
     layer = hidden * (2 * width * (heads + own.num_key_value_heads) + 3 * wide)
     embedding = own.vocab_size * hidden * (1 if own.tie_word_embeddings else 2)
     size = getattr(torch, dtype).itemsize
-    # the reference has one layer at a time in float64; orthogonalised weights are a second copy
-    left = memory_bytes - 2 * size * embedding - 8 * layer
-    return max(1, min(own.num_hidden_layers, int(left // (2 * size * layer))))
+    if size * (embedding + layer) + 8 * layer > 0.75 * memory_bytes:
+        return 0
+    fits = int((0.5 * memory_bytes - size * embedding) // (size * layer))
+    return max(1, min(int(own.num_hidden_layers), fits))
 
 
 def cut(config: Any, layers: int) -> Any:

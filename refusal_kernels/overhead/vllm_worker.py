@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +42,27 @@ def _beside(name: str) -> Any:
     return module
 
 
-def hook(r: list[float]) -> Any:
-    """Return what puts the hooks on; the stream comes to a layer in two parts, to be added."""
+def put_hooks(r: list[float], model: Any) -> int:
+    """Hook every layer of an engine's model, in the engine's own process.
 
-    def apply(model: Any) -> int:
-        parameter = next(model.parameters())
-        unit = torch.tensor(r).to(parameter)
+    The stream comes to a layer in two parts, to be added.
+    """
+    unit = torch.tensor(r).to(next(model.parameters()))
 
-        def project(x: Any) -> Any:
-            if isinstance(x, tuple):
-                return (project(x[0]), *x[1:])
-            return x if x is None else x - (x @ unit)[..., None] * unit
+    def project(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return (project(x[0]), *x[1:])
+        return x if x is None else x - (x @ unit)[..., None] * unit
 
-        def on_input(module: Any, args: Any) -> Any:
-            positions, hidden, residual = args
-            return positions, project(hidden), project(residual)
+    def on_input(module: Any, args: Any) -> Any:
+        positions, hidden, residual = args
+        return positions, project(hidden), project(residual)
 
-        for layer in model.model.layers:
-            layer.register_forward_pre_hook(on_input)
-            for part in (layer.self_attn, layer.mlp):
-                part.register_forward_hook(lambda module, args, out: project(out))
-        return len(model.model.layers)
-
-    return apply
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(on_input)
+        for part in (layer.self_attn, layer.mlp):
+            part.register_forward_hook(lambda module, args, out: project(out))
+    return len(model.model.layers)
 
 
 class Worker:
@@ -111,7 +110,7 @@ class Worker:
         os.environ["VLLM_PLUGINS"] = ""
         engine = self._engine(order, {}, eager)
         if name == HOOKS:
-            engine.apply_model(hook(r.tolist()))
+            engine.apply_model(partial(put_hooks, r.tolist()))
         return engine, None
 
     def open(self, order: dict[str, Any]) -> dict[str, Any]:
