@@ -53,6 +53,8 @@ def test_the_histogram_counts_the_requests(eager, folder, directions, steering, 
         texts = [p + answer[:-1] for p, answer in zip(asked, answers, strict=True)]
         shares.append(expected(model, texts, directions["r"], interventions))
         total += torch.histc(shares[-1], bins=len(edges()), min=-1, max=1).long()
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.refusal_kernels_state.count()  # a forward of no request's tokens
     found = read_monitor(llm)
     assert sum(found["counts"]) == sum(map(len, shares))
     # a share at an edge may fall on either side
