@@ -20,6 +20,7 @@ from refusal_kernels.overhead.results import (
 from refusal_kernels.overhead.worker import BASE
 
 REASONS = Path(__file__).with_name("reasons.json")
+BUSY = 1.5  # times the threads: a load that is not the benchmark's own
 UNEXPLAINED = "not explained"
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 HEAD = """# What steering costs
@@ -84,6 +85,11 @@ def _run(document: Mapping[str, Any]) -> Iterable[str]:
     whole = "" if document["complete"] else " It was stopped before its end."
     if document["profile"] != "full":
         whole += f" The profile is `{document['profile']}`, not the full one."
+    if document["load"] > BUSY * document["torch_threads"]:
+        whole += (
+            f" The machine was busy with other work (a load of {document['load']:.1f}): these "
+            "numbers are provisional."
+        )
     yield f"Recorded on {document['date']}, in {document['seconds']} s.{whole}\n"
     yield "\n".join(f"- {name}: {text}" for name, text in facts(document).items()) + "\n"
     yield "### Noise\n"

@@ -184,6 +184,8 @@ class Work:
             self.cache = DynamicCache(config=self.config)
         else:
             self.cache = FixedCache(self.config, self.cell["tokens"] + MOST)
+            if not hasattr(self.cache.layers[0], "cumulative_length"):
+                raise NotImplementedError("this transformers has no fixed cache to be rewound")
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         # versions of transformers call it differently
         named = "cache" in inspect.signature(decoder.forward).parameters
