@@ -233,7 +233,7 @@ class Run:
         for row in rows.values():
             row["status"] = f"{NOT_MEASURED}: the run was stopped"
         directions = shapes.directions_of(model, cell.programs)
-        file = folder / "directions.safetensors"
+        file = self.folder / "directions.safetensors"  # an engine reads all of the model's folder
         save_file({"directions": directions}, str(file))
         opened = self._open_all(cell, folder, file, rows)
         self._check(cell, model, directions, folder, rows, opened)
