@@ -9,8 +9,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-vllm bench-vllm lint bench bench-models bench-experiment sanitize \
-	cuda clean
+.PHONY: help setup demo test test-vllm soak-vllm bench-vllm lint bench bench-models bench-experiment \
+	bench-overhead sanitize cuda clean
 
 help:
 	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
@@ -73,6 +73,10 @@ VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 test-vllm: .venv-vllm/.ready
 	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm
 
+# 2,000 requests with changes and cancellations, memory watched: two minutes
+soak-vllm: .venv-vllm/.ready
+	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm/test_server.py -m soak
+
 bench-vllm: .venv-vllm/.ready
 	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.json
 
@@ -118,5 +122,11 @@ bench-experiment: setup
 	@for part in collect select checkpoint; do \
 		$(BIN)/python benchmarks/bench_$$part.py --json benchmarks/results/$$part-cpu.json || exit 1; done
 
+# what steering costs, side by side with other packages, each in its own environment; 15 minutes
+bench-overhead: setup
+	@$(BIN)/python benchmarks/overhead/setup_peers.py
+	@$(BIN)/refusal-kernels bench --profile quick --out benchmarks/results
+	@$(BIN)/refusal-kernels bench --document docs/benchmarks.md
+
 clean:
-	rm -rf .venv .venv-vllm build out *.egg-info refusal_kernels/*.so
+	rm -rf .venv .venv-vllm .venv-peers build out *.egg-info refusal_kernels/*.so

@@ -11,8 +11,8 @@ from refusal_kernels.overhead.worker import MOST
 PHASES = ("decode", "prefill")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "graph")}
-CONTEXT = {"decode": 128, "prefill": 512}
-"""Tokens before the one that is decoded, and tokens of a prompt."""
+CONTEXT = 128
+"""Tokens before the one that is decoded."""
 ALL = "all"
 
 
@@ -86,6 +86,11 @@ class Grid:
         When no further cell is begun.
     layers
         How many layers of each model; None: what fits in memory.
+    shape_layers
+        How many at most of the models with random weights: ratios do not depend on the number, and
+        a processor has no use for 24.
+    prompt
+        Tokens of a prompt; with ``shared`` those of all rows together.
     rounds
         The most.
     measure_s
@@ -107,6 +112,9 @@ class Grid:
     rounds: int = 41
     measure_s: float = 0.1
     vary: bool = True
+    shape_layers: int | None = None
+    prompt: int = 512
+    shared: bool = False
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Give phase, batch, dtype, mode, steered and programs of every cell of one model."""
@@ -132,7 +140,8 @@ class Grid:
             if axes["steered"] is not None and axes["steered"] > layers:
                 continue
             room = positions - (MOST if axes["work"] == "decode" else 0)
-            tokens = min(CONTEXT[axes["work"]], room)
+            prompt = max(1, self.prompt // axes["batch"]) if self.shared else self.prompt
+            tokens = min(prompt if axes["work"] == "prefill" else CONTEXT, room)
             size = config.num_hidden_layers, config.hidden_size
             found.append(Cell(name, layers, *size, tokens=tokens, **axes))
         return found
@@ -143,7 +152,7 @@ PROFILES = {
         60, ("toy",), None, ("decode",), (2,), ("float32",), ("eager",), rounds=7, measure_s=0.005,
     ),
     "quick": Grid(
-        900, ("qwen2.5-0.5b", "toy"), 4, PHASES, (1, 8), ("float32", "bfloat16"), ("eager",),
+        780, ("qwen2.5-0.5b", "toy"), None, PHASES, (1, 8), ("float32", "bfloat16"), ("eager",),
         (None, 1), (1, 4), rounds=41,
     ),
     "full": Grid(
@@ -152,8 +161,13 @@ PROFILES = {
         rounds=101,
     ),
 }  # fmt: skip
-# a processor has no use for 24 layers: ratios do not depend on how many there are
-LAYERS_ON_CPU = {"full": 6}
+# on a processor: a matrix product of 4,096 tokens is nearly all of the time, and there is little to
+# be seen beside it
+ON_CPU: dict[str, dict[str, Any]] = {
+    "smoke": {},
+    "quick": {"shape_layers": 4, "shared": True},
+    "full": {"shape_layers": 6, "shared": True},
+}
 
 
 def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
@@ -178,7 +192,7 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
     kind = device.split(":")[0]
     grid = PROFILES[profile]
     if kind == "cpu":
-        grid = replace(grid, layers=grid.layers or LAYERS_ON_CPU.get(profile))
+        grid = replace(grid, **ON_CPU[profile])
     elif profile != "smoke":
         grid = replace(grid, dtypes=("bfloat16", "float16"), modes=MODES["cuda"])
     own = {name: value for name, value in given.items() if value is not None}

@@ -158,7 +158,8 @@ class Run:
                 if self.settings.device.startswith("cuda"):
                     room = min(room, torch.cuda.mem_get_info()[0])
                 fits = shapes.layers_that_fit(config, dtype, room)
-                layers = max(1, min(own.num_hidden_layers, grid.layers or fits, fits))
+                most = grid.layers or (grid.shape_layers if name in shapes.SHAPES else None)
+                layers = max(1, min(own.num_hidden_layers, most or fits, fits))
                 cells = [c for c in grid.cells(name, layers, own) if c.dtype == dtype]
                 plan.append((shapes.cut(config, layers) if fits else None, cells))
         return plan

@@ -4,7 +4,9 @@ from contextlib import contextmanager
 
 import pyvene
 
-PLACES = ("model.layers[{}].input", "model.layers[{}].self_attn.output", "model.layers[{}].mlp.output")
+PLACES = tuple(
+    f"model.layers[{{}}].{place}" for place in ("input", "self_attn.output", "mlp.output")
+)
 
 
 class Project(pyvene.ConstantSourceIntervention):
