@@ -152,7 +152,7 @@ PROFILES = {
         60, ("toy",), None, ("decode",), (2,), ("float32",), ("eager",), rounds=7, measure_s=0.005,
     ),
     "quick": Grid(
-        780, ("qwen2.5-0.5b", "toy"), None, PHASES, (1, 8), ("float32", "bfloat16"), ("eager",),
+        780, ("toy", "qwen2.5-0.5b"), None, PHASES, (1, 8), ("bfloat16",), ("eager",),
         (None, 1), (1, 4), rounds=41,
     ),
     "full": Grid(
