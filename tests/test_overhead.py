@@ -176,7 +176,13 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
     given = ["--methods", slow, "--phases", "decode,prefill"]
     command = [sys.executable, "-m", "refusal_kernels", "bench", "--profile", "smoke"]
     command += ["--threads", "1", "--out", str(tmp_path / "out"), *given]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # a job in the background has SIGINT ignored, and its children inherit that
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 120
     while not mark.exists() and time.monotonic() < end and child.poll() is None:
         time.sleep(0.1)

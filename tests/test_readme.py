@@ -34,7 +34,7 @@ def test_commands_exist():
     known = get_command(app).commands
     used = set(re.findall(r"refusal-kernels (\w+) ", README.read_text()))
     assert {"extract", "select", "evaluate", "orthogonalize", "doctor"} <= used <= set(known)
-    targets = set(re.findall(r"(?:^|`)make (\w+)", README.read_text(), re.MULTILINE))
+    targets = set(re.findall(r"(?:^|`)make ([\w-]+)", README.read_text(), re.MULTILINE))
     makefile = (README.parent / "Makefile").read_text()
     assert targets and all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets)
 

@@ -8,6 +8,7 @@ from programs import ablation, random_program, rows, state
 
 from refusal_kernels import ops
 from refusal_kernels.errors import InputError
+from refusal_kernels.ops import registry
 
 NAMESPACES = {"cpu": "refusal_kernels", "cuda": "refusal_kernels"}
 NAMESPACES[emulated_cuda.NAME] = emulated_cuda.NAMESPACE
@@ -134,7 +135,15 @@ def test_use_backend_and_explain(monkeypatch):
         ops.explain()
 
 
-def test_use_backend_really_switches(monkeypatch):
+@pytest.fixture
+def nothing_found():
+    """What serves a call is kept from call to call; here the backends are exchanged."""
+    registry._found.cache_clear()
+    yield
+    registry._found.cache_clear()
+
+
+def test_use_backend_really_switches(monkeypatch, nothing_found):
     calls = []
     served = dict(ops.BACKENDS["reference"].ops)
     original = served["add_steer_inference"]  # the form of a call that needs no gradient
