@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers import StaticCache as FixedCache
 
 from refusal_kernels import Ablate, Direction, patch
-from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.environment import clock_mhz, describe_device, versions
 from refusal_kernels.files import replacing, write_json
 from refusal_kernels.loading import first_line
 from refusal_kernels.models import decoder, decoder_layers, hidden_size
@@ -351,18 +351,6 @@ def run_grid(
         print("\nstopped; what was measured is kept", flush=True)
         return rows, False
     return rows, True
-
-
-def clock_mhz(device: str) -> float | None:
-    """Return the clock at this moment, the mean over all cores; None where nothing tells it."""
-    try:
-        if device == "cuda":
-            return float(torch.cuda.clock_rate())
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-        return round(sum(clocks) / len(clocks), 1)
-    except Exception:
-        return None
 
 
 def write(options: argparse.Namespace, rows: Sequence[Row], seconds: float, complete: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,14 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def clock_mhz(device: str) -> float | None:
+    """Return the clock at this moment, the mean over all cores; None where nothing tells it."""
+    with suppress(Exception):
+        if device.startswith("cuda"):
+            return float(torch.cuda.clock_rate())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        return round(sum(clocks) / len(clocks), 1)
+    return None

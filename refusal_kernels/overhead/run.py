@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.environment import clock_mhz, describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json, write_json
 from refusal_kernels.loading import first_line
@@ -466,17 +466,6 @@ def earlier_rows(settings: Settings) -> list[dict[str, Any]]:
     document = read_json(path)
     same = isinstance(document, dict) and document.get("settings") == settings.comparable()
     return document["rows"] if same else []
-
-
-def clock_mhz(device: str) -> float | None:
-    """Return the clock at this moment, the mean over all cores; None where nothing tells it."""
-    with suppress(Exception):
-        if device.startswith("cuda"):
-            return float(torch.cuda.clock_rate())
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-        return round(sum(clocks) / len(clocks), 1)
-    return None
 
 
 def _difference(logits: Tensor, truth: Tensor) -> float:
