@@ -19,6 +19,17 @@ SHOWN = {"harmful": (ABLATED, SUBTRACTED), "harmless": (ADDED, ABLATED)}
 """Which completions are shown beside the unmodified model's, by set of prompts."""
 
 
+def templates(folder: Path) -> Environment:
+    """Return what makes pages of the templates in a folder: escaped, and nothing left undefined."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def write_page(path: Path, document: Mapping[str, Any], *, samples: int = 4) -> None:
     """Write the page of `render`, replacing the file in one step.
 
@@ -50,13 +61,7 @@ def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
     str
         Everything that came from a model or a user is escaped.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters["percent"] = percent
     conditions = document["conditions"]
     optional = "model selection lm_eval versions device command created comparisons".split()

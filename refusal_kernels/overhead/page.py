@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusal_kernels.files import replacing
@@ -20,6 +19,7 @@ from refusal_kernels.overhead.results import (
     cell_text,
     timed,
 )
+from refusal_kernels.page import templates
 
 TEMPLATE = "overhead.html"
 OVERHEAD = "Overhead by batch. An open marker: not right, or only in part."
@@ -44,13 +44,7 @@ def render(document: Mapping[str, Any], pictures: Sequence[Path] = (RECORDED,)) 
     pictures
         Folders where the roofline of the ops may be, as ``benchmarks/bench_ops.py`` writes it.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     kind = document["device_kind"]
     return environment.get_template(TEMPLATE).render(
         device=document["device"],
