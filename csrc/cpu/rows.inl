@@ -440,10 +440,11 @@ void moments(const rk::SlotArgs& args, int64_t begin, int64_t end) {
 #define RK_BY_DTYPE(function)                           \
   [](Dtype dtype, auto&&... args) {                     \
     switch (dtype) {                                    \
-      case Dtype::f32: return function<F32>(args...);   \
-      case Dtype::bf16: return function<BF16>(args...); \
-      case Dtype::f16: return function<F16>(args...);   \
+      case Dtype::f32: function<F32>(args...); break;   \
+      case Dtype::bf16: function<BF16>(args...); break; \
+      case Dtype::f16: function<F16>(args...); break;   \
     }                                                   \
+    release_registers();                                \
   }
 
 }  // namespace
