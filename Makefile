@@ -113,7 +113,7 @@ bench: setup
 		--benchmark-columns=median --benchmark-json=benchmarks/results/ops-cpu-kept-memory.json
 	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
 
-# whole models; 6 layers of each, since the ratios do not depend on how many there are
+# whole models; 6 layers of each, so that it ends in about half an hour
 bench-models: setup
 	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
 

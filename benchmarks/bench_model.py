@@ -50,7 +50,7 @@ GRID = {  # dtypes and modes
 # A measurement is short and there are many rounds, since what differs is a few thousandths, and a
 # median over the same minutes is the steadier, the more often the methods take turns.
 MEASURE_S, MOST = 0.05, 16  # the work is repeated for about so long, at most so often
-MOST_ROUNDS = 401
+MOST_ROUNDS = 2001
 
 BASE, FUSED, UNFUSED, HOOKS = "unmodified", "patched", "patched, norms apart", "hooks"
 Method = Callable[[Any, Direction], AbstractContextManager[Any]]
@@ -126,13 +126,16 @@ class Row:
     def record(self) -> dict[str, Any]:
         """Return everything, flat; None where there is nothing."""
         speed = self.speed
-        low, high = speed.quartiles if speed else (None, None)
+        q1, q3 = speed.quartiles if speed else (None, None)
+        low, high = speed.interval if speed and len(speed.ratios) > 5 else (None, None)
         return asdict(self.cell) | {
             "method": self.method,
             "status": self.status,
             "ratio": speed.median if speed else None,
-            "ratio_q1": low,
-            "ratio_q3": high,
+            "ratio_low": low,  # of the 95 % interval
+            "ratio_high": high,
+            "ratio_q1": q1,
+            "ratio_q3": q3,
             "tokens_per_second": speed.tokens_per_second if speed else None,
             "rounds": len(speed.ratios) if speed else 0,
             "repeats": self.repeats,
@@ -261,7 +264,7 @@ def watched(work: Work, handle: Any, direction: Direction) -> tuple[int, float]:
     return len(found), max(found.values(), default=float("inf"))
 
 
-def measure(model: Any, direction: Direction, cell: Cell, rounds: int, seconds: float) -> list[Row]:
+def measure(model: Any, direction: Direction, cell: Cell, options: argparse.Namespace) -> list[Row]:
     """Check and time every method; one that fails is a row that says why."""
     rows = {name: Row(cell, name) for name in METHODS}
     works: dict[str, Work] = {}
@@ -293,11 +296,11 @@ def measure(model: Any, direction: Direction, cell: Cell, rounds: int, seconds: 
             difference = (own_logits - truth).abs().max() / truth.abs().max()
             rows[name].logits_difference = float(difference)
         if BASE in works:
-            time_them(works, rows, rounds, seconds)
+            time_them(works, rows, options)
     return list(rows.values())
 
 
-def time_them(works: dict[str, Work], rows: dict[str, Row], least: int, seconds: float) -> None:
+def time_them(works: dict[str, Work], rows: dict[str, Row], options: argparse.Namespace) -> None:
     """Time all methods in every round; they have run before, so no round is a warm-up."""
     cell = works[BASE].cell
     with torch.inference_mode():
@@ -308,15 +311,24 @@ def time_them(works: dict[str, Work], rows: dict[str, Row], least: int, seconds:
     repeats = max(1, min(MOST, round(MEASURE_S / once)))
     for work in works.values():
         work.repeats = repeats
-    rounds = max(least, min(MOST_ROUNDS, int(seconds / (once * repeats * len(works)))))
+    rounds = int(options.seconds / (once * repeats * len(works)))
+    rounds = max(options.rounds, min(MOST_ROUNDS, rounds))
     tokens = cell.batch * (1 if cell.work == "decode" else cell.tokens)
 
     def run(name: str) -> int:
         works[name]()
         return tokens * works[name].repeats
 
+    def enough(speeds: dict[str, Speed]) -> bool:
+        found = speeds.get(FUSED)
+        if found is None or len(found.ratios) < max(6, options.rounds):
+            return False
+        low, high = found.interval
+        return (high - low) / 2 <= options.within
+
     contexts = {name: lambda work=work: rewound(work) for name, work in works.items()}
-    for name, speed in interleaved(run, contexts, rounds=rounds, warmup=0).items():
+    speeds = interleaved(run, contexts, rounds=rounds, warmup=0, enough=enough)
+    for name, speed in speeds.items():
         rows[name].speed, rows[name].repeats = speed, works[name].repeats
 
 
@@ -343,7 +355,7 @@ def run_grid(
             for mode, work in product(options.modes, WORKS):
                 cell = Cell(name, *size, dtype, mode, *work)
                 start = time.perf_counter()
-                rows += measure(model, direction, cell, options.rounds, options.seconds)
+                rows += measure(model, direction, cell, options)
                 print(f"{cell}: {time.perf_counter() - start:.0f} s", flush=True)
                 keep(rows)
             del model
@@ -358,7 +370,7 @@ def write(options: argparse.Namespace, rows: Sequence[Row], seconds: float, comp
     records = [row.record() for row in rows]
     document = {
         "device": describe_device(options.device),
-        "versions": versions(),
+        "versions": options.versions,
         "torch_threads": torch.get_num_threads(),
         "clock_mhz": clock_mhz(options.device),
         "seconds": round(seconds),
@@ -373,7 +385,9 @@ def write(options: argparse.Namespace, rows: Sequence[Row], seconds: float, comp
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print a line a cell, then what could not be timed, and why."""
-    table = Table(title="tokens/s over the unmodified model's (quartiles)", title_justify="left")
+    table = Table(
+        title="tokens/s over the unmodified model's (95 % interval)", title_justify="left"
+    )
     table.add_column("cell")
     others = [name for name in METHODS if name != BASE]
     for name in ("tokens/s", *others, "|r.h|/|h|", "logits off", "of", "right"):
@@ -403,17 +417,22 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
             console.print(text, markup=False, highlight=False)
 
 
+def spread_of(speed: Speed) -> tuple[float, float]:
+    """Return the 95 % interval of the median; of fewer rounds than have one, the quartiles."""
+    return speed.interval if len(speed.ratios) > 5 else speed.quartiles
+
+
 def ratio_text(speed: Speed | None) -> str:
-    """Return a ratio with its quartiles; red where it is below 1."""
+    """Return a ratio with its interval, of few rounds the quartiles; red where it is below 1."""
     if speed is None:
         return "none"
-    low, high = speed.quartiles
+    low, high = spread_of(speed)
     text = f"{speed.median:.3f} ({low:.3f} to {high:.3f})"
     return f"[red]{text}[/red]" if speed.median < 1.0 else text
 
 
 def plot(path: Path, rows: Sequence[Row], device: str) -> None:
-    """Draw the ratios of every cell, with their quartiles."""
+    """Draw the ratios of every cell, with their intervals."""
     cells = list(dict.fromkeys(row.cell for row in rows if row.speed is not None))[::-1]
     looks = dict(zip((n for n in METHODS if n != BASE), (GREEN, BLUE, GREY), strict=False))
     with plt.rc_context({**STYLE, "font.size": 9}):
@@ -423,7 +442,7 @@ def plot(path: Path, rows: Sequence[Row], device: str) -> None:
                 for row in rows:
                     if (row.cell, row.method) != (cell, name) or row.speed is None:
                         continue
-                    x, (low, high) = row.speed.median, row.speed.quartiles
+                    x, (low, high) = row.speed.median, spread_of(row.speed)
                     spread, label = [[x - low], [high - x]], name if y == 0 else None
                     axes.errorbar(
                         x, y + 0.2 * (1 - number), xerr=spread, fmt="o", markersize=4,
@@ -431,7 +450,7 @@ def plot(path: Path, rows: Sequence[Row], device: str) -> None:
                     )  # fmt: skip
         axes.axvline(1.0, color=INK, linewidth=1)
         axes.set_yticks(range(len(cells)), [str(cell) for cell in cells])
-        axes.set_xlabel("tokens/s over the unmodified model's (bars: quartiles over the rounds)")
+        axes.set_xlabel("tokens/s over the unmodified model's (bars: 95 % interval)")
         axes.set_title(device, loc="left", fontsize=9)
         if cells:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3)
@@ -452,8 +471,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--modes", nargs="+", choices=("eager", "compile", "graph"))
     parser.add_argument("--rounds", type=int, default=15, help="at least so many for a cell")
     parser.add_argument(
-        "--seconds", type=float, default=90, help="more, if they take less than this"
-    )
+        "--within", type=float, default=0.004,
+        help="and until the patched model's ratio is known to plus and minus this (95 %%)",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=300, help="but no longer than this")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
     parser.add_argument("--quick", action="store_true", help="2 layers, 5 rounds or 2 s")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
@@ -466,6 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         parser.error("--rounds must be 2 or more, --layers 1 or more")
     options.dtypes = options.dtypes or GRID[options.device][0]
     options.modes = options.modes or GRID[options.device][1]
+    options.versions = versions()  # now: with the commit, before what is written changes the tree
     torch.set_num_threads(options.threads)
 
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,30 @@ from refusal_kernels.extraction.collect import Progress
 
 Method = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a method is timed."""
+
+ASK_EVERY = 5  # rounds
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median by order statistics: no distribution is assumed.
+
+    Between the k-th smallest and k-th largest of n values, k the largest for which a binomial of
+    n halves is below k with probability 2.5 % at most.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 6 values.
+    """
+    n, k, ways, below = len(values), 0, 1, 1  # of 2**n ways, those with k, and with k or fewer
+    while 40 * below <= 2**n:
+        k += 1
+        ways = ways * (n - k + 1) // k
+        below += ways
+    if not k:
+        raise ValueError(f"{n} values have no 95 % interval; expected 6 or more")
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,11 @@ class Speed:
         low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
         return low, high
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the median ratio: how well it is known."""
+        return interval(self.ratios)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
@@ -58,6 +87,7 @@ def interleaved(
     rounds: int = 15,
     warmup: int = 2,
     progress: Progress | None = None,
+    enough: Callable[[dict[str, Speed]], bool] | None = None,
 ) -> dict[str, Speed]:
     """Time every method in every round, so that a change of the machine's load hits all of them.
 
@@ -73,6 +103,9 @@ def interleaved(
         How many rounds before them do not.
     progress
         Called with the number of rounds done, and of all.
+    enough
+        Asked after every `ASK_EVERY` rounds, with what is known by then: whether that will do. It
+        must look at the spread alone: one that looks at the ratio stops where chance favours it.
 
     Returns
     -------
@@ -93,7 +126,14 @@ def interleaved(
                 rates[name].append(rate)
         if progress is not None:
             progress(number + warmup + 1, rounds + warmup)
-    first = rates[next(iter(methods))]
+        ask = number >= 0 and (number + 1) % ASK_EVERY == 0
+        if enough is not None and ask and enough(_speeds(rates)):
+            break
+    return _speeds(rates)
+
+
+def _speeds(rates: Mapping[str, Sequence[float]]) -> dict[str, Speed]:
+    first = next(iter(rates.values()))
     return {
         name: Speed(statistics.median(own), tuple(a / b for a, b in zip(own, first, strict=True)))
         for name, own in rates.items()

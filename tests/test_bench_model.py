@@ -71,3 +71,20 @@ def test_a_method_that_fails_is_a_row_with_its_reason(run, monkeypatch):
     reasons = {row.status for row in rows if row.method == "patched"}
     assert reasons == {"failed: ValueError: not today"}
     assert all(row.speed is not None for row in rows if row.method != "patched")
+
+
+def test_rounds_go_on_until_the_ratio_is_known(run, monkeypatch, tmp_path):
+    rounds = {}
+    for within in ("1e9", "1e-9"):
+        rows = bench_model.main(
+            [
+                *("--models", str(tmp_path / "tiny"), "--dtypes", "float32", "--rounds", "10"),
+                *("--within", within, "--seconds", "3", "--threads", "1"),
+                *("--out", str(tmp_path / within)),
+            ]
+        )
+        rounds[within] = min(len(row.speed.ratios) for row in rows)
+        for row in rows:
+            low, high = row.speed.interval
+            assert low <= row.speed.median <= high
+    assert rounds["1e9"] == 10 < rounds["1e-9"]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json, replacing
 from refusal_kernels.overhead.catalogue import BEFOREHAND, PACKAGE
 from refusal_kernels.overhead.worker import BASE, SITES
+from refusal_kernels.speed import interval
 
 OK = "ok"
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -26,21 +26,6 @@ it by noise."""
 CELL = tuple("model layers of_layers hidden dtype mode work batch tokens steered programs".split())
 NOT_MEASURED = "not measured"
 TOLERANCE = 0.02  # runs differ by this much where nothing has changed
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the median by order statistics: no distribution is assumed.
-
-    Between the k-th smallest and k-th largest of n values, k the largest for which a binomial of
-    n halves is below k with probability 2.5 % at most.
-    """
-    n, chance, k = len(values), 0.0, 0
-    while (chance := chance + math.comb(n, k) / 2**n) <= 0.025:
-        k += 1
-    if not k:
-        raise ValueError(f"{n} values have no 95 % interval; expected 6 or more")
-    ordered = sorted(values)
-    return ordered[k - 1], ordered[n - k]
 
 
 def rated(
