@@ -39,7 +39,7 @@ from refusal_kernels.overhead import shapes
 from refusal_kernels.overhead.worker import around_the_same_weights
 from refusal_kernels.patching.hooks import paper_hooks
 from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE
-from refusal_kernels.speed import Speed, interleaved
+from refusal_kernels.speed import FEWEST, Speed, interleaved
 
 SHAPES = {name: shapes.SHAPES[name] for name in ("qwen2.5-0.5b", "llama-3.2-1b")}
 WORKS = (("decode", 1, 128), ("decode", 8, 128), ("prefill", 1, 512))  # name, batch, tokens
@@ -127,7 +127,7 @@ class Row:
         """Return everything, flat; None where there is nothing."""
         speed = self.speed
         q1, q3 = speed.quartiles if speed else (None, None)
-        low, high = speed.interval if speed and len(speed.ratios) > 5 else (None, None)
+        low, high = speed.interval if speed and len(speed.ratios) >= FEWEST else (None, None)
         return asdict(self.cell) | {
             "method": self.method,
             "status": self.status,
@@ -321,7 +321,7 @@ def time_them(works: dict[str, Work], rows: dict[str, Row], options: argparse.Na
 
     def enough(speeds: dict[str, Speed]) -> bool:
         found = speeds.get(FUSED)
-        if found is None or len(found.ratios) < max(6, options.rounds):
+        if found is None or len(found.ratios) < max(FEWEST, options.rounds):
             return False
         low, high = found.interval
         return (high - low) / 2 <= options.within
@@ -419,7 +419,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 def spread_of(speed: Speed) -> tuple[float, float]:
     """Return the 95 % interval of the median; of fewer rounds than have one, the quartiles."""
-    return speed.interval if len(speed.ratios) > 5 else speed.quartiles
+    return speed.interval if len(speed.ratios) >= FEWEST else speed.quartiles
 
 
 def ratio_text(speed: Speed | None) -> str:

@@ -15,6 +15,7 @@ Method = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a method is timed."""
 
 ASK_EVERY = 5  # rounds
+FEWEST = 6  # values that have a 95 % interval
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -26,15 +27,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     Raises
     ------
     ValueError
-        If there are fewer than 6 values.
+        If there are fewer than `FEWEST` values.
     """
+    if len(values) < FEWEST:
+        raise ValueError(f"{len(values)} values have no 95 % interval; expected {FEWEST} or more")
     n, k, ways, below = len(values), 0, 1, 1  # of 2**n ways, those with k, and with k or fewer
     while 40 * below <= 2**n:
         k += 1
         ways = ways * (n - k + 1) // k
         below += ways
-    if not k:
-        raise ValueError(f"{n} values have no 95 % interval; expected 6 or more")
     ordered = sorted(values)
     return ordered[k - 1], ordered[n - k]
 

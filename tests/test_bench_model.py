@@ -21,11 +21,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_model, "MEASURE_S", 0.0)
     tiny_model("qwen2").save_pretrained(tmp_path / "tiny")
 
-    def go():
+    def go(*options):
         rows = bench_model.main(
             [
                 *("--models", str(tmp_path / "tiny"), "--dtypes", "float32", "--rounds", "2"),
                 *("--seconds", "0", "--threads", "1", "--out", str(tmp_path / "out")),
+                *options,
             ]
         )
         return rows, json.loads((tmp_path / "out" / "models-cpu.json").read_text())
@@ -73,16 +74,10 @@ def test_a_method_that_fails_is_a_row_with_its_reason(run, monkeypatch):
     assert all(row.speed is not None for row in rows if row.method != "patched")
 
 
-def test_rounds_go_on_until_the_ratio_is_known(run, monkeypatch, tmp_path):
+def test_rounds_go_on_until_the_ratio_is_known(run):
     rounds = {}
     for within in ("1e9", "1e-9"):
-        rows = bench_model.main(
-            [
-                *("--models", str(tmp_path / "tiny"), "--dtypes", "float32", "--rounds", "10"),
-                *("--within", within, "--seconds", "3", "--threads", "1"),
-                *("--out", str(tmp_path / within)),
-            ]
-        )
+        rows, _ = run("--rounds", "10", "--within", within, "--seconds", "3")
         rounds[within] = min(len(row.speed.ratios) for row in rows)
         for row in rows:
             low, high = row.speed.interval
