@@ -45,6 +45,7 @@ def extension(cuda: bool) -> Extension:
     suffixes = "cpp|cu" if cuda else "cpp"
     common = [
         "-O3",
+        "-std=c++20",  # said, since older releases of PyTorch would say c++17
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         '-DRK_TORCH_TARGET="2.10"',
         f'-DRK_CUDA_ARCHITECTURES="{ARCHITECTURES if cuda else ""}"',
@@ -64,7 +65,7 @@ def extension(cuda: bool) -> Extension:
         sources=sorted(map(str, sources)),
         depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
         py_limited_api=False,  # pybind11 needs the full Python API; torch's side is ABI-stable
-        extra_compile_args={"cxx": cxx, "nvcc": [*common, "-DUSE_CUDA", "-std=c++20"]},
+        extra_compile_args={"cxx": cxx, "nvcc": [*common, "-DUSE_CUDA"]},
         extra_link_args=SANITIZE,
     )
 

@@ -29,7 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it runs from one."""
+    """The commit of the checkout that this package runs from, if it runs from one.
+
+    A copy without ``.git``, on another machine say, is told by ``REFUSAL_KERNELS_COMMIT``.
+    """
+    if told := os.environ.get("REFUSAL_KERNELS_COMMIT"):
+        return told
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None

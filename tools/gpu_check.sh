@@ -9,7 +9,8 @@
 # Leaves eight files in $OUT: ops-cuda and models-cuda, each .csv, .json and .png (the benchmarks),
 # logs.tar.gz and summary.txt.
 #
-# DEADLINE_S changes the nine minutes, DRY_RUN=1 prints the commands instead of running them.
+# DEADLINE_S changes the nine minutes, DRY_RUN=1 prints the commands instead of running them. In a
+# copy without .git, REFUSAL_KERNELS_COMMIT says which commit the results are of.
 #
 # shellcheck disable=SC2329  # machine and sanitize are called through bash -c, under a time limit
 set -euo pipefail
@@ -97,7 +98,8 @@ step tests 200 "$PYTHON" -m pytest tests/test_ops.py tests/test_accuracy.py test
   tests/test_routing.py \
   -p no:cacheprovider --durations=10
 step bench 260 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 180
-step models 120 "$PYTHON" benchmarks/bench_model.py --device cuda --quick --out "$OUT"
+step models 120 "$PYTHON" benchmarks/bench_model.py --device cuda --quick --dtypes bfloat16 \
+  --out "$OUT"
 step memcheck 90 bash -c 'sanitize memcheck'
 step racecheck 90 bash -c 'sanitize racecheck'
 

@@ -1,6 +1,6 @@
 """What the dispatcher needs beside the kernels: fake implementations, gradients, the fall-back.
 
-The schemas stand in ``csrc/ops.cpp`` and the CPU kernels are registered there. Here every op gets
+The schemas stand in ``csrc/schemas.h`` and the CPU kernels are registered there. Here every op gets
 a fake implementation (shapes only), a gradient, and the reference for devices without a kernel.
 """
 
