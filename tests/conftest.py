@@ -14,12 +14,14 @@ import pytest  # noqa: E402
 
 from refusal_kernels import _C, ops  # noqa: E402
 
-EMULATED = sys.platform == "linux"
+# where a GPU runs the kernels themselves, nothing has to play one
+NATIVE = GPU and bool(_C.cuda_architectures())
+EMULATED = sys.platform == "linux" and not NATIVE
 # every backend that this machine can run, and where
 DEVICES = {"cpu": "cpu", "triton": "cuda" if GPU else "cpu", "reference": "cpu"}
 if EMULATED:
     DEVICES[emulated_cuda.NAME] = "cpu"
-if _C.cuda_architectures() and GPU:
+if NATIVE:
     DEVICES["cuda"] = "cuda"
 EXERCISED: dict[str, int] = {}
 

@@ -189,6 +189,9 @@ def _through_scored(namespace: str, op: str) -> Callable[..., Any]:
     return call
 
 
+_KEPT: list[torch.library.Library] = []  # what one registers lasts as long as it does
+
+
 def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
     """Give the ops of one namespace their fake implementations and gradients."""
     for op in ops:
@@ -203,8 +206,12 @@ def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
         ("rms_norm", _rms_norm_backward, _save_inputs),
     ):
         torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup)
+    # triton_op has given its own ops an Autograd kernel, which older releases of PyTorch replace only
+    # where they are told to
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _KEPT.append(library)
     for op in EDITS:
-        torch.library.impl(f"{namespace}::{op}", "Autograd", _through_scored(namespace, op))
+        library.impl(op, _through_scored(namespace, op), "Autograd", allow_override=True)
 
 
 def register_kernels(key: str, kernels: dict[str, Callable[..., Any]]) -> None:
