@@ -9,6 +9,7 @@
 # Leaves eight files in $OUT: ops-cuda and models-cuda, each .csv, .json and .png (the benchmarks),
 # logs.tar.gz and summary.txt.
 #
+# PREBUILT=1 takes the extension that lies there, built elsewhere for that Python, torch and GPU.
 # DEADLINE_S changes the nine minutes, DRY_RUN=1 prints the commands instead of running them. In a
 # copy without .git, REFUSAL_KERNELS_COMMIT says which commit the results are of.
 #
@@ -90,7 +91,9 @@ if [[ -z ${DRY_RUN:-} ]]; then
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(capability || true)}
   export TORCH_CUDA_ARCH_LIST
 fi
-step build 200 "$PYTHON" setup.py egg_info build_ext --inplace
+build=(build_ext --inplace)
+[[ -z ${PREBUILT:-} ]] || build=()
+step build 200 "$PYTHON" setup.py egg_info "${build[@]}"
 ((FAILED == 0)) || exit 1 # without an extension no step after this one says anything
 step extension 60 "$PYTHON" -c \
   'from refusal_kernels import _C, ops; print(_C.build_summary()); print(ops.explain(device="cuda"))'
