@@ -22,7 +22,7 @@ from refusal_kernels.ops import triton_kernels as kernels
 from refusal_kernels.ops.triton import MOMENTS, plan
 
 DTYPES = ("fp32", "bf16", "fp16")
-POINTERS = {"bank": "fp32", "params": "fp32", "scores": "fp32", "route": "i32", "count": "i64"}
+POINTERS = {"bank": "fp32", "numbers": "fp32", "scores": "fp32", "route": "i32", "count": "i64"}
 POINTERS |= {"mean": "fp64", "m2": "fp64", "partial": "fp64", "order": "i64", "offsets": "i64"}
 IN_DTYPE = ("x", "residual", "h", "normed", "weight", "activations")
 

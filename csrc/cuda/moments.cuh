@@ -23,38 +23,42 @@ struct Partial {
   int64_t stretches, stretch;  // how many, and rows of each: a multiple of kTile
 };
 
+// four blocks of a multiprocessor: 1,024 threads, each with kUnroll packs on the way
 template <class T>
-__global__ void __launch_bounds__(kTile)
+__global__ void __launch_bounds__(kTile, 4)
     moments_partial_kernel(const MomentsArgs args, const Partial partial, const bool aligned) {
   constexpr int kPack = T::kPack;
   __shared__ int64_t offsets[kTile];  // of the tile's rows that feed the slot
   __shared__ int32_t found[kWarps];
-  // float64 sums, of channels kPack * lane + e at [e][lane]: in registers they would halve the
-  // number of resident blocks
-  __shared__ double gathered[2][kWarps][kPack][32];
+  // a tile's sums, of channel kPack * lane + e at [e][lane]; a thread then adds up those of one
+  // channel in float64
+  __shared__ float gathered[2][kWarps][kPack][32];
+  __shared__ double totals[2][kTile];  // no registers to spare for these
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int hidden = static_cast<int>(args.hidden);
-  const int64_t blocks = (hidden + kChannels<T> - 1) / kChannels<T>;
-  const int64_t channel_block = blockIdx.x % blocks;
-  const int64_t stretch = blockIdx.x / blocks % partial.stretches;
-  const int64_t slot = blockIdx.x / blocks / partial.stretches;
-  const int32_t group = static_cast<int32_t>(slot / args.positions);
-  const int32_t position = static_cast<int32_t>(slot % args.positions);
-  const int channel = static_cast<int>(channel_block) * kChannels<T> + lane * kPack;
+  const int blocks = (hidden + kChannels<T> - 1) / kChannels<T>;
+  const int channel_block = blockIdx.x % blocks;
+  const int at = blockIdx.x / blocks;  // of the slot's stretch among all
+  const int slot = at / static_cast<int>(partial.stretches);
+  const int stretch = at % static_cast<int>(partial.stretches);
+  const int group = slot / static_cast<int>(args.positions);
+  const int position = slot % static_cast<int>(args.positions);
+  const int channel = channel_block * kChannels<T> + lane * kPack;
+  const int mine = warp < kPack ? channel + warp : hidden;  // the channel of this thread's sums
   const int64_t all = args.batch * args.tokens;
-  const int64_t begin = stretch * partial.stretch;
+  const int64_t begin = partial.stretch * stretch;
   const int64_t end = begin + partial.stretch < all ? begin + partial.stretch : all;
+  let_the_next_kernel_start();
   wait_for_the_kernel_before();
 
   const auto* data = static_cast<const typename T::Element*>(args.activations);
   int64_t n = 0;
   float shift[kPack] = {};
-#pragma unroll
-  for (int e = 0; e < kPack; e++) gathered[0][warp][e][lane] = gathered[1][warp][e][lane] = 0.0;
+  totals[0][threadIdx.x] = totals[1][threadIdx.x] = 0.0;
   for (int64_t base = begin; base < end; base += kTile) {
-    const int64_t mine = base + threadIdx.x, sequence = mine / args.tokens;
-    const bool named = mine < end && args.index[mine] == position && args.group[sequence] == group;
+    const int64_t row = base + threadIdx.x, sequence = row / args.tokens;
+    const bool named = row < end && args.index[row] == position && args.group[sequence] == group;
     const uint32_t votes = __ballot_sync(0xffffffffu, named);
     if (lane == 0) found[warp] = __popc(votes);
     __syncthreads();
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(kTile)
     }
     if (named)
       offsets[place] =
-          sequence * args.batch_stride + (mine - sequence * args.tokens) * args.token_stride;
+          sequence * args.batch_stride + (row - sequence * args.tokens) * args.token_stride;
     __syncthreads();
     if (count > 0) {
       if (n == 0) load<T>(data + offsets[0], channel, hidden, aligned, shift);
@@ -92,63 +96,78 @@ __global__ void __launch_bounds__(kTile)
       }
 #pragma unroll
       for (int e = 0; e < kPack; e++) {
-        gathered[0][warp][e][lane] += static_cast<double>(tile_first[e]);
-        gathered[1][warp][e][lane] += static_cast<double>(tile_second[e]);
+        gathered[0][warp][e][lane] = tile_first[e];
+        gathered[1][warp][e][lane] = tile_second[e];
       }
     }
-    __syncthreads();  // the list is read before the next tile's is written
+    __syncthreads();  // also, the list is read before the next tile's is written
+    if (count > 0 && warp < kPack)
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) {
+        totals[0][threadIdx.x] += static_cast<double>(gathered[0][w][warp][lane]);
+        totals[1][threadIdx.x] += static_cast<double>(gathered[1][w][warp][lane]);
+      }
   }
 
-  const int64_t at = slot * partial.stretches + stretch;
   if (channel_block == 0 && threadIdx.x == 0) {
     partial.n[at] = n;
     if (stretch == 0) partial.before[slot] = args.count[slot];
   }
-  if (n == 0 || warp != 0) return;  // the last barrier of the loop has passed
+  if (n == 0 || mine >= hidden) return;
+  const double first = totals[0][threadIdx.x], second = totals[1][threadIdx.x];
+  float own = shift[0];  // no run-time index into registers
 #pragma unroll
-  for (int e = 0; e < kPack; e++) {
-    if (channel + e >= hidden) break;
-    double a = 0.0, b = 0.0;
-    for (int w = 0; w < kWarps; w++) {
-      a += gathered[0][w][e][lane];
-      b += gathered[1][w][e][lane];
-    }
-    partial.mean[at * hidden + channel + e] = static_cast<double>(shift[e]) + a / n;
-    partial.m2[at * hidden + channel + e] = b - a * a / n;
-  }
+  for (int e = 1; e < kPack; e++) own = warp == e ? shift[e] : own;
+  partial.mean[int64_t{at} * hidden + mine] = static_cast<double>(own) + first / n;
+  partial.m2[int64_t{at} * hidden + mine] = second - first * first / n;
 }
 
-// Chan's merge of the stretches, in order, into the running state: a thread per channel.
-static __global__ void __launch_bounds__(256, 1)
+constexpr int kMerge = 64;
+
+// Chan's merge of the stretches, in order, into the running state: a thread per channel. How much a
+// stretch counts for is the same for all channels, so the block's threads divide for each other.
+static __global__ void __launch_bounds__(kMerge)
     moments_merge_kernel(const MomentsArgs args, const Partial partial) {
-  const int64_t blocks = (args.hidden + 255) / 256;
+  __shared__ double share[kMerge], weight[kMerge];
+  __shared__ int64_t rows[kMerge];
+  const int64_t blocks = (args.hidden + kMerge - 1) / kMerge;
   const int64_t slot = blockIdx.x / blocks;
-  const int64_t channel = blockIdx.x % blocks * 256 + threadIdx.x;
+  const int64_t channel = blockIdx.x % blocks * kMerge + threadIdx.x;
   wait_for_the_kernel_before();
+  const bool inside = channel < args.hidden;
+  const int64_t state = slot * args.hidden + channel, hidden = args.hidden;
+  double mean = inside ? args.mean[state] : 0.0, m2 = inside ? args.m2[state] : 0.0;
+  const int64_t first = slot * partial.stretches;
+  const double* means = partial.mean + first * hidden + channel;
+  const double* m2s = partial.m2 + first * hidden + channel;
   int64_t count = partial.before[slot];
-  const int64_t* n = partial.n + slot * partial.stretches;
-  if (blockIdx.x % blocks == 0 && threadIdx.x == 0) {
-    int64_t after = count;
-    for (int64_t k = 0; k < partial.stretches; k++) after += n[k];
-    args.count[slot] = after;
-  }
-  if (channel >= args.hidden) return;
-  const int64_t state = slot * args.hidden + channel;
-  double mean = args.mean[state], m2 = args.m2[state];
-  const double* means = partial.mean + slot * partial.stretches * args.hidden + channel;
-  const double* m2s = partial.m2 + slot * partial.stretches * args.hidden + channel;
+  for (int64_t base = 0; base < partial.stretches; base += kMerge) {
+    const int64_t left = partial.stretches - base;
+    const int here = static_cast<int>(left < kMerge ? left : kMerge);
+    __syncthreads();  // the numbers of the stretches before have been used
+    rows[threadIdx.x] = threadIdx.x < here ? partial.n[first + base + threadIdx.x] : 0;
+    __syncthreads();
+    int64_t before = count;
+    for (int k = 0; k < here; k++) {
+      before += k < static_cast<int>(threadIdx.x) ? rows[k] : 0;
+      count += rows[k];
+    }
+    const double n = static_cast<double>(rows[threadIdx.x]), n0 = static_cast<double>(before);
+    share[threadIdx.x] = n > 0 ? n / (n0 + n) : 0.0;
+    weight[threadIdx.x] = n0 * share[threadIdx.x];
+    __syncthreads();
+    if (inside)
 #pragma unroll 8
-  for (int64_t k = 0; k < partial.stretches; k++) {
-    const double rows = static_cast<double>(n[k]), before = static_cast<double>(count);
-    const double new_mean = means[k * args.hidden], new_m2 = m2s[k * args.hidden];
-    if (n[k] == 0) continue;  // nothing was written there
-    const double share = rows / (before + rows), delta = new_mean - mean;
-    mean += delta * share;
-    m2 += new_m2 + delta * delta * before * share;
-    count += n[k];
+      for (int k = 0; k < here; k++) {
+        const double new_mean = means[(base + k) * hidden], new_m2 = m2s[(base + k) * hidden];
+        if (rows[k] == 0) continue;  // nothing was written there
+        const double delta = new_mean - mean;
+        mean += delta * share[k];
+        m2 += new_m2 + delta * delta * weight[k];
+      }
   }
-  args.mean[state] = mean;
-  args.m2[state] = m2;
+  if (inside) args.mean[state] = mean, args.m2[state] = m2;
+  if (blockIdx.x % blocks == 0 && threadIdx.x == 0) args.count[slot] = count;
 }
 
 }  // namespace rk::cuda

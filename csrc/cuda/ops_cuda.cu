@@ -44,7 +44,8 @@ struct Cuda {
       using T = decltype(t);
       const bool aligned = args.hidden % T::kPack == 0 && aligned_pointer(args.programs.bank) &&
                            aligned_rows(args.h, sizeof(typename T::Element));
-      launch(op, device, scores_kernel<T>, tokens, kScoresThreads, 0, args, aligned);
+      const auto kernel = args.programs.slots <= 1 ? scores_kernel<T, 1> : scores_kernel<T, 4>;
+      launch(op, device, kernel, tokens, kScoresThreads, 0, args, aligned);
     });
   }
 
@@ -72,8 +73,8 @@ struct Cuda {
                            args.batch_stride % T::kPack == 0 && args.token_stride % T::kPack == 0;
       launch(op, device, moments_partial_kernel<T>, slots * stretches * blocks, kTile, 0, args,
              partial, aligned);
-      launch(op, device, moments_merge_kernel, slots * ((args.hidden + 255) / 256), 256, 0, args,
-             partial);
+      launch(op, device, moments_merge_kernel, slots * ((args.hidden + kMerge - 1) / kMerge),
+             kMerge, 0, args, partial);
     });
   }
 };

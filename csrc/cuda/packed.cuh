@@ -152,7 +152,7 @@ RK_DEVICE void wait_for_the_kernel_before() {
 #endif
 }
 
-// The next kernel may start its prologue; it waits for our writes by itself.
+// The next kernel may start its prologue; it waits for our end, and so for our writes, by itself.
 RK_DEVICE void let_the_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -6,45 +6,69 @@
 namespace rk::cuda {
 
 // Adds up kSums numbers over kThreads threads (a warp, or a whole block); every thread gets the
-// result. Neighbours first, then pairs of neighbours, and so on, within the warp and then over the
+// results. Neighbours first, then pairs of neighbours, and so on, within the warp and then over the
 // warps: the same tree for 256 threads as for 512 of which two share the work of one, so a row's
 // bits do not depend on the plan (see plans.h).
+//
+// A shuffle costs a warp's turn, so several sums share them: in the first steps a lane gives half
+// of its sums away for its neighbour's part of the other half, and is then left with one of them,
+// and with as many lanes fewer to add it up over. Four sums over 512 threads take 13 shuffles a
+// warp for 36.
 //
 // One barrier per call: the buffers take turns, and nobody writes the third call's numbers before
 // everybody has passed the second's barrier.
 template <int kThreads, int kMost>
 struct TeamSum {
   static constexpr int kWarps = kThreads / 32;
-  using Buffers = float[2][kWarps][kMost];
+  using Buffers = float[2][kMost][kWarps];
 
   RK_DEVICE explicit TeamSum(Buffers& shared) : buffers(shared) {}
 
   template <int kSums>
   RK_DEVICE void operator()(float (&sums)[kSums]) {
-    static_assert(kSums <= kMost, "the buffers are too small");
+    static_assert(kSums <= kMost && (kSums == 1 || kSums == 2 || kSums == 4), "1, 2 or 4 sums");
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int k = 0; k < kSums; k++)
+    for (int left = kSums / 2, step = 1; left >= 1; left /= 2, step *= 2) {
+      const bool upper = lane & step;
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2)
-        sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], step);
+      for (int k = 0; k < left; k++) {
+        const float given = upper ? sums[k] : sums[k + left];
+        sums[k] = (upper ? sums[k + left] : sums[k]) + __shfl_xor_sync(kAll, given, step);
+      }
+    }
+    const int own = kSums == 4 ? (lane & 1) * 2 + (lane & 2) / 2 : lane % kSums;
+    float sum = added<kSums, 32>(sums[0]);
     if constexpr (kWarps > 1) {
       auto& buffer = buffers[turn];
       turn ^= 1;
-      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-      if (lane == 0)
-#pragma unroll
-        for (int k = 0; k < kSums; k++) buffer[warp][k] = sums[k];
+      if (lane < kSums) buffer[own][threadIdx.x / 32] = sum;
       __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kSums; k++) {
-        sums[k] = buffer[lane % kWarps][k];
-#pragma unroll
-        for (int step = 1; step < kWarps; step *= 2)
-          sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], step);
-      }
+      // of the warps whose sums a lane takes, neighbours again come first
+      constexpr int kTaken = kWarps * kSums > 32 ? kWarps * kSums / 32 : 1;
+      static_assert(kTaken <= 4, "more warps than the lanes can take in fours");
+      const float* taken = buffer[own] + lane / kSums * kTaken % kWarps;
+      sum = taken[0];
+      if constexpr (kTaken > 1) sum += taken[1];
+      if constexpr (kTaken > 2) sum += taken[2] + taken[3];
+      sum = added<kSums, kWarps * kSums / kTaken>(sum);
     }
+    sums[0] = sum;
+    if constexpr (kSums > 1)
+#pragma unroll
+      for (int k = 0; k < kSums; k++)
+        sums[k] = __shfl_sync(kAll, sum, kSums == 4 ? (k & 1) * 2 + k / 2 : k);
   }
 
+  // over the lanes that are kFrom, 2 kFrom, 4 kFrom ... apart, within groups of kTo
+  template <int kFrom, int kTo>
+  static RK_DEVICE float added(float sum) {
+#pragma unroll
+    for (int step = kFrom; step < kTo; step *= 2) sum += __shfl_xor_sync(kAll, sum, step);
+    return sum;
+  }
+
+  static constexpr uint32_t kAll = 0xffffffffu;
   Buffers& buffers;
   int turn = 0;
 };
@@ -63,6 +87,15 @@ RK_DEVICE float coefficient(const SteerArgs& args, int64_t at, const float* p, f
   if (!args.saved) return phi(p, dot);
   const float t = args.saved[at];
   return (t < p[LOW] || t > p[HIGH] ? p[A] : p[A] + p[C]) * dot;
+}
+
+// Arguments live in constant memory, and the first use of each line of it waits: not after the
+// kernel before has ended, but here.
+RK_DEVICE void ask_for_the_arguments(const SteerArgs& args) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::"l"(args.x.data), "l"(args.programs.bank), "l"(args.weight.data),
+               "l"(args.normed.data), "l"(args.h.data));
+#endif
 }
 
 // The program of a row, -1 for none; out of range counts as none, since no kernel can raise.

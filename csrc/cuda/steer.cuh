@@ -4,6 +4,11 @@
 // one reduction over the row's threads, and the result is written: 3 bytes per byte of x (4 with
 // the norm), which is what the residual add alone would move but for the normed row.
 //
+// With many rows what counts is the bytes that are asked for at once, so registers are for rows,
+// and the vectors and the weight, which the rows before have left in L1, are read where they are
+// needed, the write vector twice. With few rows (a split plan) what counts is how often one load
+// waits for another: everything is asked for at the start.
+//
 // The norm needs no second reduction: with t = v.s and h = s + phi u,
 //     |h|^2 = s.s + 2 phi s.u + phi^2 u.u,
 // and all four dot products travel together. Where most of s is removed this cancels, so below
@@ -59,14 +64,9 @@ struct Slice {
     for (int p = 0; p < kPacks; p++)
       load_floats<T>(vector, at(p), hidden, aligned, v + p * T::kPack);
   }
-  RK_DEVICE void multiply_gain(const Weight& weight, float* a) const {
+  RK_DEVICE void read_gain(const Weight& weight, float* v) const {
 #pragma unroll
-    for (int p = 0; p < kPacks; p++) {
-      float v[T::kPack];
-      load_gain<T>(weight, at(p), hidden, aligned, v);
-#pragma unroll
-      for (int e = 0; e < T::kPack; e++) a[p * T::kPack + e] *= v[e];
-    }
+    for (int p = 0; p < kPacks; p++) load_gain<T>(weight, at(p), hidden, aligned, v + p * T::kPack);
   }
   static RK_DEVICE float dot(const float* a, const float* b) {
     float halves[kHalves] = {};
@@ -79,12 +79,15 @@ struct Slice {
   }
 };
 
-// Blocks that a multiprocessor must hold at least. Where memory traffic is what counts, 768
-// threads; elsewhere 1, or ptxas spills a few bytes for an occupancy that nobody asked for.
+// Blocks that a multiprocessor must hold at least: 1,024 threads, each with two packs of every row
+// on the way. Where a thread has more to hold 1, or ptxas would spill.
+#ifndef RK_RESIDENT
+#define RK_RESIDENT 1024
+#endif
 template <class T, int kPlan, Mode kMode, int kGroup>
 constexpr int kResident = T::kPack == 8 && kMode != Mode::through && kGroup == 1 &&
-                                  kPlans[kPlan].values <= 16 && kPlans[kPlan].block() <= 256
-                              ? 768 / kPlans[kPlan].block()
+                                  kPlans[kPlan].values <= 16 && kPlans[kPlan].split == 1
+                              ? RK_RESIDENT / kPlans[kPlan].block()
                               : 1;
 
 // kGroup slots are read per reduction: 1 for the usual single direction, else 4 at a time.
@@ -103,6 +106,8 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
   const S slice{static_cast<int>(threadIdx.x % S::kThreads), hidden, aligned};
 
   // what does not come from the kernel before is asked for while that one still runs
+  let_the_next_kernel_start();  // which waits for this one's end, and so for that of those before
+  ask_for_the_arguments(args);
   if (blockIdx.x == 0) {
     if (!args.programs.route)
       prefetch_bytes(args.programs.bank, 2 * slots * hidden * 4, threadIdx.x, S::kBlock);
@@ -111,7 +116,6 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
                      threadIdx.x, S::kBlock);
   }
   wait_for_the_kernel_before();
-  let_the_next_kernel_start();
   if (row >= tokens) return;  // only whole warps, and only where a team is one warp
 
   typename S::Raw raw_x, raw_residual, raw_h;
@@ -128,11 +132,16 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
     const float* swap = v;
     v = u, u = swap;
   }
-  float vector[kValues], write[kValues];
-  constexpr bool kEarly = kGroup == 1 && kValues <= 16;  // the registers allow it
-  if (kEarly && program >= 0) {
-    slice.read_vector(v, vector);
-    slice.read_vector(u, write);
+  float vector[kValues], write[kValues], gain[kValues], numbers[kParams];
+  constexpr bool kEarly = kGroup == 1 && kValues <= 8;
+  if constexpr (kEarly) {
+    if (kMode == Mode::norm) slice.read_gain(args.weight, gain);
+    if (program >= 0) {
+      slice.read_vector(v, vector);
+      slice.read_vector(u, write);
+#pragma unroll
+      for (int i = 0; i < kParams; i++) numbers[i] = params[i];
+    }
   }
 
   float s[kValues];
@@ -141,7 +150,9 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
     // the norm's adjoint: g = scale (w d - h scale^2 mean(w d h)), d being the gradient of normed
     float h[kValues];
     S::unpack(raw_h, h);
-    slice.multiply_gain(args.weight, s);
+    slice.read_gain(args.weight, gain);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) s[i] *= gain[i];
     float sums[2] = {S::dot(h, h), S::dot(s, h)};
     team_sum(sums);
     const float scale = rsqrtf(sums[0] / hidden + args.weight.eps);
@@ -166,21 +177,22 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
     if constexpr (kGroup == 1) {
       if (!kEarly) slice.read_vector(v, vector);
       float phi;
+      const float* slot = kEarly ? numbers : params;
       if constexpr (kMode == Mode::norm) {
         if (!kEarly) slice.read_vector(u, write);
         float sums[4] = {S::dot(s, vector), S::dot(s, s), S::dot(s, write), S::dot(write, write)};
         team_sum(sums);
         if (scores) scores[0] = sums[0];
-        phi = coefficient(args, row, params, sums[0]);
+        phi = coefficient(args, row, slot, sums[0]);
         squares = fmaf(phi, fmaf(phi, sums[3], 2.0f * sums[2]), sums[1]);
         trusted = kTrusted<T> * sums[1];
       } else {
         float sums[1] = {S::dot(s, vector)};
-        if (!kEarly) slice.read_vector(u, write);
         team_sum(sums);
         if (scores) scores[0] = sums[0];
-        phi = coefficient(args, row, params, sums[0]);
+        phi = coefficient(args, row, slot, sums[0]);
       }
+      if (!kEarly) slice.read_vector(u, write);
 #pragma unroll
       for (int i = 0; i < kValues; i++) s[i] = fmaf(phi, write[i], s[i]);
     } else {
@@ -220,7 +232,9 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
     const float scale = rsqrtf(squares / hidden + args.weight.eps);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] *= scale;
-    slice.multiply_gain(args.weight, s);
+    if (!kEarly) slice.read_gain(args.weight, gain);
+#pragma unroll
+    for (int i = 0; i < kValues; i++) s[i] *= gain[i];
     slice.write(args.normed, row, s);
   }
 }

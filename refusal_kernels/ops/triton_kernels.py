@@ -65,7 +65,7 @@ def steer_kernel(
     scores,
     weight,
     bank,
-    params,
+    numbers,
     route,
     x_stride,
     residual_stride,
@@ -138,7 +138,7 @@ def steer_kernel(
         )  # fmt: skip
         t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
 
-    p = params + (program * slots + slot) * 5
+    p = numbers + (program * slots + slot) * 5
     a = tl.load(p, mask=slot_mask, other=0.0)
     c = tl.load(p + 1, mask=slot_mask, other=0.0)
     low = tl.load(p + 3, mask=slot_mask, other=0.0)

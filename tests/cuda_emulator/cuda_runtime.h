@@ -162,6 +162,10 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask) {
   const uint32_t* given = emulator::exchange(__float_as_uint(value));
   return __uint_as_float(given[emulator::linear(*emulator::machine.current) ^ mask]);
 }
+inline float __shfl_sync(uint32_t, float value, int lane) {
+  const uint32_t* given = emulator::exchange(__float_as_uint(value));
+  return __uint_as_float(given[emulator::linear(*emulator::machine.current) / 32 * 32 + lane]);
+}
 
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   const uint32_t* given = emulator::exchange(vote);
