@@ -143,7 +143,8 @@ def narrow(cuobjdump: str, binary: Path) -> Iterator[tuple[str, str]]:
         name = section.split(maxsplit=1)[0]
         loads, stores = (len(re.findall(rf"\b{op}\.E\S*\.128\b", section)) for op in ("LDG", "STG"))
         local = len(re.findall(r"\b(?:LDL|STL)\b", section))
-        wide = loads >= stores > 0 or "steer_long" in name  # any length: an element at a time
+        # rows of any length, and rows that are not aligned, go an element at a time
+        wide = loads >= stores > 0 or "steer_long" in name or "Lb0E" in name
         if local or not wide:
             yield name, f"{loads} wide loads, {stores} wide stores, {local} of local memory"
 

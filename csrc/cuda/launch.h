@@ -60,6 +60,20 @@ void launch(const char* op, int32_t device, void (*kernel)(Parameters...), int64
   check(op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
+inline int multiprocessors(const char* op, int32_t device) {
+  int count = 0;
+  check(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// More dynamic shared memory than 48 KB is given only to who asks for it.
+template <class Kernel>
+void allow_shared(const char* op, Kernel kernel, int64_t bytes) {
+  if (bytes > 48 << 10)
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(bytes)));
+}
+
 inline bool aligned_rows(const Rows& rows, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0;
 }

@@ -9,15 +9,6 @@ namespace rk::cuda {
 
 constexpr int kLongThreads = 512;
 
-RK_DEVICE float* dynamic_shared() {
-#ifdef RK_CUDA_EMULATED
-  return emulated_dynamic_shared();
-#else
-  extern __shared__ float memory[];
-  return memory;
-#endif
-}
-
 template <class T>
 RK_DEVICE float element(const typename T::Element* row, int64_t j) {
   if constexpr (T::kPack == 4) {
@@ -58,7 +49,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   const auto* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
   const auto* h = args.h.data ? row_of<T>(args.h, row) : nullptr;
   auto* out = args.out.data ? row_of<T>(args.out, row) : nullptr;
-  float* phis = dynamic_shared();
+  auto* phis = static_cast<float*>(dynamic_shared());
 
   const auto sum_over_row = [&](auto term) {
     float sums[1] = {0.0f};

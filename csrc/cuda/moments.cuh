@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kTile, 4)
 
   const auto* data = static_cast<const typename T::Element*>(args.activations);
   int64_t n = 0;
-  float shift[kPack] = {};
+  uint4 shift = {0, 0, 0, 0};
   totals[0][threadIdx.x] = totals[1][threadIdx.x] = 0.0;
   for (int64_t base = begin; base < end; base += kTile) {
     const int64_t row = base + threadIdx.x, sequence = row / args.tokens;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kTile, 4)
           sequence * args.batch_stride + (row - sequence * args.tokens) * args.token_stride;
     __syncthreads();
     if (count > 0) {
-      if (n == 0) load<T>(data + offsets[0], channel, hidden, aligned, shift);
+      if (n == 0) shift = load_pack<T>(data + offsets[0], channel, hidden, aligned);
       n += count;
       float tile_first[kPack] = {}, tile_second[kPack] = {};
       for (int i = warp; i < count; i += kWarps * kUnroll) {
@@ -81,6 +81,8 @@ __global__ void __launch_bounds__(kTile, 4)
         for (int k = 0; k < kUnroll; k++)
           if (i + k * kWarps < count)
             raw[k] = load_pack<T>(data + offsets[i + k * kWarps], channel, hidden, aligned, true);
+        float from[kPack];
+        T::unpack(shift, from);
 #pragma unroll
         for (int k = 0; k < kUnroll; k++) {
           if (i + k * kWarps >= count) break;
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kTile, 4)
           T::unpack(raw[k], values);
 #pragma unroll
           for (int e = 0; e < kPack; e++) {
-            const float d = values[e] - shift[e];
+            const float d = values[e] - from[e];
             tile_first[e] += d;
             tile_second[e] = fmaf(d, d, tile_second[e]);
           }
@@ -115,9 +117,11 @@ __global__ void __launch_bounds__(kTile, 4)
   }
   if (n == 0 || mine >= hidden) return;
   const double first = totals[0][threadIdx.x], second = totals[1][threadIdx.x];
-  float own = shift[0];  // no run-time index into registers
+  float from[kPack];
+  T::unpack(shift, from);
+  float own = from[0];  // no run-time index into registers
 #pragma unroll
-  for (int e = 1; e < kPack; e++) own = warp == e ? shift[e] : own;
+  for (int e = 1; e < kPack; e++) own = warp == e ? from[e] : own;
   partial.mean[int64_t{at} * hidden + mine] = static_cast<double>(own) + first / n;
   partial.m2[int64_t{at} * hidden + mine] = second - first * first / n;
 }
@@ -157,7 +161,7 @@ static __global__ void __launch_bounds__(kMerge)
     weight[threadIdx.x] = n0 * share[threadIdx.x];
     __syncthreads();
     if (inside)
-#pragma unroll 8
+#pragma unroll 16
       for (int k = 0; k < here; k++) {
         const double new_mean = means[(base + k) * hidden], new_m2 = m2s[(base + k) * hidden];
         if (rows[k] == 0) continue;  // nothing was written there

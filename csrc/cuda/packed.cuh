@@ -1,7 +1,8 @@
 // Sixteen bytes at a time: how the kernels read and write rows.
 //
 // A row is a multiple of packs where everything is aligned; otherwise the same packs are assembled
-// element by element. The choice is one flag for the whole launch, so it is a uniform branch.
+// element by element. The choice is one flag for the whole launch, so it is a uniform branch; where
+// the flag is a constant, which the steering kernels make of it, it is none.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -116,12 +117,12 @@ RK_DEVICE void load_floats(const float* vector, int at, int end, bool aligned, f
     load<F32>(reinterpret_cast<const uint32_t*>(vector), at + e, end, aligned, v + e);
 }
 
-// kPack values of weight + offset
+// kPack values of weight + offset; no launch with a weight of the other half type is `aligned`
 template <class T>
 RK_DEVICE void load_gain(const Weight& weight, int at, int end, bool aligned, float* v) {
   if (weight.dtype == T::kDtype) {  // nearly always
     load<T>(static_cast<const typename T::Element*>(weight.data), at, end, aligned, v);
-  } else if (weight.dtype == Dtype::f32) {
+  } else if (aligned || weight.dtype == Dtype::f32) {
     load_floats<T>(static_cast<const float*>(weight.data), at, end, aligned, v);
   } else {
     const auto* w = static_cast<const uint16_t*>(weight.data);
@@ -140,6 +141,26 @@ RK_DEVICE void load_gain(const Weight& weight, int at, int end, bool aligned, fl
 template <class T>
 RK_DEVICE typename T::Element* row_of(const Rows& rows, int64_t i) {
   return static_cast<typename T::Element*>(rows.data) + i * rows.stride;
+}
+
+// --- copies into shared memory that nobody waits for until they are needed
+// ----------------------
+
+RK_DEVICE void copy_pack_async(uint4* to, const void* from, bool inside) {
+#if defined(__CUDA_ARCH__)
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
+               "r"(inside ? 16 : 0)
+               : "memory");
+#else
+  *to = inside ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+#endif
+}
+
+RK_DEVICE void wait_for_the_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // --- programmatic dependent launch (sm_90 and later; nothing before)
@@ -167,8 +188,9 @@ RK_DEVICE void prefetch(const void* p) {
 #endif
 }
 
-// Ask for `bytes` bytes, one line of 128 per thread.
+// Ask for `bytes` bytes, one line of 128 per thread; seldom more than one, so the loop stays small.
 RK_DEVICE void prefetch_bytes(const void* from, int64_t bytes, int thread, int threads) {
+#pragma unroll 1
   for (int64_t at = thread * 128; at < bytes; at += threads * 128)
     prefetch(static_cast<const char*>(from) + at);
 }

@@ -40,6 +40,12 @@ constexpr Plan kPlans[] = {
 };
 constexpr int kPlanCount = sizeof(kPlans) / sizeof(kPlans[0]);
 
+// Whether the blocks of a plan stay and take one row after the other, and ask for the next row
+// while they work on this one: where a multiprocessor has room for one block, nobody else would.
+constexpr bool stays(const Plan& plan) {
+  return plan.team * plan.values > 8192;
+}
+
 // Whether a plan has a kernel for one slot or several, and for the norm's adjoint (`through`).
 // Several slots keep the change beside s: 512 threads have no registers for 32 values of both.
 constexpr bool serves(const Plan& plan, bool one_slot, bool through) {

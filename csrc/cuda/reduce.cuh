@@ -89,6 +89,15 @@ RK_DEVICE float coefficient(const SteerArgs& args, int64_t at, const float* p, f
   return (t < p[LOW] || t > p[HIGH] ? p[A] : p[A] + p[C]) * dot;
 }
 
+RK_DEVICE void* dynamic_shared() {
+#ifdef RK_CUDA_EMULATED
+  return emulated_dynamic_shared();
+#else
+  extern __shared__ uint4 memory[];
+  return memory;
+#endif
+}
+
 // Arguments live in constant memory, and the first use of each line of it waits: not after the
 // kernel before has ended, but here.
 RK_DEVICE void ask_for_the_arguments(const SteerArgs& args) {

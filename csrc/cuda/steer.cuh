@@ -26,7 +26,7 @@ template <class T>
 constexpr float kTrusted = T::kPack == 4 ? 0.25f : 0.01f;  // of |s|^2: a float32 row shows more
 
 // What a thread holds of its row: packs of T at fixed offsets.
-template <class T, int kPlan>
+template <class T, int kPlan, bool kAligned>
 struct Slice {
   static constexpr Plan kP = kPlans[kPlan];
   static constexpr int kThreads = kP.threads(), kBlock = kP.block();
@@ -36,8 +36,8 @@ struct Slice {
   static constexpr int kHalves = kP.split == 1 && kPacks > 1 ? 2 : 1;
   static_assert(kPacks >= 1, "less than a pack per thread");
 
+  static constexpr bool aligned = kAligned;
   int lane, hidden;
-  bool aligned;
 
   RK_DEVICE int at(int pack) const {
     return (((lane % kP.split) * kPacks + pack) * kP.team + lane / kP.split) * T::kPack;
@@ -49,6 +49,17 @@ struct Slice {
 #pragma unroll
     for (int p = 0; p < kPacks; p++)
       raw[p] = load_pack<T>(row_of<T>(rows, row), at(p), hidden, aligned, true);
+  }
+  // the same by way of shared memory, where each thread has places of its own
+  RK_DEVICE void ask_for(const Rows& rows, int64_t row, uint4* stage) const {
+    const auto* from = row_of<T>(rows, row);
+#pragma unroll
+    for (int p = 0; p < kPacks; p++)
+      copy_pack_async(stage + p * kBlock + threadIdx.x, from + at(p), at(p) < hidden);
+  }
+  static RK_DEVICE void take(const uint4* stage, Raw& raw) {
+#pragma unroll
+    for (int p = 0; p < kPacks; p++) raw[p] = stage[p * kBlock + threadIdx.x];
   }
   static RK_DEVICE void unpack(const Raw& raw, float* v) {
 #pragma unroll
@@ -81,48 +92,28 @@ struct Slice {
 
 // Blocks that a multiprocessor must hold at least: 1,024 threads, each with two packs of every row
 // on the way. Where a thread has more to hold 1, or ptxas would spill.
-#ifndef RK_RESIDENT
-#define RK_RESIDENT 1024
-#endif
-template <class T, int kPlan, Mode kMode, int kGroup>
-constexpr int kResident = T::kPack == 8 && kMode != Mode::through && kGroup == 1 &&
+template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
+constexpr int kResident = kAligned && T::kPack == 8 && kMode != Mode::through && kGroup == 1 &&
                                   kPlans[kPlan].values <= 16 && kPlans[kPlan].split == 1
-                              ? RK_RESIDENT / kPlans[kPlan].block()
+                              ? (kMode == Mode::add ? 1280 : 1024) / kPlans[kPlan].block()
                               : 1;
 
-// kGroup slots are read per reduction: 1 for the usual single direction, else 4 at a time.
-template <class T, int kPlan, Mode kMode, int kGroup>
-__global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kMode, kGroup>))
-    steer_kernel(const SteerArgs args, const int64_t tokens, const bool aligned) {
-  using S = Slice<T, kPlan>;
+template <int kPlan, Mode kMode, int kGroup, bool kAligned>
+constexpr bool kStays = kAligned && kGroup == 1 && kMode != Mode::through && stays(kPlans[kPlan]);
+
+// three raw rows of 32 float32 values would leave no registers for anything else
+template <class S, Mode kMode>
+constexpr bool kLate = kMode == Mode::through && S::kPacks > 4;
+
+// One row, of which x and the residual (unless kLate) have been fetched. kGroup slots are read per
+// reduction: 1 for the usual single direction, else 4 at a time.
+template <class T, Mode kMode, int kGroup, class S, class Sum>
+RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum& team_sum,
+                         typename S::Raw& raw_x, typename S::Raw& raw_residual) {
   constexpr int kValues = S::kValues;
-  using Sum = TeamSum<S::kThreads, 4>;
-  __shared__ typename Sum::Buffers buffers;
-  Sum team_sum(buffers);
-
-  const int hidden = static_cast<int>(args.hidden);
+  const int hidden = slice.hidden;
   const int64_t slots = args.programs.slots;
-  const int64_t row = int64_t{blockIdx.x} * S::kP.rows + threadIdx.x / S::kThreads;
-  const S slice{static_cast<int>(threadIdx.x % S::kThreads), hidden, aligned};
-
-  // what does not come from the kernel before is asked for while that one still runs
-  let_the_next_kernel_start();  // which waits for this one's end, and so for that of those before
-  ask_for_the_arguments(args);
-  if (blockIdx.x == 0) {
-    if (!args.programs.route)
-      prefetch_bytes(args.programs.bank, 2 * slots * hidden * 4, threadIdx.x, S::kBlock);
-    if (kMode != Mode::add)
-      prefetch_bytes(args.weight.data, hidden * (args.weight.dtype == Dtype::f32 ? 4 : 2),
-                     threadIdx.x, S::kBlock);
-  }
-  wait_for_the_kernel_before();
-  if (row >= tokens) return;  // only whole warps, and only where a team is one warp
-
-  typename S::Raw raw_x, raw_residual, raw_h;
-  slice.fetch(args.x, row, raw_x);
-  // three raw rows of 32 float32 values would leave no registers for anything else
-  constexpr bool kLate = kMode == Mode::through && S::kPacks > 4;
-  if (!kLate && args.residual.data) slice.fetch(args.residual, row, raw_residual);
+  typename S::Raw raw_h;
   if constexpr (kMode == Mode::through) slice.fetch(args.h, row, raw_h);
   const int64_t program = program_of(args.programs, row);
   const float* v = args.programs.bank + (program < 0 ? 0 : program) * 2 * slots * hidden;
@@ -135,13 +126,14 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
   float vector[kValues], write[kValues], gain[kValues], numbers[kParams];
   constexpr bool kEarly = kGroup == 1 && kValues <= 8;
   if constexpr (kEarly) {
-    if (kMode == Mode::norm) slice.read_gain(args.weight, gain);
     if (program >= 0) {
       slice.read_vector(v, vector);
       slice.read_vector(u, write);
 #pragma unroll
       for (int i = 0; i < kParams; i++) numbers[i] = params[i];
     }
+    // last, since which type the weight has is a branch, and in it the load is waited for
+    if (kMode == Mode::norm) slice.read_gain(args.weight, gain);
   }
 
   float s[kValues];
@@ -161,7 +153,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
     for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
   }
   if (args.residual.data) {
-    if (kLate) slice.fetch(args.residual, row, raw_residual);
+    if (kLate<S, kMode>) slice.fetch(args.residual, row, raw_residual);
     float residual[kValues];
     S::unpack(raw_residual, residual);
 #pragma unroll
@@ -172,6 +164,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
   float squares = 0.0f, trusted = 0.0f;
   if (program < 0) {  // the plain add, bit for bit
     if (scores)
+#pragma unroll 1
       for (int64_t slot = 0; slot < slots; slot++) scores[slot] = 0.0f;
   } else {
     if constexpr (kGroup == 1) {
@@ -236,6 +229,55 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(), (kResident<T, kPlan, kM
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] *= gain[i];
     slice.write(args.normed, row, s);
+  }
+}
+
+template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
+__global__ void __launch_bounds__(kPlans[kPlan].block(),
+                                  (kResident<T, kPlan, kMode, kGroup, kAligned>))
+    steer_kernel(const SteerArgs args, const int64_t tokens) {
+  using S = Slice<T, kPlan, kAligned>;
+  using Sum = TeamSum<S::kThreads, 4>;
+  __shared__ typename Sum::Buffers buffers;
+  Sum team_sum(buffers);
+  int64_t row = int64_t{blockIdx.x} * S::kP.rows + threadIdx.x / S::kThreads;
+  const S slice{static_cast<int>(threadIdx.x % S::kThreads), static_cast<int>(args.hidden)};
+
+  // what does not come from the kernel before is asked for while that one still runs
+  ask_for_the_arguments(args);
+  if (blockIdx.x == 0) {
+    if (!args.programs.route)
+      prefetch_bytes(args.programs.bank, 2 * args.programs.slots * args.hidden * 4, threadIdx.x,
+                     S::kBlock);
+    if (kMode != Mode::add)
+      prefetch_bytes(args.weight.data, args.hidden * (args.weight.dtype == Dtype::f32 ? 4 : 2),
+                     threadIdx.x, S::kBlock);
+  }
+  wait_for_the_kernel_before();
+  let_the_next_kernel_start();
+  if (row >= tokens) return;  // only whole warps, and only where a team is one warp
+
+  typename S::Raw raw_x, raw_residual;
+  if constexpr (kStays<kPlan, kMode, kGroup, kAligned>) {
+    auto* stage = static_cast<uint4*>(dynamic_shared());
+    auto* stage_residual = stage + S::kPacks * S::kBlock;
+    const auto ask_for_row = [&] {
+      slice.ask_for(args.x, row, stage);
+      if (args.residual.data) slice.ask_for(args.residual, row, stage_residual);
+    };
+    for (ask_for_row(); row < tokens;) {
+      wait_for_the_copies();
+      S::take(stage, raw_x);
+      if (args.residual.data) S::take(stage_residual, raw_residual);
+      const int64_t here = row;
+      row += gridDim.x;
+      if (row < tokens) ask_for_row();
+      steer_row<T, kMode, kGroup>(args, slice, here, team_sum, raw_x, raw_residual);
+    }
+  } else {
+    slice.fetch(args.x, row, raw_x);
+    if (!kLate<S, kMode> && args.residual.data) slice.fetch(args.residual, row, raw_residual);
+    steer_row<T, kMode, kGroup>(args, slice, row, team_sum, raw_x, raw_residual);
   }
 }
 

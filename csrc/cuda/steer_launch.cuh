@@ -1,6 +1,7 @@
 // From arguments to the right steering kernel.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "launch.h"
@@ -10,19 +11,27 @@
 
 namespace rk::cuda {
 
-template <class T, int kPlan, Mode kMode, int kGroup>
-void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t tokens,
-                 bool aligned) {
+template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
+void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t tokens) {
   constexpr Plan plan = kPlans[kPlan];
-  if constexpr (serves(plan, kGroup == 1, kMode == Mode::through))
-    launch(op, device, steer_kernel<T, kPlan, kMode, kGroup>, (tokens + plan.rows - 1) / plan.rows,
-           plan.block(), 0, args, tokens, aligned);
+  if constexpr (serves(plan, kGroup == 1, kMode == Mode::through) &&
+                (kAligned || plan.split == 1)) {
+    const auto kernel = steer_kernel<T, kPlan, kMode, kGroup, kAligned>;
+    int64_t blocks = (tokens + plan.rows - 1) / plan.rows, shared_bytes = 0;
+    if constexpr (kStays<kPlan, kMode, kGroup, kAligned>) {
+      blocks = std::min<int64_t>(blocks, multiprocessors(op, device));
+      shared_bytes = int64_t{plan.team} * plan.values * sizeof(typename T::Element) *
+                     (args.residual.data ? 2 : 1);
+      allow_shared(op, kernel, shared_bytes);
+    }
+    launch(op, device, kernel, blocks, plan.block(), shared_bytes, args, tokens);
+  }
 }
 
-template <class T, Mode kMode, int kGroup, int... kPlan>
-void launch_mode(const char* op, int32_t device, const SteerArgs& args, int64_t tokens,
-                 bool aligned, int plan, std::integer_sequence<int, kPlan...>) {
-  ((plan == kPlan ? launch_plan<T, kPlan, kMode, kGroup>(op, device, args, tokens, aligned)
+template <class T, Mode kMode, int kGroup, bool kAligned, int... kPlan>
+void launch_mode(const char* op, int32_t device, const SteerArgs& args, int64_t tokens, int plan,
+                 std::integer_sequence<int, kPlan...>) {
+  ((plan == kPlan ? launch_plan<T, kPlan, kMode, kGroup, kAligned>(op, device, args, tokens)
                   : void()),
    ...);
 }
@@ -33,28 +42,34 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   const int64_t size = sizeof(typename T::Element);
   const Mode mode = args.h.data ? Mode::through : args.normed.data ? Mode::norm : Mode::add;
   const bool one = args.programs.slots <= 1;
-  const int plan = choose_plan(args.hidden, tokens, one, mode == Mode::through);
+  bool aligned =
+      args.hidden % T::kPack == 0 && aligned_pointer(args.programs.bank) &&
+      aligned_pointer(args.weight.data) &&
+      (!args.weight.data || args.weight.dtype == T::kDtype || args.weight.dtype == Dtype::f32);
+  for (const Rows* rows : {&args.x, &args.residual, &args.out, &args.normed, &args.h})
+    aligned = aligned && (!rows->data || aligned_rows(*rows, size));
+  // a row has the same bits with a split plan, so rows that are not aligned do without
+  const int plan =
+      choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one, mode == Mode::through);
   if (plan < 0) {
     launch(op, device, steer_long_kernel<T>, tokens, kLongThreads, args.programs.slots * 4, args,
            tokens);
     return;
   }
-  bool aligned = args.hidden % T::kPack == 0 && aligned_pointer(args.programs.bank) &&
-                 aligned_pointer(args.weight.data);
-  for (const Rows* rows : {&args.x, &args.residual, &args.out, &args.normed, &args.h})
-    aligned = aligned && (!rows->data || aligned_rows(*rows, size));
   const auto all = std::make_integer_sequence<int, kPlanCount>();
-  const auto with = [&](auto launch_it) {
-    launch_it(op, device, args, tokens, aligned, plan, all);
+  const auto with = [&](auto launch_it) { launch_it(op, device, args, tokens, plan, all); };
+  const auto by_group = [&]<Mode kMode, bool kAligned>() {
+    one ? with([](auto&&... a) { launch_mode<T, kMode, 1, kAligned>(a...); })
+        : with([](auto&&... a) { launch_mode<T, kMode, 4, kAligned>(a...); });
   };
-  const auto by_group = [&]<Mode kMode>() {
-    one ? with([](auto&&... a) { launch_mode<T, kMode, 1>(a...); })
-        : with([](auto&&... a) { launch_mode<T, kMode, 4>(a...); });
+  const auto by_alignment = [&]<Mode kMode>() {
+    aligned ? by_group.template operator()<kMode, true>()
+            : by_group.template operator()<kMode, false>();
   };
   switch (mode) {
-    case Mode::add: by_group.template operator()<Mode::add>(); break;
-    case Mode::norm: by_group.template operator()<Mode::norm>(); break;
-    case Mode::through: by_group.template operator()<Mode::through>(); break;
+    case Mode::add: by_alignment.template operator()<Mode::add>(); break;
+    case Mode::norm: by_alignment.template operator()<Mode::norm>(); break;
+    case Mode::through: by_alignment.template operator()<Mode::through>(); break;
   }
 }
 

@@ -136,8 +136,11 @@ inline const uint32_t* exchange(uint32_t mine) {
 
 #define threadIdx (::emulator::machine.current->thread)
 #define blockIdx (::emulator::machine.block)
+// a plain name, since a launch configuration has a member of that name
+#define gridDim emulated_grid
+inline dim3 emulated_grid;
 
-inline float* emulated_dynamic_shared() {
+inline void* emulated_dynamic_shared() {
   return emulator::machine.dynamic_shared.data();
 }
 
@@ -189,7 +192,8 @@ inline float rsqrtf(float v) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -207,8 +211,12 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) {
   return "no error";
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 9;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 2;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
@@ -217,8 +225,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   auto& machine = emulator::machine;
   machine.dynamic_shared.assign(config->dynamicSmemBytes / sizeof(float) + 1, NAN);
+  const dim3 grid = gridDim = config->gridDim;
   machine.body = [&] { kernel(arguments...); };
-  for (unsigned block = 0; block < config->gridDim.x; block++) {
+  for (unsigned block = 0; block < grid.x; block++) {
     machine.block = dim3(block, 0, 0);
     emulator::run_block(static_cast<int>(config->blockDim.x), block * 2654435761u + 12345);
   }
