@@ -2,7 +2,8 @@
 
     python tools/compile_triton.py [--targets 80 90 100]
 
-Prints registers and spills for each, and fails where a kernel does not compile or spills.
+Prints registers and spills for each, and fails where a kernel does not compile or spills, or where
+a launch could not bind its arguments.
 """
 
 import argparse
@@ -16,7 +17,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from refusal_kernels.ops import triton_kernels as kernels
 from refusal_kernels.ops.triton import MOMENTS, plan
@@ -96,6 +98,18 @@ def signature(
     return types, constants, promises
 
 
+def bind(kernel: triton.JITFunction) -> None:
+    """Bind arguments as a launch does; raises where it could not.
+
+    What Triton generates for that has variables of its own, among them one named params, and a
+    kernel's parameter of the same name is overwritten. Neither the interpreter nor a compilation
+    ahead of time comes by there.
+    """
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    binder(*range(16, 16 + len(kernel.params)))
+
+
 def spills(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of local memory, as ``cuobjdump`` reads them."""
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -122,6 +136,8 @@ def main() -> int:
         for aligned in ((True, False) if variant.get("SLOTS", 1) == 1 else (True,))
         for dtype in DTYPES
     ]
+    for name in VARIANTS:
+        bind(getattr(kernels, name))
     for target, name, variant, aligned, dtype in every:
         kernel = getattr(kernels, name)
         constants = {k: v for k, v in variant.items() if k != "num_warps"}

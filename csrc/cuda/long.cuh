@@ -36,11 +36,12 @@ RK_DEVICE float gain_at(const Weight& weight, int64_t j) {
   return w + weight.offset;
 }
 
-// dynamic shared memory: a float for every slot
+// dynamic shared memory: a number for every slot
 template <class T>
 __global__ void __launch_bounds__(kLongThreads, 1)
     steer_long_kernel(const SteerArgs args, const int64_t tokens) {
-  using Sum = TeamSum<kLongThreads, 2>;
+  using R = Real<T>;
+  using Sum = TeamSum<R, kLongThreads, 2>;
   __shared__ typename Sum::Buffers buffers;
   Sum team_sum(buffers);
   wait_for_the_kernel_before();
@@ -49,24 +50,25 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   const auto* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
   const auto* h = args.h.data ? row_of<T>(args.h, row) : nullptr;
   auto* out = args.out.data ? row_of<T>(args.out, row) : nullptr;
-  auto* phis = static_cast<float*>(dynamic_shared());
+  auto* phis = static_cast<R*>(dynamic_shared());
 
   const auto sum_over_row = [&](auto term) {
-    float sums[1] = {0.0f};
-    for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) sums[0] += term(j);
+    R sums[1] = {0};
+    for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) sums[0] += R{term(j)};
     team_sum(sums);
     return sums[0];
   };
   float scale = 0.0f, pull = 0.0f;  // of the norm's adjoint
   if (h) {
-    const float squares = sum_over_row([&](int64_t j) {
-      const float v = element<T>(h, j);
+    const R squares = sum_over_row([&](int64_t j) {
+      const R v = element<T>(h, j);
       return v * v;
     });
-    scale = rsqrtf(squares / hidden + args.weight.eps);
-    pull = scale * scale / hidden * sum_over_row([&](int64_t j) {
-             return element<T>(x, j) * gain_at(args.weight, j) * element<T>(h, j);
-           });
+    scale = rsqrtf(static_cast<float>(squares / hidden) + args.weight.eps);
+    const R products = sum_over_row([&](int64_t j) {
+      return element<T>(x, j) * gain_at(args.weight, j) * R{element<T>(h, j)};
+    });
+    pull = scale * scale * static_cast<float>(products / hidden);
   }
   const auto s_at = [&](int64_t j) {
     float s = element<T>(x, j);
@@ -83,12 +85,12 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     read = write, write = swap;
   }
   for (int64_t slot = 0; slot < slots; slot++) {
-    const float dot =
-        program < 0 ? 0.0f
-                    : sum_over_row([&](int64_t j) { return s_at(j) * read[slot * hidden + j]; });
+    R dot = 0;
+    if (program >= 0)
+      dot = sum_over_row([&](int64_t j) { return R{s_at(j)} * read[slot * hidden + j]; });
     if (threadIdx.x == 0) {
       const int64_t at = row * slots + slot;
-      if (args.scores) args.scores[at] = dot;
+      if (args.scores) args.scores[at] = static_cast<float>(dot);
       if (program >= 0)
         phis[slot] =
             coefficient(args, at, args.programs.params + (program * slots + slot) * kParams, dot);
@@ -96,10 +98,10 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
   __syncthreads();
   const auto h_at = [&](int64_t j) {
-    float value = s_at(j);
+    R value = s_at(j);
     for (int64_t slot = 0; slot < active; slot++)
-      value = fmaf(phis[slot], write[slot * hidden + j], value);
-    return value;
+      value = fused(phis[slot], R{write[slot * hidden + j]}, value);
+    return static_cast<float>(value);
   };
 
   // each thread reads only what it writes itself, so out may be x or residual
@@ -107,11 +109,11 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) put<T>(out, j, h_at(j));
     return;
   }
-  const float squares = sum_over_row([&](int64_t j) {
-    const float v = h_at(j);
+  const R squares = sum_over_row([&](int64_t j) {
+    const R v = h_at(j);
     return v * v;
   });
-  const float norm = rsqrtf(squares / hidden + args.weight.eps);
+  const float norm = rsqrtf(static_cast<float>(squares / hidden) + args.weight.eps);
   auto* normed = row_of<T>(args.normed, row);
   for (int64_t j = threadIdx.x; j < hidden; j += kLongThreads) {
     const float v = h_at(j);

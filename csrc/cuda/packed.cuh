@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../args.h"
 
 namespace rk::cuda {
@@ -70,6 +72,18 @@ struct BF16 : Half<BF16Pair> {
 struct F16 : Half<F16Pair> {
   static constexpr Dtype kDtype = Dtype::f16;
 };
+
+// What sums, scores and the edit are worked out in. Where nearly all of a float32 row lies along v,
+// the rounding of v.s to float32 would be most of what is left of it.
+template <class T>
+using Real = std::conditional_t<T::kPack == 4, double, float>;
+
+RK_DEVICE float fused(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
+RK_DEVICE double fused(double a, double b, double c) {
+  return fma(a, b, c);
+}
 
 // The pack that begins at element `at`; zeros beyond `end`. `once` marks what nobody reads again.
 template <class T>

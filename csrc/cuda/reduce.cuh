@@ -17,15 +17,15 @@ namespace rk::cuda {
 //
 // One barrier per call: the buffers take turns, and nobody writes the third call's numbers before
 // everybody has passed the second's barrier.
-template <int kThreads, int kMost>
+template <class R, int kThreads, int kMost>
 struct TeamSum {
   static constexpr int kWarps = kThreads / 32;
-  using Buffers = float[2][kMost][kWarps];
+  using Buffers = R[2][kMost][kWarps];
 
   RK_DEVICE explicit TeamSum(Buffers& shared) : buffers(shared) {}
 
   template <int kSums>
-  RK_DEVICE void operator()(float (&sums)[kSums]) {
+  RK_DEVICE void operator()(R (&sums)[kSums]) {
     static_assert(kSums <= kMost && (kSums == 1 || kSums == 2 || kSums == 4), "1, 2 or 4 sums");
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -33,12 +33,12 @@ struct TeamSum {
       const bool upper = lane & step;
 #pragma unroll
       for (int k = 0; k < left; k++) {
-        const float given = upper ? sums[k] : sums[k + left];
+        const R given = upper ? sums[k] : sums[k + left];
         sums[k] = (upper ? sums[k + left] : sums[k]) + __shfl_xor_sync(kAll, given, step);
       }
     }
     const int own = kSums == 4 ? (lane & 1) * 2 + (lane & 2) / 2 : lane % kSums;
-    float sum = added<kSums, 32>(sums[0]);
+    R sum = added<kSums, 32>(sums[0]);
     if constexpr (kWarps > 1) {
       auto& buffer = buffers[turn];
       turn ^= 1;
@@ -47,7 +47,7 @@ struct TeamSum {
       // of the warps whose sums a lane takes, neighbours again come first
       constexpr int kTaken = kWarps * kSums > 32 ? kWarps * kSums / 32 : 1;
       static_assert(kTaken <= 4, "more warps than the lanes can take in fours");
-      const float* taken = buffer[own] + lane / kSums * kTaken % kWarps;
+      const R* taken = buffer[own] + lane / kSums * kTaken % kWarps;
       sum = taken[0];
       if constexpr (kTaken > 1) sum += taken[1];
       if constexpr (kTaken > 2) sum += taken[2] + taken[3];
@@ -62,7 +62,7 @@ struct TeamSum {
 
   // over the lanes that are kFrom, 2 kFrom, 4 kFrom ... apart, within groups of kTo
   template <int kFrom, int kTo>
-  static RK_DEVICE float added(float sum) {
+  static RK_DEVICE R added(R sum) {
 #pragma unroll
     for (int step = kFrom; step < kTo; step *= 2) sum += __shfl_xor_sync(kAll, sum, step);
     return sum;
@@ -74,16 +74,18 @@ struct TeamSum {
 };
 
 // phi(t) = a*t + c*clamp(t, low, high) + b. A NaN score compares false twice and stays a NaN.
-RK_DEVICE float phi(const float* p, float t) {
-  float clamped = t;
+template <class R>
+RK_DEVICE R phi(const float* p, R t) {
+  R clamped = t;
   if (t < p[LOW]) clamped = p[LOW];
   if (clamped > p[HIGH]) clamped = p[HIGH];
-  return fmaf(p[A], t, fmaf(p[C], clamped, p[B]));
+  return fused(R{p[A]}, t, fused(R{p[C]}, clamped, R{p[B]}));
 }
 
 // What a dot product does to its slot: phi of it, or, in the adjoint, the slope of phi at the saved
 // score times it.
-RK_DEVICE float coefficient(const SteerArgs& args, int64_t at, const float* p, float dot) {
+template <class R>
+RK_DEVICE R coefficient(const SteerArgs& args, int64_t at, const float* p, R dot) {
   if (!args.saved) return phi(p, dot);
   const float t = args.saved[at];
   return (t < p[LOW] || t > p[HIGH] ? p[A] : p[A] + p[C]) * dot;

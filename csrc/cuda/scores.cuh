@@ -11,7 +11,7 @@ constexpr int kScoresThreads = 128;
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kScoresThreads, kGroup == 1 ? 8 : 1)
     scores_kernel(const ScoresArgs args, const bool aligned) {
-  using Sum = TeamSum<kScoresThreads, kGroup>;
+  using Sum = TeamSum<float, kScoresThreads, kGroup>;
   __shared__ typename Sum::Buffers buffers;
   Sum team_sum(buffers);
   const int64_t row = blockIdx.x, slots = args.programs.slots;

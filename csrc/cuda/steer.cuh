@@ -23,7 +23,7 @@ namespace rk::cuda {
 enum class Mode { add, norm, through };  // see SteerArgs
 
 template <class T>
-constexpr float kTrusted = T::kPack == 4 ? 0.25f : 0.01f;  // of |s|^2: a float32 row shows more
+constexpr float kTrusted = T::kPack == 4 ? 1e-6f : 0.01f;  // of |s|^2: float32 rows have doubles
 
 // What a thread holds of its row: packs of T at fixed offsets.
 template <class T, int kPlan, bool kAligned>
@@ -79,12 +79,12 @@ struct Slice {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) load_gain<T>(weight, at(p), hidden, aligned, v + p * T::kPack);
   }
-  static RK_DEVICE float dot(const float* a, const float* b) {
-    float halves[kHalves] = {};
+  static RK_DEVICE Real<T> dot(const float* a, const float* b) {
+    Real<T> halves[kHalves] = {};
 #pragma unroll
     for (int i = 0; i < kValues; i++) {
-      float& sum = halves[i * kHalves / kValues];
-      sum = fmaf(a[i], b[i], sum);
+      Real<T>& sum = halves[i * kHalves / kValues];
+      sum = fused(Real<T>{a[i]}, Real<T>{b[i]}, sum);
     }
     return kHalves == 2 ? halves[0] + halves[kHalves - 1] : halves[0];
   }
@@ -110,6 +110,7 @@ constexpr bool kLate = kMode == Mode::through && S::kPacks > 4;
 template <class T, Mode kMode, int kGroup, class S, class Sum>
 RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum& team_sum,
                          typename S::Raw& raw_x, typename S::Raw& raw_residual) {
+  using R = Real<T>;
   constexpr int kValues = S::kValues;
   const int hidden = slice.hidden;
   const int64_t slots = args.programs.slots;
@@ -145,10 +146,10 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
     slice.read_gain(args.weight, gain);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] *= gain[i];
-    float sums[2] = {S::dot(h, h), S::dot(s, h)};
+    R sums[2] = {S::dot(h, h), S::dot(s, h)};
     team_sum(sums);
-    const float scale = rsqrtf(sums[0] / hidden + args.weight.eps);
-    const float pull = scale * scale * (sums[1] / hidden);
+    const float scale = rsqrtf(static_cast<float>(sums[0] / hidden) + args.weight.eps);
+    const float pull = scale * scale * static_cast<float>(sums[1] / hidden);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
   }
@@ -161,7 +162,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
   }
 
   float* scores = args.scores && slice.lane == 0 ? args.scores + row * slots : nullptr;
-  float squares = 0.0f, trusted = 0.0f;
+  R squares = 0, trusted = 0;
   if (program < 0) {  // the plain add, bit for bit
     if (scores)
 #pragma unroll 1
@@ -169,29 +170,30 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
   } else {
     if constexpr (kGroup == 1) {
       if (!kEarly) slice.read_vector(v, vector);
-      float phi;
+      R phi;
       const float* slot = kEarly ? numbers : params;
       if constexpr (kMode == Mode::norm) {
         if (!kEarly) slice.read_vector(u, write);
-        float sums[4] = {S::dot(s, vector), S::dot(s, s), S::dot(s, write), S::dot(write, write)};
+        R sums[4] = {S::dot(s, vector), S::dot(s, s), S::dot(s, write), S::dot(write, write)};
         team_sum(sums);
-        if (scores) scores[0] = sums[0];
+        if (scores) scores[0] = static_cast<float>(sums[0]);
         phi = coefficient(args, row, slot, sums[0]);
-        squares = fmaf(phi, fmaf(phi, sums[3], 2.0f * sums[2]), sums[1]);
+        squares = fused(phi, fused(phi, sums[3], 2 * sums[2]), sums[1]);
         trusted = kTrusted<T> * sums[1];
       } else {
-        float sums[1] = {S::dot(s, vector)};
+        R sums[1] = {S::dot(s, vector)};
         team_sum(sums);
-        if (scores) scores[0] = sums[0];
+        if (scores) scores[0] = static_cast<float>(sums[0]);
         phi = coefficient(args, row, slot, sums[0]);
       }
       if (!kEarly) slice.read_vector(u, write);
 #pragma unroll
-      for (int i = 0; i < kValues; i++) s[i] = fmaf(phi, write[i], s[i]);
+      for (int i = 0; i < kValues; i++) 
+        s[i] = static_cast<float>(fused(phi, R{write[i]}, R{s[i]}));
     } else {
       float change[kValues] = {};
       for (int64_t first = 0; first < slots; first += kGroup) {
-        float sums[kGroup] = {};
+        R sums[kGroup] = {};
 #pragma unroll
         for (int k = 0; k < kGroup; k++) {
           if (first + k >= slots) break;
@@ -203,8 +205,9 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
         for (int k = 0; k < kGroup; k++) {
           const int64_t slot = first + k;
           if (slot >= slots) break;
-          if (scores) scores[slot] = sums[k];
-          const float phi = coefficient(args, row * slots + slot, params + slot * kParams, sums[k]);
+          if (scores) scores[slot] = static_cast<float>(sums[k]);
+          const auto phi = static_cast<float>(
+              coefficient(args, row * slots + slot, params + slot * kParams, sums[k]));
           slice.read_vector(u + slot * hidden, vector);
 #pragma unroll
           for (int i = 0; i < kValues; i++) change[i] = fmaf(phi, vector[i], change[i]);
@@ -218,11 +221,11 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
 
   if constexpr (kMode == Mode::norm) {
     if (kGroup != 1 || !(squares > trusted)) {  // also where it is NaN
-      float sums[1] = {S::dot(s, s)};
+      R sums[1] = {S::dot(s, s)};
       team_sum(sums);
       squares = sums[0];
     }
-    const float scale = rsqrtf(squares / hidden + args.weight.eps);
+    const float scale = rsqrtf(static_cast<float>(squares / hidden) + args.weight.eps);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] *= scale;
     if (!kEarly) slice.read_gain(args.weight, gain);
@@ -237,7 +240,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
                                   (kResident<T, kPlan, kMode, kGroup, kAligned>))
     steer_kernel(const SteerArgs args, const int64_t tokens) {
   using S = Slice<T, kPlan, kAligned>;
-  using Sum = TeamSum<S::kThreads, 4>;
+  using Sum = TeamSum<Real<T>, S::kThreads, 4>;
   __shared__ typename Sum::Buffers buffers;
   Sum team_sum(buffers);
   int64_t row = int64_t{blockIdx.x} * S::kP.rows + threadIdx.x / S::kThreads;

@@ -52,7 +52,8 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   const int plan =
       choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one, mode == Mode::through);
   if (plan < 0) {
-    launch(op, device, steer_long_kernel<T>, tokens, kLongThreads, args.programs.slots * 4, args,
+    launch(op, device, steer_long_kernel<T>, tokens, kLongThreads, args.programs.slots * sizeof(Real<T>),
+           args,
            tokens);
     return;
   }

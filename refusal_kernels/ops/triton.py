@@ -69,6 +69,13 @@ if triton is not None:
         rows = t.reshape(-1, t.shape[-1])
         return rows if rows.stride(-1) == 1 else rows.contiguous()
 
+    def _has_rows(t: Tensor) -> bool:
+        """Whether `_rows` gives a view; from the strides, for what is traced has no address."""
+        try:
+            return t.view(-1, t.shape[-1]).stride(-1) == 1
+        except RuntimeError:
+            return False
+
     def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
         # Triton launches on the current device, which need not be the tensor's
         on = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
@@ -271,7 +278,7 @@ if triton is not None:
             raise RuntimeError("residual is expanded (several rows share memory)")
         rows = _rows(residual) if residual.numel() else residual
         _steer(x, residual, rows, bank, params, route)
-        if rows.data_ptr() != residual.data_ptr():  # the strides allowed no view
+        if not _has_rows(residual):  # they are copies
             residual.copy_(rows.view(residual.shape))
 
     def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:

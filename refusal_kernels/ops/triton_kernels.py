@@ -56,6 +56,13 @@ def _load_sum(
 
 
 @triton.jit
+def _edited(s, write, push, steered, slot_mask, columns, mask):  # -> float32 [BLOCK]
+    u = _vectors(write, slot_mask, columns, mask).to(push.dtype)
+    h = s.to(push.dtype) + tl.sum(u * push[:, None], axis=0)
+    return tl.where(steered, h.to(tl.float32), s)
+
+
+@triton.jit
 def steer_kernel(
     x,
     residual,
@@ -128,7 +135,10 @@ def steer_kernel(
         scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
         pull = scale * scale * (tl.sum(products) / hidden)
 
-    t = tl.zeros([SLOTS], tl.float32)
+    # Where nearly all of a float32 row lies along v, the rounding of v.s to float32 would be most of
+    # what is left of it.
+    REAL: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
+    t = tl.zeros([SLOTS], REAL)
     for start in range(0, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < hidden
@@ -136,7 +146,8 @@ def steer_kernel(
             x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
             HAS_RESIDUAL, THROUGH_NORM,
         )  # fmt: skip
-        t += tl.sum(_vectors(read, slot_mask, columns, mask) * s[None, :], axis=1)
+        v = _vectors(read, slot_mask, columns, mask).to(REAL)
+        t += tl.sum(v * s.to(REAL)[None, :], axis=1)
 
     p = numbers + (program * slots + slot) * 5
     a = tl.load(p, mask=slot_mask, other=0.0)
@@ -162,8 +173,7 @@ def steer_kernel(
                 x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
                 HAS_RESIDUAL, THROUGH_NORM,
             )  # fmt: skip
-            u = _vectors(write, slot_mask, columns, mask)
-            edited = tl.where(steered, s + tl.sum(u * push[:, None], axis=0), s)
+            edited = _edited(s, write, push, steered, slot_mask, columns, mask)
             squares += edited * edited
         scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
 
@@ -174,14 +184,13 @@ def steer_kernel(
             x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
             HAS_RESIDUAL, THROUGH_NORM,
         )  # fmt: skip
-        u = _vectors(write, slot_mask, columns, mask)
-        edited = tl.where(steered, s + tl.sum(u * push[:, None], axis=0), s)
+        edited = _edited(s, write, push, steered, slot_mask, columns, mask)
         if HAS_NORM and not ADJOINT:
             gain = _load(weight, columns, mask) + weight_offset
             _store(normed_row + columns, edited * scale * gain, mask)
         _store(out_row + columns, edited, mask)
     if HAS_SCORES and not ADJOINT:
-        tl.store(score, tl.where(steered, t, 0.0), mask=slot_mask)
+        tl.store(score, tl.where(steered, t.to(tl.float32), 0.0), mask=slot_mask)
 
 
 @triton.jit

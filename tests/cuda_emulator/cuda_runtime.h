@@ -161,13 +161,22 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
-inline float __shfl_xor_sync(uint32_t, float value, int mask) {
-  const uint32_t* given = emulator::exchange(__float_as_uint(value));
-  return __uint_as_float(given[emulator::linear(*emulator::machine.current) ^ mask]);
-}
 inline float __shfl_sync(uint32_t, float value, int lane) {
   const uint32_t* given = emulator::exchange(__float_as_uint(value));
   return __uint_as_float(given[emulator::linear(*emulator::machine.current) / 32 * 32 + lane]);
+}
+inline float __shfl_xor_sync(uint32_t mask, float value, int step) {
+  return __shfl_sync(mask, value, emulator::linear(*emulator::machine.current) % 32 ^ step);
+}
+inline double __shfl_sync(uint32_t mask, double value, int lane) {
+  float halves[2];
+  std::memcpy(halves, &value, 8);
+  for (float& half : halves) half = __shfl_sync(mask, half, lane);
+  std::memcpy(&value, halves, 8);
+  return value;
+}
+inline double __shfl_xor_sync(uint32_t mask, double value, int step) {
+  return __shfl_sync(mask, value, emulator::linear(*emulator::machine.current) % 32 ^ step);
 }
 
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
