@@ -76,5 +76,14 @@ def test_numbers_are_the_recorded_ones():
     assert f"is {faster['median']:.1f} ({low:.1f} to {high:.1f}) times as fast" in text
     assert f"in {checkpoint['seconds']:.0f} s; the process" in text
     assert f"takes {checkpoint['ratio_over_torch']:.2f} of its largest tensor" in text
+    models = json.loads((results / "models-cuda.json").read_text())["rows"]
+    spans = [
+        [r["ratio"] for r in models if (r["mode"], r["method"]) == what and r["ratio"]]
+        for what in (("eager", "patched"), ("graph", "patched"), ("eager", "hooks"))
+    ]
+    (eager, eager_too), *others = ((f"{min(s):.2f}", f"{max(s):.2f}") for s in spans)
+    graph, hooks = (" to ".join(span) for span in others)
+    assert eager == eager_too and f"gives {eager} of the unmodified model's tokens/s in eager" in text
+    assert f"and {graph} in a CUDA graph" in text and f"plain hooks it gives {hooks}, eager" in text
     training = json.loads((toy.PATH / "training.json").read_text())
     assert f"{training['parameters'] / 1e6:.1f}-million-parameter" in text
