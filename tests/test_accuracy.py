@@ -146,7 +146,8 @@ def test_add_steer_rms_norm_is_at_least_as_accurate_as_eager(backend, dtype, kin
         chance = max(0.15 * eps * largest, 1e-45)
         assert mean_error(got, want) <= max(1.05 * mean_error(other, want), chance)
         assert worst(got, want) <= max(1.05 * worst(other, want), 3 * eps * largest)
-        if backend == "cpu" and got is h:  # it rounds once, eager twice: no allowance is needed
+        # rounded once where eager rounds twice, or worked out in float64: no allowance is needed
+        if got is h and (backend == "cpu" or (dtype == torch.float32 and backend != "reference")):
             assert mean_error(got, want) <= mean_error(other, want)
 
     # Float32 rows that lie along r: already the rounding of r and of t leaves more than 4 eps |h|,

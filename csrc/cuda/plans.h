@@ -22,11 +22,11 @@ constexpr int64_t kAnyTokens = INT64_MAX;
 // The first plan that takes a row serves it. A plan and its split add up in the same order (see
 // reduce.cuh), so the number of tokens never changes a row's bits.
 //
-// The numbers come from arithmetic and the compiler's report, not yet from a clock. An H100 needs
-// about 40 KB in flight per multiprocessor: 768 resident threads that each ask for two packs of x
-// and two of the residual ask for 48 KB. Up to 16 float32 values of s and as many of the write
-// vector leave room for three blocks of 256; 32 of each still fit 128 registers. With fewer rows
-// than two per multiprocessor nothing hides latency but threads, hence the splits.
+// An H100 needs some 40 KB on the way per multiprocessor. 1,024 resident threads that ask for two
+// packs of each row ask for 32 KB of every tensor, and 16 float32 values of s leave them 64
+// registers. 32 values need 128, so there is one block, which asks for its next row in good time
+// (`stays`). With fewer rows than two per multiprocessor nothing hides latency but threads, hence
+// the splits. What it comes to is in docs/gpu.md.
 constexpr Plan kPlans[] = {
     {32, 8, 1, 8, kAnyTokens},    // hidden to 256: a warp per row, no barrier
     {32, 32, 1, 4, kAnyTokens},   // to 1,024

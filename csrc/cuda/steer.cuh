@@ -22,12 +22,20 @@ namespace rk::cuda {
 
 enum class Mode { add, norm, through };  // see SteerArgs
 
-template <class T>
-constexpr float kTrusted = T::kPack == 4 ? 1e-6f : 0.01f;  // of |s|^2: float32 rows have doubles
+// What sums and the edit are worked out in; for longer rows of float32 there are no registers.
+template <class T, int kPlan>
+using RealOf = std::conditional_t<kPlans[kPlan].hidden() <= 8192, Real<T>, float>;
+
+// of |s|^2: float32 rows show more, unless the sums are doubles
+template <class T, class R>
+constexpr float kTrusted = sizeof(R) == 8  ? 1e-6f
+                           : T::kPack == 4 ? 0.25f
+                                           : 0.01f;
 
 // What a thread holds of its row: packs of T at fixed offsets.
 template <class T, int kPlan, bool kAligned>
 struct Slice {
+  using R = RealOf<T, kPlan>;
   static constexpr Plan kP = kPlans[kPlan];
   static constexpr int kThreads = kP.threads(), kBlock = kP.block();
   static constexpr int kPacks = kP.values / T::kPack / kP.split;
@@ -79,19 +87,19 @@ struct Slice {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) load_gain<T>(weight, at(p), hidden, aligned, v + p * T::kPack);
   }
-  static RK_DEVICE Real<T> dot(const float* a, const float* b) {
-    Real<T> halves[kHalves] = {};
+  static RK_DEVICE R dot(const float* a, const float* b) {
+    R halves[kHalves] = {};
 #pragma unroll
     for (int i = 0; i < kValues; i++) {
-      Real<T>& sum = halves[i * kHalves / kValues];
-      sum = fused(Real<T>{a[i]}, Real<T>{b[i]}, sum);
+      R& sum = halves[i * kHalves / kValues];
+      sum = fused(R{a[i]}, R{b[i]}, sum);
     }
     return kHalves == 2 ? halves[0] + halves[kHalves - 1] : halves[0];
   }
 };
 
-// Blocks that a multiprocessor must hold at least: 1,024 threads, each with two packs of every row
-// on the way. Where a thread has more to hold 1, or ptxas would spill.
+// Blocks that a multiprocessor must hold at least: 1,024 threads (1,280 without the norm), each
+// with two packs of every row on the way. Where a thread has more to hold 1, or ptxas would spill.
 template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
 constexpr int kResident = kAligned && T::kPack == 8 && kMode != Mode::through && kGroup == 1 &&
                                   kPlans[kPlan].values <= 16 && kPlans[kPlan].split == 1
@@ -101,16 +109,16 @@ constexpr int kResident = kAligned && T::kPack == 8 && kMode != Mode::through &&
 template <int kPlan, Mode kMode, int kGroup, bool kAligned>
 constexpr bool kStays = kAligned && kGroup == 1 && kMode != Mode::through && stays(kPlans[kPlan]);
 
-// three raw rows of 32 float32 values would leave no registers for anything else
-template <class S, Mode kMode>
-constexpr bool kLate = kMode == Mode::through && S::kPacks > 4;
+// two raw rows of 32 float32 values would leave no registers for anything else
+template <class S>
+constexpr bool kLate = S::kPacks > 4;
 
 // One row, of which x and the residual (unless kLate) have been fetched. kGroup slots are read per
-// reduction: 1 for the usual single direction, else 4 at a time.
+// reduction: 1 for the usual single direction, else 4 at a time (2 of float32).
 template <class T, Mode kMode, int kGroup, class S, class Sum>
 RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum& team_sum,
                          typename S::Raw& raw_x, typename S::Raw& raw_residual) {
-  using R = Real<T>;
+  using R = typename S::R;
   constexpr int kValues = S::kValues;
   const int hidden = slice.hidden;
   const int64_t slots = args.programs.slots;
@@ -125,7 +133,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
     v = u, u = swap;
   }
   float vector[kValues], write[kValues], gain[kValues], numbers[kParams];
-  constexpr bool kEarly = kGroup == 1 && kValues <= 8;
+  constexpr bool kEarly = kGroup == 1 && kValues <= 8 && T::kPack == 8;
   if constexpr (kEarly) {
     if (program >= 0) {
       slice.read_vector(v, vector);
@@ -154,7 +162,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
     for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
   }
   if (args.residual.data) {
-    if (kLate<S, kMode>) slice.fetch(args.residual, row, raw_residual);
+    if (kLate<S>) slice.fetch(args.residual, row, raw_residual);
     float residual[kValues];
     S::unpack(raw_residual, residual);
 #pragma unroll
@@ -179,7 +187,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
         if (scores) scores[0] = static_cast<float>(sums[0]);
         phi = coefficient(args, row, slot, sums[0]);
         squares = fused(phi, fused(phi, sums[3], 2 * sums[2]), sums[1]);
-        trusted = kTrusted<T> * sums[1];
+        trusted = kTrusted<T, R> * sums[1];
       } else {
         R sums[1] = {S::dot(s, vector)};
         team_sum(sums);
@@ -188,8 +196,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
       }
       if (!kEarly) slice.read_vector(u, write);
 #pragma unroll
-      for (int i = 0; i < kValues; i++) 
-        s[i] = static_cast<float>(fused(phi, R{write[i]}, R{s[i]}));
+      for (int i = 0; i < kValues; i++) s[i] = static_cast<float>(fused(phi, R{write[i]}, R{s[i]}));
     } else {
       float change[kValues] = {};
       for (int64_t first = 0; first < slots; first += kGroup) {
@@ -240,7 +247,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
                                   (kResident<T, kPlan, kMode, kGroup, kAligned>))
     steer_kernel(const SteerArgs args, const int64_t tokens) {
   using S = Slice<T, kPlan, kAligned>;
-  using Sum = TeamSum<Real<T>, S::kThreads, 4>;
+  using Sum = TeamSum<typename S::R, S::kThreads, 4>;
   __shared__ typename Sum::Buffers buffers;
   Sum team_sum(buffers);
   int64_t row = int64_t{blockIdx.x} * S::kP.rows + threadIdx.x / S::kThreads;
@@ -279,7 +286,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
     }
   } else {
     slice.fetch(args.x, row, raw_x);
-    if (!kLate<S, kMode> && args.residual.data) slice.fetch(args.residual, row, raw_residual);
+    if (!kLate<S> && args.residual.data) slice.fetch(args.residual, row, raw_residual);
     steer_row<T, kMode, kGroup>(args, slice, row, team_sum, raw_x, raw_residual);
   }
 }

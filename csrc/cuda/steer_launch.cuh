@@ -52,16 +52,16 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   const int plan =
       choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one, mode == Mode::through);
   if (plan < 0) {
-    launch(op, device, steer_long_kernel<T>, tokens, kLongThreads, args.programs.slots * sizeof(Real<T>),
-           args,
-           tokens);
+    launch(op, device, steer_long_kernel<T>, tokens, kLongThreads,
+           args.programs.slots * sizeof(Real<T>), args, tokens);
     return;
   }
   const auto all = std::make_integer_sequence<int, kPlanCount>();
   const auto with = [&](auto launch_it) { launch_it(op, device, args, tokens, plan, all); };
+  constexpr int kSlots = T::kPack == 4 ? 2 : 4;  // read at a time; doubles take two registers
   const auto by_group = [&]<Mode kMode, bool kAligned>() {
     one ? with([](auto&&... a) { launch_mode<T, kMode, 1, kAligned>(a...); })
-        : with([](auto&&... a) { launch_mode<T, kMode, 4, kAligned>(a...); });
+        : with([](auto&&... a) { launch_mode<T, kMode, kSlots, kAligned>(a...); });
   };
   const auto by_alignment = [&]<Mode kMode>() {
     aligned ? by_group.template operator()<kMode, true>()

@@ -206,8 +206,8 @@ def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
         ("rms_norm", _rms_norm_backward, _save_inputs),
     ):
         torch.library.register_autograd(f"{namespace}::{op}", backward, setup_context=setup)
-    # triton_op has given its own ops an Autograd kernel, which older releases of PyTorch replace only
-    # where they are told to
+    # triton_op has given its own ops an Autograd kernel, which older releases of PyTorch replace
+    # only where they are told to
     library = torch.library.Library(namespace, "FRAGMENT")
     _KEPT.append(library)
     for op in EDITS:

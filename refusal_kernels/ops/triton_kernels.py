@@ -135,8 +135,8 @@ def steer_kernel(
         scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
         pull = scale * scale * (tl.sum(products) / hidden)
 
-    # Where nearly all of a float32 row lies along v, the rounding of v.s to float32 would be most of
-    # what is left of it.
+    # Where nearly all of a float32 row lies along v, the rounding of v.s to float32 would be most
+    # of what is left of it.
     REAL: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     t = tl.zeros([SLOTS], REAL)
     for start in range(0, end, BLOCK):
