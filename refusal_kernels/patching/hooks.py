@@ -38,7 +38,8 @@ def paper_hooks(
     else:
         vectors = torch.stack([d.vector for d in direction])[:, None]  # [batch, 1, hidden]
     # once: a copy from the host in every hook would wait for the GPU, and could not be captured
-    vectors = vectors.to(next(model.parameters()).device)
+    if (device := next(model.parameters()).device).type != "meta":  # as offloaded ones are
+        vectors = vectors.to(device)
 
     def project(activation: Tensor) -> Tensor:
         r = vectors.to(activation.device)
