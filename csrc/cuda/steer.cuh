@@ -109,13 +109,9 @@ constexpr int kResident = kAligned && T::kPack == 8 && kMode != Mode::through &&
 template <int kPlan, Mode kMode, int kGroup, bool kAligned>
 constexpr bool kStays = kAligned && kGroup == 1 && kMode != Mode::through && stays(kPlans[kPlan]);
 
-// two raw rows of 32 float32 values would leave no registers for anything else
-template <class S>
-constexpr bool kLate = S::kPacks > 4;
-
 // One row, of which x and the residual (unless kLate) have been fetched. kGroup slots are read per
 // reduction: 1 for the usual single direction, else 4 at a time (2 of float32).
-template <class T, Mode kMode, int kGroup, class S, class Sum>
+template <class T, Mode kMode, int kGroup, bool kLate, class S, class Sum>
 RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum& team_sum,
                          typename S::Raw& raw_x, typename S::Raw& raw_residual) {
   using R = typename S::R;
@@ -162,7 +158,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
     for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
   }
   if (args.residual.data) {
-    if (kLate<S>) slice.fetch(args.residual, row, raw_residual);
+    if (kLate) slice.fetch(args.residual, row, raw_residual);
     float residual[kValues];
     S::unpack(raw_residual, residual);
 #pragma unroll
@@ -242,6 +238,13 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
   }
 }
 
+// Whether a block that stays asks for its next row; before sm_90 ptxas finds no registers for that.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kStages = false;
+#else
+constexpr bool kStages = true;
+#endif
+
 template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
 __global__ void __launch_bounds__(kPlans[kPlan].block(),
                                   (kResident<T, kPlan, kMode, kGroup, kAligned>))
@@ -267,8 +270,22 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
   let_the_next_kernel_start();
   if (row >= tokens) return;  // only whole warps, and only where a team is one warp
 
+  // two raw rows of 32 float32 values would leave no registers for anything else
+  constexpr bool kLate = S::kPacks > 4;
   typename S::Raw raw_x, raw_residual;
-  if constexpr (kStays<kPlan, kMode, kGroup, kAligned>) {
+  const auto fetch = [&](int64_t here) {
+    slice.fetch(args.x, here, raw_x);
+    if (!kLate && args.residual.data) slice.fetch(args.residual, here, raw_residual);
+  };
+  if constexpr (!kStays<kPlan, kMode, kGroup, kAligned>) {
+    fetch(row);
+    steer_row<T, kMode, kGroup, kLate>(args, slice, row, team_sum, raw_x, raw_residual);
+  } else if constexpr (!kStages) {
+    for (; row < tokens; row += gridDim.x) {
+      fetch(row);
+      steer_row<T, kMode, kGroup, kLate>(args, slice, row, team_sum, raw_x, raw_residual);
+    }
+  } else {
     auto* stage = static_cast<uint4*>(dynamic_shared());
     auto* stage_residual = stage + S::kPacks * S::kBlock;
     const auto ask_for_row = [&] {
@@ -282,12 +299,8 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
       const int64_t here = row;
       row += gridDim.x;
       if (row < tokens) ask_for_row();
-      steer_row<T, kMode, kGroup>(args, slice, here, team_sum, raw_x, raw_residual);
+      steer_row<T, kMode, kGroup, false>(args, slice, here, team_sum, raw_x, raw_residual);
     }
-  } else {
-    slice.fetch(args.x, row, raw_x);
-    if (!kLate<S> && args.residual.data) slice.fetch(args.residual, row, raw_residual);
-    steer_row<T, kMode, kGroup>(args, slice, row, team_sum, raw_x, raw_residual);
   }
 }
 
