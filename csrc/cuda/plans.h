@@ -52,6 +52,11 @@ constexpr bool serves(const Plan& plan, bool one_slot, bool through) {
   return (plan.split == 1 || (one_slot && !through)) && (one_slot || plan.hidden() <= 8192);
 }
 
+// Whether it has one for rows that are not aligned, an element at a time.
+constexpr bool serves_unaligned(const Plan& plan) {
+  return plan.split == 1 && plan.hidden() <= 8192;
+}
+
 // The plan of a call, -1 for rows that none holds in registers.
 constexpr int choose_plan(int64_t hidden, int64_t tokens, bool one_slot, bool through) {
   for (int i = 0; i < kPlanCount; i++)

@@ -15,7 +15,7 @@ template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
 void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t tokens) {
   constexpr Plan plan = kPlans[kPlan];
   if constexpr (serves(plan, kGroup == 1, kMode == Mode::through) &&
-                (kAligned || plan.split == 1)) {
+                (kAligned || serves_unaligned(plan))) {
     const auto kernel = steer_kernel<T, kPlan, kMode, kGroup, kAligned>;
     int64_t blocks = (tokens + plan.rows - 1) / plan.rows, shared_bytes = 0;
     if constexpr (kStays<kPlan, kMode, kGroup, kAligned>) {
@@ -51,7 +51,7 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   // a row has the same bits with a split plan, so rows that are not aligned do without
   const int plan =
       choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one, mode == Mode::through);
-  if (plan < 0) {
+  if (plan < 0 || (!aligned && !serves_unaligned(kPlans[plan]))) {
     launch(op, device, steer_long_kernel<T>, tokens, kLongThreads,
            args.programs.slots * sizeof(Real<T>), args, tokens);
     return;
