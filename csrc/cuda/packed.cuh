@@ -157,8 +157,8 @@ RK_DEVICE typename T::Element* row_of(const Rows& rows, int64_t i) {
   return static_cast<typename T::Element*>(rows.data) + i * rows.stride;
 }
 
-// --- copies into shared memory that nobody waits for until they are needed
-// ----------------------
+// --- copies into shared memory, waited for when they are needed
+// -----------------------------------
 
 RK_DEVICE void copy_pack_async(uint4* to, const void* from, bool inside) {
 #if defined(__CUDA_ARCH__)
@@ -178,7 +178,7 @@ RK_DEVICE void wait_for_the_copies() {
 }
 
 // --- programmatic dependent launch (sm_90 and later; nothing before)
-// -------------------------------
+// ------------------------------
 
 // Everything the kernel before has written is visible from here on.
 RK_DEVICE void wait_for_the_kernel_before() {

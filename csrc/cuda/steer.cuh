@@ -106,8 +106,10 @@ constexpr int kResident = kAligned && T::kPack == 8 && kMode != Mode::through &&
                               ? (kMode == Mode::add ? 1280 : 1024) / kPlans[kPlan].block()
                               : 1;
 
-template <int kPlan, Mode kMode, int kGroup, bool kAligned>
-constexpr bool kStays = kAligned && kGroup == 1 && kMode != Mode::through && stays(kPlans[kPlan]);
+// A float32 row would ask for more shared memory than every GPU has (99 KB on sm_86, 89 and 120).
+template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
+constexpr bool kStays =
+    kAligned && T::kPack == 8 && kGroup == 1 && kMode != Mode::through && stays(kPlans[kPlan]);
 
 // One row, of which x and the residual (unless kLate) have been fetched. kGroup slots are read per
 // reduction: 1 for the usual single direction, else 4 at a time (2 of float32).
@@ -277,7 +279,7 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
     slice.fetch(args.x, here, raw_x);
     if (!kLate && args.residual.data) slice.fetch(args.residual, here, raw_residual);
   };
-  if constexpr (!kStays<kPlan, kMode, kGroup, kAligned>) {
+  if constexpr (!kStays<T, kPlan, kMode, kGroup, kAligned>) {
     fetch(row);
     steer_row<T, kMode, kGroup, kLate>(args, slice, row, team_sum, raw_x, raw_residual);
   } else if constexpr (!kStages) {

@@ -18,7 +18,7 @@ void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t 
                 (kAligned || serves_unaligned(plan))) {
     const auto kernel = steer_kernel<T, kPlan, kMode, kGroup, kAligned>;
     int64_t blocks = (tokens + plan.rows - 1) / plan.rows, shared_bytes = 0;
-    if constexpr (kStays<kPlan, kMode, kGroup, kAligned>) {
+    if constexpr (kStays<T, kPlan, kMode, kGroup, kAligned>) {
       blocks = std::min<int64_t>(blocks, multiprocessors(op, device));
       shared_bytes = int64_t{plan.team} * plan.values * sizeof(typename T::Element) *
                      (args.residual.data ? 2 : 1);
