@@ -1,10 +1,13 @@
 """What the dispatcher and the compiler see, and which backend serves a call."""
 
+import importlib
+
 import emulated_cuda
 import pytest
 import torch
 from conftest import DEVICES
 from programs import ablation, random_program, rows, state
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refusal_kernels import ops
 from refusal_kernels.errors import InputError
@@ -157,3 +160,13 @@ def test_use_backend_really_switches(monkeypatch, nothing_found):
     with ops.use_backend("reference"):
         ops.add_steer(rows(1, 8), None, bank, params)
     assert calls == [1]
+
+
+def test_triton_tells_copied_rows_of_a_tensor_without_an_address():
+    """What is traced has strides and no address; `add_steer_` has to copy back from copies."""
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    has_rows = importlib.import_module("refusal_kernels.ops.triton")._has_rows
+    with FakeTensorMode():
+        t = torch.empty(4, 6, 8)
+        assert has_rows(t) and has_rows(t[:, :1]) and has_rows(t[..., :4])
+        assert not has_rows(t[:, :3]) and not has_rows(t.transpose(0, 1)) and not has_rows(t.mT)

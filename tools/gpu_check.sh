@@ -4,8 +4,9 @@
 #     OUT=out/gpu tools/gpu_check.sh
 #
 # Needs nvcc, compute-sanitizer, and a Python with torch, triton, pytest, hypothesis, pybind11 and
-# ninja (with pytest-xdist the tests take a fifth of the time); installs and downloads nothing, and leaves the GPU's settings alone. Runs every step even
-# if one before it failed, all of them in about nine minutes, and fails at the end if one did.
+# ninja (with pytest-xdist the tests take a fraction of the time); installs and downloads nothing,
+# and leaves the GPU's settings alone. Where the build fails it ends there; else it runs every step,
+# all of them in about nine minutes, and fails at the end if one did.
 # Leaves eight files in $OUT: ops-cuda and models-cuda, each .csv, .json and .png (the benchmarks),
 # logs.tar.gz and summary.txt.
 #
@@ -29,8 +30,8 @@ FAILED=0
 
 say() { printf '%s\n' "$*" | tee -a "$OUT/summary.txt"; }
 
-# run_for LIMIT_S COMMAND...: as timeout does, but it gives up waiting for what can't be killed, which
-# a process whose GPU hangs can be
+# run_for LIMIT_S COMMAND...: as timeout does, but it does not wait for what can't be killed, as a
+# process whose GPU hangs may be
 run_for() {
   local limit=$1 started=$SECONDS code=0
   shift

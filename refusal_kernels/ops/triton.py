@@ -73,7 +73,7 @@ if triton is not None:
         """Whether `_rows` gives a view; from the strides, for what is traced has no address."""
         try:
             return t.view(-1, t.shape[-1]).stride(-1) == 1
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the latter from a tensor that is traced
             return False
 
     def _launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
