@@ -85,14 +85,15 @@ lint: setup
 	@$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -type f)
 	@echo "lint: clean"
 
-# a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set, and
-# the CUDA kernels in the tests' emulator
+# a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set that
+# this processor runs, and the CUDA kernels in the tests' emulator
 SANITIZED := tests/test_ops.py tests/test_accuracy.py tests/test_moments_op.py tests/test_gradients.py
 sanitize: setup
 	@mkdir -p build/sanitize && REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize > build/sanitize/build.log 2>&1 \
 		|| { cat build/sanitize/build.log; exit 1; }
-	@for run in avx512:cpu avx2:cpu baseline:cpu avx512:cuda_emulated; do \
+	@sets=$$($(BIN)/python -c 'from refusal_kernels import _C; print(*_C.cpu_capabilities())') || exit 1; \
+	for run in $$(printf '%s:cpu ' $$sets) $${sets%% *}:cuda_emulated; do \
 		echo "== $$run under ASan and UBSan"; log=build/sanitize/$$run.log; \
 		REFUSAL_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 REFUSAL_KERNELS_CPU_CAPABILITY=$${run%:*} \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \

@@ -4,6 +4,7 @@
 // copy refuses to be included beside this.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
@@ -18,6 +19,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return rk::kernels().name; },
       "The instruction set of the CPU kernels: avx512, avx2 or baseline.");
+  m.def("cpu_capabilities", &rk::capabilities,
+        "The instruction sets that this processor runs, of those compiled in, best first.");
   m.def(
       "cuda_architectures", [] { return std::string(RK_CUDA_ARCHITECTURES); },
       "What the CUDA kernels were compiled for, as nvcc was told; empty in a build without them.");

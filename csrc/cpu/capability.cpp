@@ -40,6 +40,12 @@ const Kernels& choose() {
 
 }  // namespace
 
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported()) names.push_back(k->name);
+  return names;
+}
+
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;

@@ -33,26 +33,30 @@ struct Cpu {
     const int64_t slots = args.programs.slots;
     const bool widened = args.weight.data && (args.h.data || args.weight.dtype != dtype);
     const int64_t floats = scratch_floats(args.hidden, slots, widened);
+    const Kernels& chosen = kernels();  // what it throws would lose its words in a task
     for_tokens(tokens, args.hidden * std::max<int64_t>(1, slots), [&](int64_t begin, int64_t end) {
       std::unique_ptr<float[]> scratch(floats ? new float[floats] : nullptr);
-      kernels().steer(dtype, args, begin, end, scratch.get());
+      chosen.steer(dtype, args, begin, end, scratch.get());
     });
   }
 
   static void scores(const char*, int32_t, Dtype dtype, const ScoresArgs& args, int64_t tokens) {
+    const Kernels& chosen = kernels();
     for_tokens(tokens, args.hidden * args.programs.slots,
-               [&](int64_t begin, int64_t end) { kernels().scores(dtype, args, begin, end); });
+               [&](int64_t begin, int64_t end) { chosen.scores(dtype, args, begin, end); });
   }
 
   static void rms_norm(const char*, int32_t, Dtype dtype, const RmsNormArgs& args, int64_t tokens) {
     const int64_t floats = scratch_floats(args.hidden, 0, args.weight.dtype != Dtype::f32);
+    const Kernels& chosen = kernels();
     for_tokens(tokens, args.hidden, [&](int64_t begin, int64_t end) {
       std::unique_ptr<float[]> scratch(floats ? new float[floats] : nullptr);
-      kernels().rms_norm(dtype, args, begin, end, scratch.get());
+      chosen.rms_norm(dtype, args, begin, end, scratch.get());
     });
   }
 
   static void moments(const char* op, int32_t, Dtype dtype, const MomentsArgs& args) {
+    const Kernels& chosen = kernels();
     std::vector<std::vector<int64_t>> rows(args.groups * args.positions);  // by sequence, token
     for (int64_t b = 0; b < args.batch; b++) {
       STD_TORCH_CHECK(args.group[b] >= -1 && args.group[b] < args.groups, op, ": group[", b,
@@ -77,7 +81,7 @@ struct Cpu {
                                args.m2 + slot * args.hidden};
       torch::stable::parallel_for(
           0, args.hidden, std::max<int64_t>(256, 32768 / n),
-          [&](int64_t begin, int64_t end) { kernels().moments(dtype, slot_args, begin, end); });
+          [&](int64_t begin, int64_t end) { chosen.moments(dtype, slot_args, begin, end); });
       args.count[slot] += n;
     }
   }

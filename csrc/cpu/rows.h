@@ -1,6 +1,9 @@
 // The CPU kernels' interface: a table of functions for each instruction set.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "../args.h"
 
 namespace rk {
@@ -37,5 +40,8 @@ extern const Kernels kernels_avx512;
 
 // The best of them that this processor runs, or the one REFUSAL_KERNELS_CPU_CAPABILITY names.
 const Kernels& kernels();
+
+// The names of all that this processor runs, best first.
+std::vector<std::string> capabilities();
 
 }  // namespace rk
