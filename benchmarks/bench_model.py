@@ -352,7 +352,8 @@ def run_grid(
                 cell = Cell(name, options.layers or 0, 0, dtype, "every mode", "any work", 0, 0)
                 rows.append(Row(cell, "every method", reason))
                 continue
-            for mode, work in product(options.modes, WORKS):
+            works = [work for work in WORKS if work[0] in options.works]
+            for mode, work in product(options.modes, works):
                 cell = Cell(name, *size, dtype, mode, *work)
                 start = time.perf_counter()
                 rows += measure(model, direction, cell, options)
@@ -469,6 +470,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--layers", type=int, help="only the first so many of each model")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=("eager", "compile", "graph"))
+    kinds = tuple(dict.fromkeys(work for work, _, _ in WORKS))
+    parser.add_argument("--works", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--rounds", type=int, default=15, help="at least so many for a cell")
     parser.add_argument(
         "--within", type=float, default=0.004,

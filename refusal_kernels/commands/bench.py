@@ -18,7 +18,8 @@ from refusal_kernels.overhead.grid import ALL, PROFILES, grid_for
 from refusal_kernels.overhead.page import write_page
 from refusal_kernels.overhead.plots import plot_overhead
 from refusal_kernels.overhead.results import compare, read_results
-from refusal_kernels.overhead.run import Run, Settings, earlier_rows
+from refusal_kernels.overhead.run import Run
+from refusal_kernels.overhead.settings import Settings, earlier_rows
 from refusal_kernels.overhead.shapes import SHAPES
 
 T = TypeVar("T")

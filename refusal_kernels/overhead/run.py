@@ -7,38 +7,26 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from refusal_kernels.environment import clock_mhz, describe_device, versions
 from refusal_kernels.errors import InputError
-from refusal_kernels.files import read_json, write_json
+from refusal_kernels.files import write_json
 from refusal_kernels.loading import first_line
 from refusal_kernels.overhead import shapes
 from refusal_kernels.overhead.catalogue import OWN, Method
-from refusal_kernels.overhead.grid import ALL, Cell, Grid
+from refusal_kernels.overhead.checks import compare
+from refusal_kernels.overhead.grid import Cell
 from refusal_kernels.overhead.process import Process, WorkerError
-from refusal_kernels.overhead.reference import reference_logits
-from refusal_kernels.overhead.results import (
-    EPS,
-    LOGITS_TIMES,
-    NOT_MEASURED,
-    OK,
-    RESIDUAL_EPS,
-    by_cell,
-    rated,
-    verdict,
-    write_csv,
-)  # fmt: skip
-from refusal_kernels.overhead.worker import BASE, FAR, SITES, input_ids, load
+from refusal_kernels.overhead.results import NOT_MEASURED, OK, by_cell, rated, verdict, write_csv
+from refusal_kernels.overhead.settings import Settings
+from refusal_kernels.overhead.worker import BASE, load
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
-NOISE = 1e-7  # how far the stream is moved, to see how sensitive a model is to rounding
 GIVE_UP = 2  # a worker that failed so often in a row is not started again
 NOTHING: dict[str, Any] = {
     "about": "", "sites": [], "tokens_per_second": None, "base_tokens_per_second": None,
@@ -47,52 +35,6 @@ NOTHING: dict[str, Any] = {
     "residual_allowed": None, "logits_error": None, "base_logits_error": None,
     "logits_error_own": None, "logits_allowed": None, "verdict": None,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run is told.
-
-    Attributes
-    ----------
-    answer_s
-        How long a worker may take for one answer.
-    """
-
-    profile: str
-    grid: Grid
-    methods: tuple[Method, ...]
-    device: str
-    threads: int
-    out: Path
-    answer_s: float = 240.0
-
-    def comparable(self) -> dict[str, Any]:
-        """What must be the same for a measured cell to be kept."""
-        return {
-            "threads": self.threads,
-            "measure_s": self.grid.measure_s,
-            "versions": versions(),
-            "device": describe_device(self.device),
-        }
-
-    @property
-    def path(self) -> Path:
-        """What is written, without its suffix."""
-        return self.out / f"overhead-{self.device.split(':')[0]}"
-
-    def command(self, cell: Cell, method: str) -> str:
-        """Return the command that gives one row."""
-        words = {
-            "--models": cell.model, "--layers": cell.layers, "--phases": cell.work,
-            "--batch": cell.batch, "--dtypes": cell.dtype, "--modes": cell.mode,
-            "--steered-layers": ALL if cell.steered is None else cell.steered,
-            "--programs": cell.programs, "--methods": "", "--rounds": self.grid.rounds,
-            "--device": self.device, "--threads": self.threads,
-        }  # fmt: skip
-        words["--methods"] = next(m.given for m in self.methods if m.name == method)
-        given = " ".join(f"{option} {value}" for option, value in words.items())
-        return f"refusal-kernels bench --profile {self.profile} {given}"
 
 
 class Run:
@@ -237,7 +179,7 @@ class Run:
         file = self.folder / "directions.safetensors"  # an engine reads all of the model's folder
         save_file({"directions": directions}, str(file))
         opened = self._open_all(cell, folder, file, rows)
-        self._check(cell, model, directions, folder, rows, opened)
+        compare(cell, model, directions, folder, rows, opened)
         opening = time.monotonic() - start
         rounds, per_round = self._rounds(cell, rows, opened, start + budget)
         self.shortest = opening + LEAST_ROUNDS * per_round
@@ -338,51 +280,6 @@ class Run:
             self.failures[name] = 0
         return answer
 
-    def _check(
-        self,
-        cell: Cell,
-        model: Any,
-        directions: Tensor,
-        folder: Path,
-        rows: dict[str, dict[str, Any]],
-        opened: dict[str, list[str]],
-    ) -> None:
-        """Compare the logits with those of float64, beside what the unmodified model is off."""
-        ids = input_ids(cell.record(), model.config.get_text_config(decoder=True).vocab_size)
-        truths: dict[tuple[tuple[str, ...], float], Tensor] = {}
-
-        def truth(sites: Sequence[str], noise: float = 0.0) -> Tensor:
-            key = tuple(sorted(sites)), noise
-            if key not in truths:
-                where = cell.rows, cell.steered_blocks, key[0], noise
-                truths[key] = reference_logits(model, ids, directions, *where)
-            return truths[key]
-
-        def off(environment: str, method: str, sites: Sequence[str]) -> float:
-            name = f"{environment.replace(' ', '-')}-{method.replace('/', '-')}.logits"
-            found, wanted = load_file(str(folder / name)), truth(sites)
-            if "logprobs" in found:  # what engines give
-                return _difference(found["logprobs"], wanted.log_softmax(-1))
-            return _difference(found["logits"], wanted)
-
-        def sensitivity(sites: Sequence[str]) -> float:
-            return _difference(truth(sites, NOISE), truth(sites))
-
-        for environment, methods in opened.items():
-            base = off(environment, BASE, ())
-            for method in methods:
-                row = rows[method]
-                row["base_logits_error"] = base
-                row["residual_allowed"] = RESIDUAL_EPS * EPS[cell.dtype]
-                sites = () if method == BASE else SITES
-                row["logits_error"] = off(environment, method, sites)
-                row["logits_error_own"] = off(environment, method, row["sites"])
-                row["logits_allowed"] = LOGITS_TIMES * base
-                if row["logits_error_own"] > row["logits_allowed"]:
-                    # removed, what the stream mostly was leaves less for the same roundings
-                    worse = sensitivity(row["sites"]) / sensitivity(())
-                    row["logits_allowed"] *= max(1.0, worse)
-
     def _rounds(
         self,
         cell: Cell,
@@ -456,21 +353,3 @@ class Run:
         if self.rows:
             write_csv(settings.path.with_suffix(".csv"), self.rows)
         return document
-
-
-def earlier_rows(settings: Settings) -> list[dict[str, Any]]:
-    """Return the rows of the run that is in the output folder, if it is one like this."""
-    path = settings.path.with_suffix(".json")
-    if not path.is_file():
-        return []
-    document = read_json(path)
-    same = isinstance(document, dict) and document.get("settings") == settings.comparable()
-    return document["rows"] if same else []
-
-
-def _difference(logits: Tensor, truth: Tensor) -> float:
-    """Return the largest difference over the largest logit; what cannot be compared is far off."""
-    if logits.shape != truth.shape:
-        return FAR
-    found = float((logits - truth).abs().max() / truth.abs().max())
-    return found if found < FAR else FAR  # also where it is no number

@@ -1,0 +1,66 @@
+"""What a run is told: the grid, the methods, the machine, and the command that gives a row again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.files import read_json
+from refusal_kernels.overhead.catalogue import Method
+from refusal_kernels.overhead.grid import ALL, Cell, Grid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run is told.
+
+    Attributes
+    ----------
+    answer_s
+        How long a worker may take for one answer.
+    """
+
+    profile: str
+    grid: Grid
+    methods: tuple[Method, ...]
+    device: str
+    threads: int
+    out: Path
+    answer_s: float = 240.0
+
+    def comparable(self) -> dict[str, Any]:
+        """What must be the same for a measured cell to be kept."""
+        return {
+            "threads": self.threads,
+            "measure_s": self.grid.measure_s,
+            "versions": versions(),
+            "device": describe_device(self.device),
+        }
+
+    @property
+    def path(self) -> Path:
+        """What is written, without its suffix."""
+        return self.out / f"overhead-{self.device.split(':')[0]}"
+
+    def command(self, cell: Cell, method: str) -> str:
+        """Return the command that gives one row."""
+        words = {
+            "--models": cell.model, "--layers": cell.layers, "--phases": cell.work,
+            "--batch": cell.batch, "--dtypes": cell.dtype, "--modes": cell.mode,
+            "--steered-layers": ALL if cell.steered is None else cell.steered,
+            "--programs": cell.programs, "--methods": "", "--rounds": self.grid.rounds,
+            "--device": self.device, "--threads": self.threads,
+        }  # fmt: skip
+        words["--methods"] = next(m.given for m in self.methods if m.name == method)
+        given = " ".join(f"{option} {value}" for option, value in words.items())
+        return f"refusal-kernels bench --profile {self.profile} {given}"
+
+
+def earlier_rows(settings: Settings) -> list[dict[str, Any]]:
+    """Return the rows of the run that is in the output folder, if it is one like this."""
+    path = settings.path.with_suffix(".json")
+    if not path.is_file():
+        return []
+    document = read_json(path)
+    same = isinstance(document, dict) and document.get("settings") == settings.comparable()
+    return document["rows"] if same else []
