@@ -76,6 +76,18 @@ def test_numbers_are_the_recorded_ones():
     assert f"is {faster['median']:.1f} ({low:.1f} to {high:.1f}) times as fast" in text
     assert f"in {checkpoint['seconds']:.0f} s; the process" in text
     assert f"takes {checkpoint['ratio_over_torch']:.2f} of its largest tensor" in text
+    models = json.loads((results / "models-cpu.json").read_text())["rows"]
+    assert len(models) == 12 * 4
+    for method, shown in (("patched", "they give"), ("hooks", "with plain hooks")):
+        found = [row["ratio"] for row in models if row["method"] == method]
+        low, high = f"{min(found):.3f}", f"{max(found):.3f}"
+        assert f"{shown} {low} to {high}" in text
+    (longer,) = (
+        [f"{row[k]:.3f}" for k in ("ratio", "ratio_low", "ratio_high")]
+        for row in json.loads((results / "models-cpu-prefill.json").read_text())["rows"]
+        if row["method"] == "patched"
+    )
+    assert f"is {longer[0]} ({longer[1]} to {longer[2]}) where it was measured longer" in text
     models = json.loads((results / "models-cuda.json").read_text())["rows"]
     spans = [
         [r["ratio"] for r in models if (r["mode"], r["method"]) == what and r["ratio"]]

@@ -1,4 +1,4 @@
-"""What a run is told: the grid, the methods, the machine, and the command that gives a row again."""
+"""What a run is told: grid, methods, machine, and the command that gives a row again."""
 
 from dataclasses import dataclass
 from pathlib import Path
