@@ -98,11 +98,23 @@ def test_scores_come_from_the_same_pass(backend, dtype, slots, hidden):
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize(("hidden", "tokens"), [(96, 7), (1000, 9), (2048, 270), (4096, 270)])
+@pytest.mark.parametrize(
+    ("hidden", "tokens"),
+    [
+        (96, 7),
+        (1000, 9),
+        (2048, 270),
+        (4096, 270),
+        (8192, 60),
+        (8192, 200),
+        (12288, 60),
+        (16384, 200),
+    ],
+)
 def test_a_row_has_the_same_bits_in_every_batch(backend, hidden, tokens, slots):
     """Alone, among few and among many tokens (which take another launch plan on a GPU)."""
-    if backend == "triton" and DEVICES[backend] == "cpu":
-        tokens = min(tokens, 9)  # the interpreter is slow, and its plans do not look at the tokens
+    if DEVICES[backend] == "cpu" and (backend == "triton" or hidden > 4096):
+        tokens = min(tokens, 9)  # slow there, and no plan looks at the tokens
     for dtype in (torch.float32, torch.bfloat16):
         row, others = rows(1, hidden, dtype), rows(tokens, hidden, dtype)
         residual, weight = rows(1, hidden, dtype), torch.randn(hidden)
@@ -121,6 +133,30 @@ def test_a_row_has_the_same_bits_in_every_batch(backend, hidden, tokens, slots):
         many = run(x, x.roll(1, 0).index_copy(0, torch.tensor([tokens // 2]), residual), route)
         for one, of_many in zip(alone, many, strict=True):
             assert torch.equal(one[0], of_many[tokens // 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [2048, 8192, 16384])
+def test_without_a_route_every_row_takes_program_0(backend, dtype, hidden):
+    """The same bits, also where a GPU's block keeps the one program and takes row after row."""
+    tokens = 5 if DEVICES[backend] == "cpu" else 300
+    x, residual, weight = (
+        rows(tokens, hidden, dtype),
+        rows(tokens, hidden, dtype),
+        torch.randn(hidden),
+    )
+    bank, params = random_program(hidden, slots=1)
+    args = (x, residual, weight.to(dtype), 1e-6, bank, params)
+    route = torch.zeros(tokens, dtype=torch.int32)
+    for one, routed in zip(
+        (*ops.add_steer_rms_norm(*args), ops.add_steer(x, None, bank, params)),
+        (*ops.add_steer_rms_norm(*args, route), ops.add_steer(x, None, bank, params, route)),
+        strict=True,
+    ):
+        assert torch.equal(one, routed)
+    want = exact(x, residual, bank[:1], params[:1])
+    tolerance = 2 * torch.finfo(dtype).eps * float(want.abs().max())
+    assert worst(ops.add_steer_rms_norm(*args)[1], want) <= tolerance
 
 
 def test_no_slots_is_the_plain_add(backend):

@@ -134,6 +134,7 @@ def narrow(cuobjdump: str, binary: Path) -> Iterator[tuple[str, str]]:
     """Yield the steering kernels whose machine code is not what was meant, and what is wrong.
 
     Every pack that is written was read before, so there are at least as many wide loads as stores.
+    A load is of global memory, of what may be shared memory too, or on its way into that.
     """
     done = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True)
     sections = done.stdout.split("Function : ")[1:]
@@ -141,7 +142,8 @@ def narrow(cuobjdump: str, binary: Path) -> Iterator[tuple[str, str]]:
         yield binary.name, f"cuobjdump can not read it: {done.stderr}"
     for section in sections:
         name = section.split(maxsplit=1)[0]
-        loads, stores = (len(re.findall(rf"\b{op}\.E\S*\.128\b", section)) for op in ("LDG", "STG"))
+        ops = ("(?:LDG|LD|LDGSTS)", "STG")
+        loads, stores = (len(re.findall(rf"\b{op}\.E\S*\.128\b", section)) for op in ops)
         local = len(re.findall(r"\b(?:LDL|STL)\b", section))
         # rows of any length, and rows that are not aligned, go an element at a time
         wide = loads >= stores > 0 or "steer_long" in name or "Lb0E" in name

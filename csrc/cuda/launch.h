@@ -32,38 +32,61 @@ inline void check(const char* op, cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
 }
 
+inline int device_number(const char* op, int32_t device, cudaDeviceAttr attribute) {
+  int number = 0;
+  check(op, cudaDeviceGetAttribute(&number, attribute, device));
+  return number;
+}
+
 // Programmatic dependent launch: from sm_90 on, unless REFUSAL_KERNELS_PDL=0.
 inline bool overlaps(const char* op, int32_t device) {
   static const bool wanted = [] {
     const char* value = std::getenv("REFUSAL_KERNELS_PDL");
     return !value || std::string(value) != "0";
   }();
-  int major = 0;
-  check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return wanted && major >= 9;
+  return wanted && device_number(op, device, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
+
+// Clusters of blocks: from sm_90 on. Emulated blocks run one after the other.
+inline bool has_clusters(const char* op, int32_t device) {
+#ifdef RK_CUDA_EMULATED
+  return false;
+#else
+  return device_number(op, device, cudaDevAttrComputeCapabilityMajor) >= 9;
+#endif
+}
+
+// The shape of a launch; blocks of a cluster run at the same time.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;
+};
 
 template <class... Parameters, class... Arguments>
-void launch(const char* op, int32_t device, void (*kernel)(Parameters...), int64_t blocks,
-            int threads, int64_t shared_bytes, Arguments... arguments) {
-  STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": ", blocks, " blocks are more than one launch takes");
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+void launch(const char* op, int32_t device, void (*kernel)(Parameters...), const Grid& grid,
+            Arguments... arguments) {
+  STD_TORCH_CHECK(grid.blocks <= INT32_MAX, op, ": ", grid.blocks,
+                  " blocks are more than one launch takes");
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream_of(device);
-  config.attrs = &overlap;
-  config.numAttrs = overlaps(op, device) ? 1 : 0;
+  config.attrs = attributes;
+  if (overlaps(op, device)) {
+    auto& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    auto& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  }
   check(op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-}
-
-inline int multiprocessors(const char* op, int32_t device) {
-  int count = 0;
-  check(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
 }
 
 // More dynamic shared memory than 48 KB is given only to who asks for it.

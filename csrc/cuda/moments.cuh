@@ -126,10 +126,11 @@ __global__ void __launch_bounds__(kTile, 4)
   partial.m2[int64_t{at} * hidden + mine] = second - first * first / n;
 }
 
-constexpr int kMerge = 64;
+constexpr int kMerge = 32;  // threads of a block, and stretches that are merged at a time
 
 // Chan's merge of the stretches, in order, into the running state: a thread per channel. How much a
-// stretch counts for is the same for all channels, so the block's threads divide for each other.
+// stretch counts for is the same for all channels, so the block's threads divide for each other,
+// after they have asked for what is to be merged.
 static __global__ void __launch_bounds__(kMerge)
     moments_merge_kernel(const MomentsArgs args, const Partial partial) {
   __shared__ double share[kMerge], weight[kMerge];
@@ -148,6 +149,13 @@ static __global__ void __launch_bounds__(kMerge)
   for (int64_t base = 0; base < partial.stretches; base += kMerge) {
     const int64_t left = partial.stretches - base;
     const int here = static_cast<int>(left < kMerge ? left : kMerge);
+    double new_mean[kMerge], new_m2[kMerge];
+#pragma unroll
+    for (int k = 0; k < kMerge; k++)
+      if (inside && k < here) {
+        new_mean[k] = means[(base + k) * hidden];
+        new_m2[k] = m2s[(base + k) * hidden];
+      }
     __syncthreads();  // the numbers of the stretches before have been used
     rows[threadIdx.x] = threadIdx.x < here ? partial.n[first + base + threadIdx.x] : 0;
     __syncthreads();
@@ -160,14 +168,12 @@ static __global__ void __launch_bounds__(kMerge)
     share[threadIdx.x] = n > 0 ? n / (n0 + n) : 0.0;
     weight[threadIdx.x] = n0 * share[threadIdx.x];
     __syncthreads();
-    if (inside)
-#pragma unroll 16
-      for (int k = 0; k < here; k++) {
-        const double new_mean = means[(base + k) * hidden], new_m2 = m2s[(base + k) * hidden];
-        if (rows[k] == 0) continue;  // nothing was written there
-        const double delta = new_mean - mean;
+#pragma unroll
+    for (int k = 0; k < kMerge; k++)
+      if (rows[k] > 0) {  // else nothing was written there; none are beyond the last
+        const double delta = new_mean[k] - mean;
         mean += delta * share[k];
-        m2 += new_m2 + delta * delta * weight[k];
+        m2 += new_m2[k] + delta * delta * weight[k];
       }
   }
   if (inside) args.mean[state] = mean, args.m2[state] = m2;

@@ -45,7 +45,7 @@ struct Cuda {
       const bool aligned = args.hidden % T::kPack == 0 && aligned_pointer(args.programs.bank) &&
                            aligned_rows(args.h, sizeof(typename T::Element));
       const auto kernel = args.programs.slots <= 1 ? scores_kernel<T, 1> : scores_kernel<T, 4>;
-      launch(op, device, kernel, tokens, kScoresThreads, 0, args, aligned);
+      launch(op, device, kernel, Grid{tokens, kScoresThreads}, args, aligned);
     });
   }
 
@@ -72,10 +72,10 @@ struct Cuda {
                             stretches, stretch};
       const bool aligned = args.hidden % T::kPack == 0 && aligned_pointer(args.activations) &&
                            args.batch_stride % T::kPack == 0 && args.token_stride % T::kPack == 0;
-      launch(op, device, moments_partial_kernel<T>, slots * stretches * blocks, kTile, 0, args,
+      launch(op, device, moments_partial_kernel<T>, Grid{slots * stretches * blocks, kTile}, args,
              partial, aligned);
-      launch(op, device, moments_merge_kernel, slots * ((args.hidden + kMerge - 1) / kMerge),
-             kMerge, 0, args, partial);
+      const int64_t merges = slots * ((args.hidden + kMerge - 1) / kMerge);
+      launch(op, device, moments_merge_kernel, Grid{merges, kMerge}, args, partial);
     });
   }
 };

@@ -73,8 +73,8 @@ struct F16 : Half<F16Pair> {
   static constexpr Dtype kDtype = Dtype::f16;
 };
 
-// What sums, scores and the edit are worked out in. Where nearly all of a float32 row lies along v,
-// the rounding of v.s to float32 would be most of what is left of it.
+// What s, sums, scores and the edit are worked out in. Where nearly all of a float32 row lies along
+// v, the rounding of s or of v.s to float32 would be most of what is left of it.
 template <class T>
 using Real = std::conditional_t<T::kPack == 4, double, float>;
 

@@ -5,6 +5,44 @@
 
 namespace rk::cuda {
 
+// --- clusters of blocks (sm_90 and later; plans with one serve nothing before)
+// --------------------
+
+template <int kCluster>
+RK_DEVICE int block_of_cluster() {
+  return kCluster == 1 ? 0 : blockIdx.x % kCluster;
+}
+
+// With kRelease what was stored before is seen by who has waited.
+template <bool kRelease>
+RK_DEVICE void arrive_at_the_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kRelease)
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  else
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+RK_DEVICE void wait_for_the_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Stores to the same place of another block's shared memory.
+template <class R>
+RK_DEVICE void store_in_block(R* place, int block, R value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(place));
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
+  if constexpr (sizeof(R) == 8)
+    asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(there), "d"(value) : "memory");
+  else
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+#endif
+}
+
 // Adds up kSums numbers over kThreads threads (a warp, or a whole block); every thread gets the
 // results. Neighbours first, then pairs of neighbours, and so on, within the warp and then over the
 // warps: the same tree for 256 threads as for 512 of which two share the work of one, so a row's
@@ -17,7 +55,10 @@ namespace rk::cuda {
 //
 // One barrier per call: the buffers take turns, and nobody writes the third call's numbers before
 // everybody has passed the second's barrier.
-template <class R, int kThreads, int kMost>
+//
+// Where a cluster of blocks shares the row, every block has buffers for all of its warps: a warp
+// writes to those of all blocks, the barrier is the cluster's, and the rest is as above.
+template <class R, int kThreads, int kMost, int kCluster = 1>
 struct TeamSum {
   static constexpr int kWarps = kThreads / 32;
   using Buffers = R[2][kMost][kWarps];
@@ -42,8 +83,16 @@ struct TeamSum {
     if constexpr (kWarps > 1) {
       auto& buffer = buffers[turn];
       turn ^= 1;
-      if (lane < kSums) buffer[own][threadIdx.x / 32] = sum;
-      __syncthreads();
+      if constexpr (kCluster > 1) {
+        static_assert(kSums * kCluster <= 32, "a lane for every number and block");
+        const int warp = block_of_cluster<kCluster>() * (kWarps / kCluster) + threadIdx.x / 32;
+        if (lane < kSums * kCluster) store_in_block(&buffer[own][warp], lane / kSums, sum);
+        arrive_at_the_cluster<true>();
+        wait_for_the_cluster();
+      } else {
+        if (lane < kSums) buffer[own][threadIdx.x / 32] = sum;
+        __syncthreads();
+      }
       // of the warps whose sums a lane takes, neighbours again come first
       constexpr int kTaken = kWarps * kSums > 32 ? kWarps * kSums / 32 : 1;
       static_assert(kTaken <= 4, "more warps than the lanes can take in fours");

@@ -1,6 +1,7 @@
 // h = s + sum_j phi_j(v_j . s) u_j with s = x + residual, the norm of h, and the adjoints of both.
 //
-// A row is read once. Each thread keeps its part of s in float32 registers, the dot products are
+// A row is read once. Each thread keeps its part of s in registers (float32; float64 where the rows
+// are float32, see Real), the dot products are
 // one reduction over the row's threads, and the result is written: 3 bytes per byte of x (4 with
 // the norm), which is what the residual add alone would move but for the normed row.
 //
@@ -69,14 +70,23 @@ struct Slice {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) raw[p] = stage[p * kBlock + threadIdx.x];
   }
-  static RK_DEVICE void unpack(const Raw& raw, float* v) {
+  static RK_DEVICE void unpack(const Raw& raw, R* v) {
 #pragma unroll
-    for (int p = 0; p < kPacks; p++) T::unpack(raw[p], v + p * T::kPack);
+    for (int p = 0; p < kPacks; p++) {
+      float values[T::kPack];
+      T::unpack(raw[p], values);
+#pragma unroll
+      for (int e = 0; e < T::kPack; e++) v[p * T::kPack + e] = values[e];
+    }
   }
-  RK_DEVICE void write(const Rows& rows, int64_t row, const float* v) const {
+  RK_DEVICE void write(const Rows& rows, int64_t row, const R* v) const {
 #pragma unroll
-    for (int p = 0; p < kPacks; p++)
-      store_pack<T>(row_of<T>(rows, row), at(p), hidden, aligned, T::pack(v + p * T::kPack));
+    for (int p = 0; p < kPacks; p++) {
+      float rounded[T::kPack];
+#pragma unroll
+      for (int e = 0; e < T::kPack; e++) rounded[e] = static_cast<float>(v[p * T::kPack + e]);
+      store_pack<T>(row_of<T>(rows, row), at(p), hidden, aligned, T::pack(rounded));
+    }
   }
   RK_DEVICE void read_vector(const float* vector, float* v) const {
 #pragma unroll
@@ -87,7 +97,8 @@ struct Slice {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) load_gain<T>(weight, at(p), hidden, aligned, v + p * T::kPack);
   }
-  static RK_DEVICE R dot(const float* a, const float* b) {
+  template <class A, class B>
+  static RK_DEVICE R dot(const A* a, const B* b) {
     R halves[kHalves] = {};
 #pragma unroll
     for (int i = 0; i < kValues; i++) {
@@ -143,25 +154,25 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
     if (kMode == Mode::norm) slice.read_gain(args.weight, gain);
   }
 
-  float s[kValues];
+  R s[kValues];
   S::unpack(raw_x, s);
   if constexpr (kMode == Mode::through) {
     // the norm's adjoint: g = scale (w d - h scale^2 mean(w d h)), d being the gradient of normed
-    float h[kValues];
+    R h[kValues];
     S::unpack(raw_h, h);
     slice.read_gain(args.weight, gain);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] *= gain[i];
     R sums[2] = {S::dot(h, h), S::dot(s, h)};
     team_sum(sums);
-    const float scale = rsqrtf(static_cast<float>(sums[0] / hidden) + args.weight.eps);
-    const float pull = scale * scale * static_cast<float>(sums[1] / hidden);
+    const R scale = rsqrtf(static_cast<float>(sums[0] / hidden) + args.weight.eps);
+    const R pull = scale * scale * (sums[1] / hidden);
 #pragma unroll
-    for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
+    for (int i = 0; i < kValues; i++) s[i] = scale * fused(-pull, h[i], s[i]);
   }
   if (args.residual.data) {
     if (kLate) slice.fetch(args.residual, row, raw_residual);
-    float residual[kValues];
+    R residual[kValues];
     S::unpack(raw_residual, residual);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] += residual[i];
@@ -194,9 +205,9 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
       }
       if (!kEarly) slice.read_vector(u, write);
 #pragma unroll
-      for (int i = 0; i < kValues; i++) s[i] = static_cast<float>(fused(phi, R{write[i]}, R{s[i]}));
+      for (int i = 0; i < kValues; i++) s[i] = fused(phi, R{write[i]}, s[i]);
     } else {
-      float change[kValues] = {};
+      R change[kValues] = {};
       for (int64_t first = 0; first < slots; first += kGroup) {
         R sums[kGroup] = {};
 #pragma unroll
@@ -211,11 +222,10 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
           const int64_t slot = first + k;
           if (slot >= slots) break;
           if (scores) scores[slot] = static_cast<float>(sums[k]);
-          const auto phi = static_cast<float>(
-              coefficient(args, row * slots + slot, params + slot * kParams, sums[k]));
+          const R phi = coefficient(args, row * slots + slot, params + slot * kParams, sums[k]);
           slice.read_vector(u + slot * hidden, vector);
 #pragma unroll
-          for (int i = 0; i < kValues; i++) change[i] = fmaf(phi, vector[i], change[i]);
+          for (int i = 0; i < kValues; i++) change[i] = fused(phi, R{vector[i]}, change[i]);
         }
       }
 #pragma unroll
@@ -247,16 +257,20 @@ constexpr bool kStages = false;
 constexpr bool kStages = true;
 #endif
 
+// `keep`: of a block that stays, the vectors of the one program are in shared memory.
 template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
 __global__ void __launch_bounds__(kPlans[kPlan].block(),
                                   (kResident<T, kPlan, kMode, kGroup, kAligned>))
-    steer_kernel(const SteerArgs args, const int64_t tokens) {
+    steer_kernel(const SteerArgs args, const int64_t tokens, const bool keep) {
   using S = Slice<T, kPlan, kAligned>;
-  using Sum = TeamSum<typename S::R, S::kThreads, 4>;
+  constexpr int kCluster = S::kP.cluster;
+  using Sum = TeamSum<typename S::R, S::kThreads, 4, kCluster>;
   __shared__ typename Sum::Buffers buffers;
   Sum team_sum(buffers);
-  int64_t row = int64_t{blockIdx.x} * S::kP.rows + threadIdx.x / S::kThreads;
-  const S slice{static_cast<int>(threadIdx.x % S::kThreads), static_cast<int>(args.hidden)};
+  if (kCluster > 1) arrive_at_the_cluster<false>();
+  int64_t row = int64_t{blockIdx.x} / kCluster * S::kP.rows + threadIdx.x / S::kThreads;
+  const int lane = block_of_cluster<kCluster>() * S::kBlock + threadIdx.x;
+  const S slice{lane % S::kThreads, static_cast<int>(args.hidden)};
 
   // what does not come from the kernel before is asked for while that one still runs
   ask_for_the_arguments(args);
@@ -270,7 +284,8 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
   }
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
-  if (row >= tokens) return;  // only whole warps, and only where a team is one warp
+  if (kCluster > 1) wait_for_the_cluster();  // blocks that have not begun have no shared memory
+  if (row >= tokens) return;                 // only whole warps, and only where a team is one warp
 
   // two raw rows of 32 float32 values would leave no registers for anything else
   constexpr bool kLate = S::kPacks > 4;
@@ -294,14 +309,26 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
       slice.ask_for(args.x, row, stage);
       if (args.residual.data) slice.ask_for(args.residual, row, stage_residual);
     };
-    for (ask_for_row(); row < tokens;) {
+    ask_for_row();
+    // in L1 the vectors of such a row and the weight would push each other out
+    SteerArgs near = args;
+    if (keep) {
+      auto* vectors = args.residual.data ? stage_residual + S::kPacks * S::kBlock : stage_residual;
+      const auto* bank = reinterpret_cast<const uint4*>(args.programs.bank);
+      for (int i = threadIdx.x; i < 2 * slice.hidden / 4; i += S::kBlock)
+        copy_pack_async(vectors + i, bank + i, true);
+      near.programs.bank = reinterpret_cast<const float*>(vectors);
+    }
+    wait_for_the_copies();
+    __syncthreads();
+    while (row < tokens) {
       wait_for_the_copies();
       S::take(stage, raw_x);
       if (args.residual.data) S::take(stage_residual, raw_residual);
       const int64_t here = row;
       row += gridDim.x;
       if (row < tokens) ask_for_row();
-      steer_row<T, kMode, kGroup, false>(args, slice, here, team_sum, raw_x, raw_residual);
+      steer_row<T, kMode, kGroup, false>(near, slice, here, team_sum, raw_x, raw_residual);
     }
   }
 }

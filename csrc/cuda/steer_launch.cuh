@@ -17,14 +17,21 @@ void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t 
   if constexpr (serves(plan, kGroup == 1, kMode == Mode::through) &&
                 (kAligned || serves_unaligned(plan))) {
     const auto kernel = steer_kernel<T, kPlan, kMode, kGroup, kAligned>;
-    int64_t blocks = (tokens + plan.rows - 1) / plan.rows, shared_bytes = 0;
+    Grid grid{(tokens + plan.rows - 1) / plan.rows * plan.cluster, plan.block(), 0, plan.cluster};
+    bool keep = false;
     if constexpr (kStays<T, kPlan, kMode, kGroup, kAligned>) {
-      blocks = std::min<int64_t>(blocks, multiprocessors(op, device));
-      shared_bytes = int64_t{plan.team} * plan.values * sizeof(typename T::Element) *
-                     (args.residual.data ? 2 : 1);
-      allow_shared(op, kernel, shared_bytes);
+      grid.blocks =
+          std::min<int64_t>(grid.blocks, device_number(op, device, cudaDevAttrMultiProcessorCount));
+      grid.shared_bytes = int64_t{plan.team} * plan.values * sizeof(typename T::Element) *
+                          (args.residual.data ? 2 : 1);
+      const int64_t vectors = 2 * args.hidden * sizeof(float);
+      const int64_t room = device_number(op, device, cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+                           1024 - grid.shared_bytes;  // a little is for the sums
+      keep = args.programs.slots && args.programs.count && !args.programs.route && vectors <= room;
+      if (keep) grid.shared_bytes += vectors;
+      allow_shared(op, kernel, grid.shared_bytes);
     }
-    launch(op, device, kernel, blocks, plan.block(), shared_bytes, args, tokens);
+    launch(op, device, kernel, grid, args, tokens, keep);
   }
 }
 
@@ -49,11 +56,12 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   for (const Rows* rows : {&args.x, &args.residual, &args.out, &args.normed, &args.h})
     aligned = aligned && (!rows->data || aligned_rows(*rows, size));
   // a row has the same bits with a split plan, so rows that are not aligned do without
-  const int plan =
-      choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one, mode == Mode::through);
+  const int plan = choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one,
+                               mode == Mode::through, has_clusters(op, device));
   if (plan < 0 || (!aligned && !serves_unaligned(kPlans[plan]))) {
-    launch(op, device, steer_long_kernel<T>, tokens, kLongThreads,
-           args.programs.slots * sizeof(Real<T>), args, tokens);
+    // in fours, as the compiler reads them
+    const int64_t shared = (args.programs.slots + 3) / 4 * 4 * sizeof(Real<T>);
+    launch(op, device, steer_long_kernel<T>, Grid{tokens, kLongThreads, shared}, args, tokens);
     return;
   }
   const auto all = std::make_integer_sequence<int, kPlanCount>();

@@ -43,10 +43,10 @@ def _vectors(pointer, slot_mask, columns, mask):  # -> float32 [SLOTS, BLOCK]
 @triton.jit
 def _load_sum(
     x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
-    HAS_RESIDUAL: tl.constexpr, THROUGH_NORM: tl.constexpr,
-):  # -> float32 [BLOCK]  # fmt: skip
+    HAS_RESIDUAL: tl.constexpr, THROUGH_NORM: tl.constexpr, REAL: tl.constexpr,
+):  # -> REAL [BLOCK]  # fmt: skip
     """What the edit acts on: s, or in the adjoint the gradient of h."""
-    s = _load(x_row, columns, mask)
+    s = _load(x_row, columns, mask).to(REAL)
     if THROUGH_NORM:
         gained = s * (_load(weight, columns, mask) + weight_offset)
         s = scale * (gained - _load(h_row, columns, mask) * pull)
@@ -56,10 +56,9 @@ def _load_sum(
 
 
 @triton.jit
-def _edited(s, write, push, steered, slot_mask, columns, mask):  # -> float32 [BLOCK]
-    u = _vectors(write, slot_mask, columns, mask).to(push.dtype)
-    h = s.to(push.dtype) + tl.sum(u * push[:, None], axis=0)
-    return tl.where(steered, h.to(tl.float32), s)
+def _edited(s, write, push, steered, slot_mask, columns, mask):  # -> [BLOCK], of the type of s
+    u = _vectors(write, slot_mask, columns, mask).to(s.dtype)
+    return tl.where(steered, s + tl.sum(u * push[:, None], axis=0), s)
 
 
 @triton.jit
@@ -120,6 +119,9 @@ def steer_kernel(
     if ADJOINT:
         read, write = write, read
 
+    # Where nearly all of a float32 row lies along v, the rounding of s or of v.s to float32
+    # would be most of what is left of it.
+    REAL: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     scale = 0.0
     pull = 0.0
     if THROUGH_NORM:
@@ -135,19 +137,16 @@ def steer_kernel(
         scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
         pull = scale * scale * (tl.sum(products) / hidden)
 
-    # Where nearly all of a float32 row lies along v, the rounding of v.s to float32 would be most
-    # of what is left of it.
-    REAL: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     t = tl.zeros([SLOTS], REAL)
     for start in range(0, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < hidden
         s = _load_sum(
             x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
-            HAS_RESIDUAL, THROUGH_NORM,
+            HAS_RESIDUAL, THROUGH_NORM, REAL,
         )  # fmt: skip
         v = _vectors(read, slot_mask, columns, mask).to(REAL)
-        t += tl.sum(v * s.to(REAL)[None, :], axis=1)
+        t += tl.sum(v * s[None, :], axis=1)
 
     p = numbers + (program * slots + slot) * 5
     a = tl.load(p, mask=slot_mask, other=0.0)
@@ -165,24 +164,24 @@ def steer_kernel(
         push = a * t + c * clamped + b
 
     if HAS_NORM and not ADJOINT:
-        squares = tl.zeros([BLOCK], tl.float32)
+        squares = tl.zeros([BLOCK], REAL)
         for start in range(0, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < hidden
             s = _load_sum(
                 x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
-                HAS_RESIDUAL, THROUGH_NORM,
+                HAS_RESIDUAL, THROUGH_NORM, REAL,
             )  # fmt: skip
             edited = _edited(s, write, push, steered, slot_mask, columns, mask)
             squares += edited * edited
-        scale = 1.0 / tl.sqrt_rn(tl.sum(squares) / hidden + eps)
+        scale = 1.0 / tl.sqrt_rn((tl.sum(squares) / hidden + eps).to(tl.float32))
 
     for start in range(0, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < hidden
         s = _load_sum(
             x_row, residual_row, h_row, weight, weight_offset, scale, pull, columns, mask,
-            HAS_RESIDUAL, THROUGH_NORM,
+            HAS_RESIDUAL, THROUGH_NORM, REAL,
         )  # fmt: skip
         edited = _edited(s, write, push, steered, slot_mask, columns, mask)
         if HAS_NORM and not ADJOINT:
