@@ -118,7 +118,7 @@ def reference_logits(
     blocks = list(decoder_layers(model))
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(_StayInDouble())
-        embedded = model.get_input_embeddings()(ids).double()
+        embedded = model.get_input_embeddings()(ids.to(model.device)).double()
         for module in (*blocks, body.get_submodule("norm")):
             stack.enter_context(_in_double(module))
         for number, block in enumerate(blocks):

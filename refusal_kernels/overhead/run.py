@@ -97,8 +97,8 @@ class Run:
                 config = shapes.config_of(name)
                 own = config.get_text_config(decoder=True)
                 room = shapes.free_memory()
-                if self.settings.device.startswith("cuda"):
-                    room = min(room, torch.cuda.mem_get_info()[0])
+                if self._on_gpu():  # where every worker has weights of its own, and the reference
+                    room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
                 fits = shapes.layers_that_fit(config, dtype, room)
                 most = grid.layers or (grid.shape_layers if name in shapes.SHAPES else None)
                 layers = max(1, min(own.num_hidden_layers, most or fits, fits))
@@ -138,7 +138,11 @@ class Run:
 
     def _weights(self, cell: Cell, config: Any, folder: Path) -> Any:
         shapes.write(shapes.build(cell.model, config, cell.dtype), folder)
-        return load(str(folder), cell.dtype, "cpu")  # as the workers have it: from the file
+        # as the workers have it: from the file; a GPU is the faster also in float64
+        return load(str(folder), cell.dtype, self.settings.device if self._on_gpu() else "cpu")
+
+    def _on_gpu(self) -> bool:
+        return self.settings.device.startswith("cuda")
 
     def _kept(self, cell: Cell) -> list[dict[str, Any]]:
         """Return a cell's rows of the earlier run, if every method has one that holds."""
