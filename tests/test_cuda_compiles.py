@@ -15,7 +15,7 @@ TOOL = ROOT / "tools" / "compile_cuda.py"
 def least_kernels_per_target() -> int:
     """Count what the launch plans ask for at least, in three element types."""
     plans = (ROOT / "csrc" / "cuda" / "plans.h").read_text()
-    splits = re.findall(r"^ +\{\d+, \d+, (\d+), \d+, \w+\},", plans, re.MULTILINE)
+    splits = re.findall(r"^ +\{\d+, \d+, (\d+), \d+, \d+, \w+\},", plans, re.MULTILINE)
     # one slot in three modes, of which a split plan serves two; not every plan takes many slots
     steering = sum(3 if split == "1" else 2 for split in splits)
     others = 3  # long rows, scores, partial moments

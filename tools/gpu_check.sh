@@ -97,10 +97,10 @@ capability() {
   "$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))'
 }
 
-sanitize() { # TOOL: without the caching allocator every tensor has bounds of its own
+sanitize() { # TOOL TESTS: without the caching allocator every tensor has bounds of its own
   env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 \
     --print-limit 20 "$PYTHON" -m pytest tests/test_ops.py tests/test_moments_op.py -x \
-    -p no:cacheprovider -k "cuda and (route or test_scores_come or test_moments)"
+    -p no:cacheprovider -k "cuda and ($2)"
 }
 export -f machine sanitize
 export PYTHON
@@ -122,8 +122,8 @@ parallel=()
 step tests 120 "$PYTHON" -m pytest tests/test_ops.py tests/test_accuracy.py tests/test_gradients.py \
   tests/test_moments_op.py tests/test_registration.py -k "cuda or triton" -p no:cacheprovider \
   --tb=short "${parallel[@]}"
-step memcheck 90 bash -c 'sanitize memcheck'
-step racecheck 90 bash -c 'sanitize racecheck'
+step memcheck 90 bash -c 'sanitize memcheck "route or test_scores_come or test_moments"'
+step racecheck 90 bash -c 'sanitize racecheck "test_route or test_scores_come"' # the slower by far
 step bench 200 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 165
 brief=(--device cuda --dtypes bfloat16 --rounds 9 --seconds 2.5 --within 0.002)
 step models 150 "$PYTHON" benchmarks/bench_model.py "${brief[@]}" --modes eager graph --out "$OUT"

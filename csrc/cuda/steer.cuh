@@ -70,7 +70,8 @@ struct Slice {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) raw[p] = stage[p * kBlock + threadIdx.x];
   }
-  static RK_DEVICE void unpack(const Raw& raw, R* v) {
+  template <class V>
+  static RK_DEVICE void unpack(const Raw& raw, V* v) {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) {
       float values[T::kPack];
@@ -79,7 +80,8 @@ struct Slice {
       for (int e = 0; e < T::kPack; e++) v[p * T::kPack + e] = values[e];
     }
   }
-  RK_DEVICE void write(const Rows& rows, int64_t row, const R* v) const {
+  template <class V>
+  RK_DEVICE void write(const Rows& rows, int64_t row, const V* v) const {
 #pragma unroll
     for (int p = 0; p < kPacks; p++) {
       float rounded[T::kPack];
@@ -154,25 +156,26 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
     if (kMode == Mode::norm) slice.read_gain(args.weight, gain);
   }
 
-  R s[kValues];
+  using V = std::conditional_t<kMode == Mode::through, float, R>;  // registers for h take those
+  V s[kValues];
   S::unpack(raw_x, s);
   if constexpr (kMode == Mode::through) {
     // the norm's adjoint: g = scale (w d - h scale^2 mean(w d h)), d being the gradient of normed
-    R h[kValues];
+    float h[kValues];
     S::unpack(raw_h, h);
     slice.read_gain(args.weight, gain);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] *= gain[i];
     R sums[2] = {S::dot(h, h), S::dot(s, h)};
     team_sum(sums);
-    const R scale = rsqrtf(static_cast<float>(sums[0] / hidden) + args.weight.eps);
-    const R pull = scale * scale * (sums[1] / hidden);
+    const float scale = rsqrtf(static_cast<float>(sums[0] / hidden) + args.weight.eps);
+    const float pull = scale * scale * static_cast<float>(sums[1] / hidden);
 #pragma unroll
-    for (int i = 0; i < kValues; i++) s[i] = scale * fused(-pull, h[i], s[i]);
+    for (int i = 0; i < kValues; i++) s[i] = scale * fmaf(-pull, h[i], s[i]);
   }
   if (args.residual.data) {
     if (kLate) slice.fetch(args.residual, row, raw_residual);
-    R residual[kValues];
+    float residual[kValues];
     S::unpack(raw_residual, residual);
 #pragma unroll
     for (int i = 0; i < kValues; i++) s[i] += residual[i];
@@ -205,7 +208,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
       }
       if (!kEarly) slice.read_vector(u, write);
 #pragma unroll
-      for (int i = 0; i < kValues; i++) s[i] = fused(phi, R{write[i]}, s[i]);
+      for (int i = 0; i < kValues; i++) s[i] = static_cast<V>(fused(phi, R{write[i]}, R{s[i]}));
     } else {
       R change[kValues] = {};
       for (int64_t first = 0; first < slots; first += kGroup) {
@@ -229,7 +232,7 @@ RK_DEVICE void steer_row(const SteerArgs& args, const S slice, int64_t row, Sum&
         }
       }
 #pragma unroll
-      for (int i = 0; i < kValues; i++) s[i] += change[i];
+      for (int i = 0; i < kValues; i++) s[i] = static_cast<V>(s[i] + change[i]);
     }
   }
   if (args.out.data) slice.write(args.out, row, s);
