@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
           entry["hidden"] = plan.hidden();
           entry["threads_per_row"] = plan.threads();
           entry["rows_per_block"] = plan.rows;
+          entry["blocks_per_row"] = plan.cluster;
           if (plan.max_tokens != rk::cuda::kAnyTokens) entry["max_tokens"] = plan.max_tokens;
           plans.append(entry);
         }
