@@ -5,8 +5,7 @@
 
 namespace rk::cuda {
 
-// --- clusters of blocks (sm_90 and later; plans with one serve nothing before)
-// --------------------
+// --- clusters of blocks: sm_90 and later ---
 
 template <int kCluster>
 RK_DEVICE int block_of_cluster() {

@@ -1,9 +1,9 @@
 // h = s + sum_j phi_j(v_j . s) u_j with s = x + residual, the norm of h, and the adjoints of both.
 //
 // A row is read once. Each thread keeps its part of s in registers (float32; float64 where the rows
-// are float32, see Real), the dot products are
-// one reduction over the row's threads, and the result is written: 3 bytes per byte of x (4 with
-// the norm), which is what the residual add alone would move but for the normed row.
+// are float32, see Real), the dot products are one reduction over the row's threads, and the result
+// is written: 3 bytes per byte of x (4 with the norm), which is what the residual add alone would
+// move but for the normed row.
 //
 // With many rows what counts is the bytes that are asked for at once, so registers are for rows,
 // and the vectors and the weight, which the rows before have left in L1, are read where they are
