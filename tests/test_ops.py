@@ -156,7 +156,8 @@ def test_without_a_route_every_row_takes_program_0(backend, dtype, hidden):
         assert torch.equal(one, routed)
     want = exact(x, residual, bank[:1], params[:1])
     tolerance = 2 * torch.finfo(dtype).eps * float(want.abs().max())
-    assert worst(ops.add_steer_rms_norm(*args)[1], want) <= tolerance
+    off = worst(ops.add_steer_rms_norm(*args)[1], want)
+    assert off <= min(tolerance, 0.5 * worst(x + residual, want))  # what is small is seen too
 
 
 def test_no_slots_is_the_plain_add(backend):
