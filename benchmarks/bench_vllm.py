@@ -1,8 +1,11 @@
 """Throughput of vLLM: without the plugin, with it inert, plain, ablated, a program per request.
 
-The engines live beside each other and take turns, so that the machine's load hits all of them
-alike; ratios are within a round, to the engine without the plugin. Beside the rate, the processor
-time of the engine's process is taken, which a busy machine disturbs less: what a step costs.
+Every engine is a process of its own, its scheduler and its model in that one process. They live
+beside each other and take turns, so that the machine's load hits all of them alike; ratios are
+within a round, to the engine without the plugin. An engine keeps, as long as it lives, a speed that
+differs from that of the next one started the same way (where its memory lies), so all are started
+several times, and another engine without the plugin shows what is left of that. Beside the rate,
+the processor time is taken, which a busy machine disturbs less: what a step costs.
 """
 
 import argparse
@@ -11,28 +14,33 @@ import os
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a process for each engine
+# vLLM takes its own processes away from the cores that a front end needs; here there is none
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-# a core is left to the front end, as vLLM does where it binds threads itself
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-import vllm.plugins
+import vllm
 from vllm import LLM, SamplingParams
 
 import refusal_kernels as rk
+from refusal_kernels import _C
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.files import write_json
 from refusal_kernels.toy import PATH
 
 PROMPT = 16  # tokens
-BASE, ABLATED, EACH = "no plugin", "all ablated", "one program each"
+BASE, ANOTHER, INERT = "no plugin", "another without", "plugin inert"
+PLAIN, ABLATED, EACH = "plain requests", "all ablated", "one program each"
+Programs = list[str | None]  # of the requests of a batch
+spawning = multiprocessing.get_context("spawn")
 # Qwen2.5-0.5B's shape, and how many of its 24 layers: ratios do not depend on that
 HALF_BILLION = {
     **{"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14},
@@ -54,30 +62,59 @@ def longest(model: str) -> int:
 class Engine:
     """An engine in a process of its own."""
 
-    def __init__(self, model: str, config: dict[str, Any], args: argparse.Namespace) -> None:
-        before = set(multiprocessing.active_children())
-        self.llm = start(model, config, args)
-        (self.process,) = set(multiprocessing.active_children()) - before
+    def __init__(
+        self, model: str, config: dict[str, Any], args: argparse.Namespace, plugin: bool = True
+    ) -> None:
+        self.pipe, its = spawning.Pipe()
+        self.process = spawning.Process(target=serve, args=(its, model, config, args, plugin))
+        self.process.start()
+        its.close()
+        self.pipe.recv()  # it has started, or EOFError: it could not
 
-    def seconds(self) -> float:
-        """Processor time of the engine's process and those that it started."""
-        return sum(map(processor_seconds, processes(self.process.pid)))
+    def run(self, programs: Programs, tokens: int) -> tuple[float, float]:
+        """Return tokens a second, and milliseconds of processor time a step."""
+        self.pipe.send((programs, tokens))
+        took, spent = self.pipe.recv()
+        return len(programs) * tokens / took, 1e3 * spent / tokens
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
 
 
-def processes(root: int) -> list[int]:
-    children = Path(f"/proc/{root}/task/{root}/children").read_text().split()
-    return [root, *(below for child in children for below in processes(int(child)))]
-
-
-def processor_seconds(process: int) -> float:
-    return time.clock_gettime((~process << 3) | 2)  # as clock_getcpuclockid(3) makes it
+def serve(
+    pipe: Connection, model: str, config: dict[str, Any], args: argparse.Namespace, plugin: bool
+) -> None:
+    if not plugin:
+        os.environ["VLLM_PLUGINS"] = ""
+    llm = start(model, config, args)
+    torch.manual_seed(1)
+    prompts: Any = [
+        {"prompt_token_ids": torch.randint(3, 200, (PROMPT,)).tolist()} for _ in range(args.batch)
+    ]
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        programs, tokens = asked
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if program is None else {"steer": program},
+            )
+            for program in programs
+        ]
+        spent, began = time.process_time(), time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        pipe.send((time.perf_counter() - began, time.process_time() - spent))
 
 
 def start(model: str, config: dict[str, Any], args: argparse.Namespace) -> LLM:
     return LLM(
         model=model,
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=args.dtype,
         enforce_eager=args.eager,
         max_model_len=longest(model),
         max_num_seqs=args.batch,
@@ -88,69 +125,72 @@ def start(model: str, config: dict[str, Any], args: argparse.Namespace) -> LLM:
     )
 
 
-def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def write_programs(model: str, folder: Path, number: int) -> dict[str, Any]:
+    """Return a configuration of `number` programs, each with a random direction of its own."""
     hidden = transformers.AutoConfig.from_pretrained(model).hidden_size
     directions, programs = {}, {}
-    for k in range(args.batch):
+    for k in range(number):
         directions[str(k)] = str(folder / f"{k}.safetensors")
         rk.Direction(torch.randn(hidden)).save(directions[str(k)])
         programs[str(k)] = {"ablate": str(k)}
-    steering = {"refusal_kernels": {"directions": directions, "programs": programs}}
-    os.environ["VLLM_PLUGINS"] = ""
-    without = Engine(model, {}, args)
-    del os.environ["VLLM_PLUGINS"]
-    vllm.plugins.plugins_loaded = False  # in this process; the engine's own stays without
-    inert, steered = Engine(model, {}, args), Engine(model, steering, args)
-    cases = {
-        BASE: (without, [None] * args.batch),
-        "the same again": (without, [None] * args.batch),
-        "plugin inert": (inert, [None] * args.batch),
-        "plain requests": (steered, [None] * args.batch),
-        ABLATED: (steered, ["0"] * args.batch),
-        EACH: (steered, [str(k) for k in range(args.batch)]),
-    }
+    return {"refusal_kernels": {"directions": directions, "programs": programs}}
+
+
+def start_all(model: str, steering: dict[str, Any], args: argparse.Namespace) -> dict[str, Engine]:
+    engines = {case: Engine(model, {}, args, plugin=False) for case in (BASE, ANOTHER)}
+    engines[INERT] = Engine(model, {}, args)
+    engines[PLAIN] = engines[ABLATED] = engines[EACH] = Engine(model, steering, args)
+    return engines
+
+
+# tokens a second, and milliseconds of processor time a step; a list for each start
+Found = dict[str, list[list[tuple[float, float]]]]
+
+
+def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    steering = write_programs(model, folder, args.batch)
     tokens = min(args.tokens, longest(model) - PROMPT)  # the toy has 128 positions
-    prompts = [{"prompt_token_ids": torch.randint(3, 200, (PROMPT,)).tolist()} for _ in programs]
-
-    def run(engine: Engine, names: list[str | None]) -> tuple[float, float]:
-        """Return tokens a second, and milliseconds of the engine's processor a step."""
-        params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=tokens,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=None if name is None else {"steer": name},
-            )
-            for name in names
-        ]
-        spent, began = engine.seconds(), time.perf_counter()
-        engine.llm.generate(prompts, params, use_tqdm=False)
-        ended, spent = time.perf_counter(), engine.seconds() - spent
-        return args.batch * tokens / (ended - began), 1e3 * spent / tokens
-
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    # the runs of the toy are ten times shorter, and so the more disturbed
-    for number in range(-1, args.rounds * (3 if model == str(PATH) else 1)):
-        order = list(cases)
-        for name in order if number % 2 == 0 else order[::-1]:
-            one = run(*cases[name])
-            if number >= 0:
-                found[name].append(one)
-    return {name: summary(found, name) for name in cases}
+    # the toy's batch takes a second at most, and is the more disturbed
+    starts, rounds = args.starts, args.rounds
+    if model != str(PATH):
+        starts, rounds = (starts + 1) // 2, (rounds + 1) // 2
+    plain: Programs = [None] * args.batch
+    programs = dict.fromkeys((BASE, ANOTHER, INERT, PLAIN), plain)
+    programs |= {ABLATED: ["0"] * args.batch, EACH: [str(k) for k in range(args.batch)]}
+    found: Found = {case: [] for case in programs}
+    for _ in range(starts):
+        engines = start_all(model, steering, args)
+        for case in programs:
+            found[case].append([])
+            engines[case].run(programs[case], tokens)
+        for number in range(rounds):
+            for case in list(programs)[:: 1 if number % 2 == 0 else -1]:
+                engines[case].run(programs[case], 8)  # the caches hold the last engine's
+                found[case][-1].append(engines[case].run(programs[case], tokens))
+        for engine in set(engines.values()):
+            engine.stop()
+        last = {case: statistics.median(rate for rate, _ in one[-1]) for case, one in found.items()}
+        print(
+            f"a start: {', '.join(f'{case} {rate:.0f}' for case, rate in last.items())}", flush=True
+        )
+    return {case: summary(found, case) for case in found}
 
 
-def summary(found: dict[str, list[tuple[float, float]]], name: str) -> dict[str, Any]:
-    base = ABLATED if name == EACH else BASE
-    pairs = list(zip(found[name], found[base], strict=True))
+def summary(found: Found, case: str) -> dict[str, Any]:
+    base = ABLATED if case == EACH else BASE
+    starts = [list(zip(*both, strict=True)) for both in zip(found[case], found[base], strict=True)]
+    pairs = [pair for start in starts for pair in start]
     rate = quartiles([own[0] / its[0] for own, its in pairs])
     processor = quartiles([its[1] / own[1] for own, its in pairs])
     return {
         "to": base,
-        "tokens_per_second": statistics.median(one[0] for one in found[name]),
+        "tokens_per_second": statistics.median(own[0] for own, _ in pairs),
         "ratio": rate[1],
         "quartiles": [rate[0], rate[2]],
-        "processor_ms_per_step": statistics.median(one[1] for one in found[name]),
+        "ratio_of_each_start": [
+            statistics.median(own[0] / its[0] for own, its in start) for start in starts
+        ],
+        "processor_ms_per_step": statistics.median(own[1] for own, _ in pairs),
         "processor_ratio": processor[1],  # above 1: less processor time than the base
         "processor_quartiles": [processor[0], processor[2]],
         "more_ms_per_step": statistics.median(own[1] - its[1] for own, its in pairs),
@@ -165,7 +205,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
+    # a processor without AVX-512 emulates bfloat16, at half the speed of float32
+    fast = "avx512" in _C.cpu_capabilities() or torch.cuda.is_available()
+    parser.add_argument("--dtype", default="bfloat16" if fast else "float32")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--models", default="toy,0.5B")
     parser.add_argument("--eager", action="store_true")
@@ -182,7 +226,8 @@ def main() -> None:
                 step, more = one["processor_ms_per_step"], one["more_ms_per_step"]
                 print(
                     f"{model:5} {case:17} {one['tokens_per_second']:6.0f} tokens/s, "
-                    f"{one['ratio']:.3f} [{spread[0]:.3f}, {spread[1]:.3f}] of {one['to']}; by "
+                    f"{one['ratio']:.3f} [{spread[0]:.3f}, {spread[1]:.3f}] of {one['to']}; starts "
+                    f"{' '.join(f'{ratio:.3f}' for ratio in one['ratio_of_each_start'])}; by "
                     f"processor {one['processor_ratio']:.3f} [{busy[0]:.3f}, {busy[1]:.3f}], "
                     f"{step:.2f} ms a step ({more:+.3f})",
                     flush=True,
