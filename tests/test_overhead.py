@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.cli import app, main
 from refusal_kernels.errors import InputError
-from refusal_kernels.overhead import docs, results, shapes
+from refusal_kernels.overhead import docs, results, run, shapes
 from refusal_kernels.overhead.process import Process, WorkerError
 from refusal_kernels.overhead.reference import reference_logits
 from refusal_kernels.overhead.worker import SITES, input_ids
@@ -98,6 +98,15 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     assert "refusal_kernels:cpu" in page and "<script" not in page and "://" not in page
     assert (tmp_path / "out" / "overhead-cpu.png").stat().st_size > 1000
     assert len((tmp_path / "out" / "overhead-cpu.csv").read_text().splitlines()) == 1 + len(rows)
+
+
+def test_what_it_writes_itself_does_not_make_the_commit_differ(bench, tmp_path, monkeypatch):
+    written = tmp_path / "out" / "overhead-cpu.json"
+    commit = {True: "written to", False: "clean"}
+    monkeypatch.setattr(run, "versions", lambda: {"commit": commit[written.exists()]})
+    result, document = bench("--methods", "hooks", "--batch", "1,2")
+    assert result.exit_code == 0, result.output
+    assert document["complete"] and document["versions"] == {"commit": "clean"}
 
 
 def test_what_is_wrong_or_fails_or_dies_or_is_not_there_is_a_row(bench, method, tmp_path):

@@ -58,6 +58,7 @@ class Run:
     ) -> None:
         self.settings, self.say = settings, say
         self.start = time.monotonic()
+        self.versions = versions()  # before what is written here makes the checkout differ
         self.rows: list[dict[str, Any]] = []
         self.kept = by_cell(kept)
         self.workers: dict[str, Process] = {}
@@ -343,7 +344,7 @@ class Run:
             "rounds": settings.grid.rounds,
             "device": describe_device(settings.device),
             "device_kind": settings.device.split(":")[0],
-            "versions": versions(),
+            "versions": self.versions,
             "environments": self.environments,
             "torch_threads": settings.threads,
             "clock_mhz": clock_mhz(settings.device),
