@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.overhead.shapes import layer_weights
 from refusal_kernels.overhead.worker import MOST
 
 PHASES = ("decode", "prefill")
@@ -14,6 +15,8 @@ MODES = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "graph")}
 CONTEXT = 128
 """Tokens before the one that is decoded."""
 ALL = "all"
+AXES = {"dtype": "dtypes", "mode": "modes", "steered": "steered", "programs": "programs"}
+"""For each field of `Cell` that need not be crossed, the field of `Grid` with its values."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,22 @@ class Grid:
         When no further cell is begun.
     layers
         How many layers of each model; None: what fits in memory.
-    shape_layers
-        How many at most of the models with random weights: ratios do not depend on the number, and
-        a processor has no use for 24.
-    prompt
-        Tokens of a prompt; with ``shared`` those of all rows together.
+    shape_layers, shape_weights
+        How many layers at most of the models with random weights, and how many weights in them, the
+        first apart: a processor has no use for 24, and a ratio hardly depends on the number.
+    prompt, prompt_work
+        Tokens of a prompt, with ``shared`` those of all rows together; and how many multiplications
+        of weights it may take, above which the prompt is the shorter.
     rounds
         The most.
     measure_s
         About how long one measurement takes; short, so that there are many.
     steered, programs
-        None stands for all layers. With ``vary`` the others are measured in one cell of each
-        model only: decoding, eagerly, the largest batch, the first dtype.
+        None stands for all layers.
+    vary
+        Fields of `AXES` whose further values are measured one at a time, in one cell of each model:
+        decoding, the largest batch where it is about its rows, else the smallest. All others are
+        crossed.
     """
 
     limit_s: float
@@ -111,26 +118,48 @@ class Grid:
     programs: tuple[int, ...] = (1,)
     rounds: int = 41
     measure_s: float = 0.1
-    vary: bool = True
+    vary: tuple[str, ...] = ("steered", "programs")
     shape_layers: int | None = None
+    shape_weights: float | None = None
     prompt: int = 512
+    prompt_work: float | None = None
     shared: bool = False
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Give phase, batch, dtype, mode, steered and programs of every cell of one model."""
-        widest, first = max(self.batch), self.dtypes[0]
+        usual = {axis: getattr(self, values)[0] for axis, values in AXES.items()}
         axes = product(
             self.dtypes, self.modes, self.phases, self.batch, self.steered, self.programs
         )
-        for dtype, mode, work, batch, steered, programs in axes:
-            usual = steered == self.steered[0] and programs == self.programs[0]
-            alone = steered == self.steered[0] or programs == self.programs[0]
-            place = (work, mode, batch, dtype) == (self.phases[0], self.modes[0], widest, first)
-            if programs <= batch and (not self.vary or usual or (place and alone)):
-                yield {
-                    "dtype": dtype, "mode": mode, "work": work, "batch": batch,
-                    "steered": steered, "programs": programs,
-                }  # fmt: skip
+        names = ("dtype", "mode", "work", "batch", "steered", "programs")
+        for values in axes:
+            cell: dict[str, Any] = dict(zip(names, values, strict=True))
+            if cell["programs"] > cell["batch"]:
+                continue
+            other = [axis for axis in self.vary if cell[axis] != usual[axis]]
+            if not other:
+                yield cell
+                continue
+            batch = max(self.batch) if other[0] in ("steered", "programs") else min(self.batch)
+            if cell == {**cell, **usual, other[0]: cell[other[0]]} and (
+                (cell["work"], cell["batch"]) == (self.phases[0], batch)
+            ):
+                yield cell
+
+    def most_layers(self, config: Any) -> int | None:
+        """Return how many layers at most a model with random weights has; None: no limit."""
+        most = [] if self.shape_layers is None else [self.shape_layers]
+        if self.shape_weights is not None:
+            most.append(max(1, int(self.shape_weights // layer_weights(config))))
+        return min(most, default=None)
+
+    def prompt_tokens(self, config: Any, layers: int, batch: int) -> int:
+        """Return how many tokens each row's prompt has."""
+        tokens = self.prompt
+        if self.prompt_work is not None:  # a power of two, so that rows can share it
+            most = max(1, int(self.prompt_work // (layers * layer_weights(config))))
+            tokens = min(tokens, 1 << (most.bit_length() - 1))
+        return max(1, tokens // batch) if self.shared else tokens
 
     def cells(self, name: str, layers: int, config: Any) -> list[Cell]:
         """Return the cells of one model that is measured with so many layers."""
@@ -140,7 +169,7 @@ class Grid:
             if axes["steered"] is not None and axes["steered"] > layers:
                 continue
             room = positions - (MOST if axes["work"] == "decode" else 0)
-            prompt = max(1, self.prompt // axes["batch"]) if self.shared else self.prompt
+            prompt = self.prompt_tokens(config, layers, axes["batch"])
             tokens = min(prompt if axes["work"] == "prefill" else CONTEXT, room)
             size = config.num_hidden_layers, config.hidden_size
             found.append(Cell(name, layers, *size, tokens=tokens, **axes))
@@ -156,18 +185,23 @@ PROFILES = {
         (None, 1), (1, 4), rounds=41,
     ),
     "full": Grid(
-        7200, ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b", "qwen2.5-72b", "toy"), None,
+        7200, ("toy", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b", "qwen2.5-72b"), None,
         PHASES, (1, 8, 32), ("float32", "bfloat16"), ("eager", "compile"), (None, 1, 4), (1, 8),
         rounds=101,
     ),
 }  # fmt: skip
-# on a processor: a matrix product of 4,096 tokens is nearly all of the time, and there is little to
-# be seen beside it
+# On a processor a matrix product of 4,096 tokens is nearly all of the time, and there is little to
+# be seen beside it. A round is sixteen measurements, and compiling all methods takes minutes: with
+# all axes crossed the full profile would not end in a day. Preparing the last cell takes minutes
+# too, so that the limit is less than the two hours.
 ON_CPU: dict[str, dict[str, Any]] = {
     "smoke": {},
     "quick": {"shape_layers": 4, "shared": True},
-    "full": {"shape_layers": 6, "shared": True},
-}
+    "full": {
+        "limit_s": 6300, "batch": (1, 8), "vary": tuple(AXES), "shape_layers": 6,
+        "shape_weights": 5e8, "prompt_work": 1e11, "shared": True,
+    },
+}  # fmt: skip
 
 
 def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
@@ -197,7 +231,8 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
         grid = replace(grid, dtypes=("bfloat16", "float16"), modes=MODES["cuda"])
     own = {name: value for name, value in given.items() if value is not None}
     # who names them wants all that go with the rest
-    grid = replace(grid, **own, vary=not {"steered", "programs"} & set(own))
+    vary = tuple(axis for axis in grid.vary if AXES[axis] not in own)
+    grid = replace(grid, **own, vary=vary)
     _among("--phases", grid.phases, PHASES)
     _among("--dtypes", grid.dtypes, DTYPES)
     _among("--modes", grid.modes, MODES.get(kind, MODES["cpu"]))

@@ -7,6 +7,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +96,21 @@ class Run:
         """
         grid, plan = self.settings.grid, []
         for name in grid.models:
-            for dtype in grid.dtypes:
-                config = shapes.config_of(name)
-                own = config.get_text_config(decoder=True)
-                room = shapes.free_memory()
-                if self._on_gpu():  # where every worker has weights of its own, and the reference
-                    room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
-                fits = shapes.layers_that_fit(config, dtype, room)
-                most = grid.layers or (grid.shape_layers if name in shapes.SHAPES else None)
-                layers = max(1, min(own.num_hidden_layers, most or fits, fits))
-                cells = [c for c in grid.cells(name, layers, own) if c.dtype == dtype]
-                plan.append((shapes.cut(config, layers) if fits else None, cells))
+            config, room = shapes.config_of(name), shapes.free_memory()
+            own = config.get_text_config(decoder=True)
+            if self._on_gpu():  # where every worker has weights of its own, and the reference
+                room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
+            fits = {dtype: shapes.layers_that_fit(config, dtype, room) for dtype in grid.dtypes}
+            # one that does not fit is not the one that all the rest is measured with
+            dtypes = tuple(sorted(grid.dtypes, key=lambda dtype: not fits[dtype]))
+            random = name in shapes.SHAPES
+            most = grid.layers or (grid.most_layers(config) if random else None)
+            for dtype in dtypes:
+                fit = fits[dtype]
+                layers = max(1, min(own.num_hidden_layers, most or fit, fit))
+                cells = replace(grid, dtypes=dtypes).cells(name, layers, own)
+                cells = [cell for cell in cells if cell.dtype == dtype]
+                plan.append((shapes.cut(deepcopy(config), layers) if fit else None, cells))
         return plan
 
     def _model(self, config: Any, cells: list[Cell]) -> None:
@@ -321,6 +327,10 @@ class Run:
                     found[method][1].append(seconds[BASE])
             number += 1
             per_round = (time.monotonic() - start) / number
+            if (LEAST_ROUNDS - number) * per_round > max(0.0, self._left()):
+                for name in (name for methods in opened.values() for name in methods):
+                    rows[name]["status"] = self._too_late()
+                break
         for name in list(opened):
             with suppress(WorkerError):
                 self._ask(name, groups[name], {"do": "close"})

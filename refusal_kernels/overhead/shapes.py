@@ -65,6 +65,14 @@ def free_memory() -> float:
     return 8.0 * 2**30
 
 
+def layer_weights(config: Any) -> int:
+    """Return how many weights the matrices of one layer have."""
+    own = config.get_text_config(decoder=True)
+    hidden, heads = own.hidden_size, own.num_attention_heads
+    width = getattr(own, "head_dim", None) or hidden // heads
+    return int(hidden * (2 * width * (heads + own.num_key_value_heads) + 3 * own.intermediate_size))
+
+
 def layers_that_fit(config: Any, dtype: str, memory_bytes: float) -> int:
     """Return how many layers fit; 0 if not even one does.
 
@@ -72,11 +80,8 @@ def layers_that_fit(config: Any, dtype: str, memory_bytes: float) -> int:
     with it in float64, as the reference has it, three quarters are not exceeded.
     """
     own = config.get_text_config(decoder=True)
-    hidden, wide = own.hidden_size, own.intermediate_size
-    heads = own.num_attention_heads
-    width = getattr(own, "head_dim", None) or hidden // heads
-    layer = hidden * (2 * width * (heads + own.num_key_value_heads) + 3 * wide)
-    embedding = own.vocab_size * hidden * (1 if own.tie_word_embeddings else 2)
+    layer = layer_weights(config)
+    embedding = own.vocab_size * own.hidden_size * (1 if own.tie_word_embeddings else 2)
     size = getattr(torch, dtype).itemsize
     if size * (embedding + layer) + 8 * layer > 0.75 * memory_bytes:
         return 0

@@ -453,7 +453,7 @@ class Worker:
         if BASE in session.works:
             with torch.inference_mode():
                 seconds = session.works[BASE].timed()
-            least = LEAST[cell["work"]]
+            least = LEAST[cell["work"]] if seconds < order["measure_s"] else 1
             for work in session.works.values():
                 work.repeats = max(least, min(MOST, round(order["measure_s"] / max(seconds, 1e-9))))
         return {"methods": found, "versions": _versions()}
