@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 try:
     import refusal_kernels._C  # noqa: F401  (it registers the schemas and the CPU kernels)
@@ -18,7 +19,7 @@ except ImportError as error:
         "the compiled extension of refusal_kernels is missing or does not load "
         f"({error}); build it with: pip install --no-build-isolation -e ."
     ) from error
-from refusal_kernels.ops import reference
+from refusal_kernels.ops import inductor, reference
 
 # The edits that stand in every layer of a patched model exist in two more forms. `_scores` also
 # returns what the edit read. `_inference` is the same kernel registered without a gradient, because
@@ -192,10 +193,23 @@ def _through_scored(namespace: str, op: str) -> Callable[..., Any]:
 _KEPT: list[torch.library.Library] = []  # what one registers lasts as long as it does
 
 
+def _fake_inference(op: str) -> Callable[..., Any]:
+    """The first that a compiler sees of the edits, and so where Inductor is told about them."""
+    fake = FAKES[INFERENCE[op]]
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if TracingContext.try_get() is not None:
+            inductor.register()
+        return fake(*args, **kwargs)
+
+    return seen
+
+
 def register(namespace: str, ops: tuple[str, ...] = OPS) -> None:
     """Give the ops of one namespace their fake implementations and gradients."""
     for op in ops:
-        torch.library.register_fake(f"{namespace}::{op}", FAKES[INFERENCE.get(op, op)])
+        fake = _fake_inference(op) if op in INFERENCE else FAKES[op]
+        torch.library.register_fake(f"{namespace}::{op}", fake)
     add, norm = _Edit(namespace, normed=False), _Edit(namespace, normed=True)
     for op, backward, setup in (
         ("add_steer_scores", add.add, add.setup),

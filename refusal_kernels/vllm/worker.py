@@ -10,6 +10,7 @@ import torch
 from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
+from refusal_kernels.ops import inductor
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import GRAPH, KEY, Settings, read_settings
 from refusal_kernels.vllm.families import find_places, whole_model
@@ -46,6 +47,7 @@ class WorkerState:
         for program in settings.programs.values():
             self.bank.add(program)
         self.sites: list[Site] = claim(places, self.bank, settings.fuse_norms)
+        inductor.register()  # tracing does it too, but a cache may spare that
         self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
         self.monitor = self._watch(config, settings)
         self._batch: tuple[list[str], bytes] | None = None  # the last: its requests, their tokens
@@ -60,6 +62,7 @@ class WorkerState:
                 [place.name for place in places],
                 list(self.bank.vectors.shape),
                 self.bank.route.shape[0],
+                [inductor.MOST, inductor.MOST_ROUTED],
             ],
         }
         logger.info(

@@ -1,0 +1,49 @@
+"""What Inductor makes of the edits in a graph for a CPU: of small rows the formula, else the op.
+
+The call of an op out of compiled code takes ten microseconds, with the memory that it asks for, and
+nothing is fused across it. Given the formula instead, Inductor makes one loop nest of add, edit and
+norm. Its sums are those of one row, in an order that does not depend on the other rows. Larger rows
+keep the kernels, and sooner with a route, whose vectors Inductor gathers less well.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from refusal_kernels.ops import reference
+
+MOST, MOST_ROUTED = 2048, 512
+"""Channels times slots up to which the formula is the faster: `benchmarks/bench_compiled.py`."""
+
+
+@functools.cache
+def register() -> None:
+    """Tell Inductor, once. It takes a second to import, so only where something is compiled."""
+    from torch._inductor import decomposition, lowering
+
+    ops = torch.ops.refusal_kernels
+    for op, formula in (
+        (ops.add_steer_inference.default, reference.add_steer),
+        (ops.add_steer_rms_norm_inference.default, reference.add_steer_rms_norm),
+    ):
+        decomposition.register_decomposition(op)(_where_small(formula))
+        # what has a decomposition and is there nevertheless would be taken for an oversight
+        lowering.make_fallback(op, warn=False, override_decomp=True)
+    # a copy of the table, which an earlier compilation may have made
+    decomposition.fast_random_decomps.cache_clear()
+
+
+def _where_small(formula: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(formula)
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        most = MOST if given.get("route") is None else MOST_ROUTED
+        if given["x"].device.type != "cpu" or given["bank"][0, 0].numel() > most:
+            return NotImplemented
+        return formula(*args, **kwargs)
+
+    return decompose
