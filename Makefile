@@ -114,9 +114,11 @@ bench: setup
 		--benchmark-columns=median --benchmark-json=benchmarks/results/ops-cpu-kept-memory.json
 	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
 
-# whole models; 6 layers of each, so that it ends in about half an hour
+# whole models; 6 layers of each, so that it ends in about half an hour; and an edit in a compiled
+# graph, called and as a formula
 bench-models: setup
 	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
+	@$(BIN)/python benchmarks/bench_compiled.py --json benchmarks/results/compiled-cpu.json
 
 # the experiment: what collecting adds to the passes, what selecting saves, a checkpoint of 3 GB
 bench-experiment: setup

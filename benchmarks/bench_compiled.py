@@ -3,9 +3,9 @@
     python benchmarks/bench_compiled.py [--json benchmarks/results/compiled-cpu.json]
 
 A graph is a chain of edits, each reading what the last one wrote, as in a model's layers: one
-direction for all tokens, as `patch` compiles it; a route over 32; and one over 32 programs of four
-slots, as in the vLLM plugin. All variants take turns; "none" is the same add and norm without an
-edit. The limits in `refusal_kernels.ops.inductor` are chosen by this.
+direction for all tokens, as `patch` compiles it; a route over 32 of them, as in the vLLM plugin;
+and that with room for four interventions in each program. All variants take turns; "none" is the
+same add and norm without an edit. `refusal_kernels.ops.inductor` has its limits from here.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=numbers, default=[1, 32, 512])
-    parser.add_argument("--hidden", type=numbers, default=[128, 512, 1024, 2048, 4096])
+    parser.add_argument("--hidden", type=numbers, default=[128, 512, 2048, 4096])
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--limit", type=float, default=1.0, help="seconds for a row")

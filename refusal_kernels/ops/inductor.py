@@ -8,6 +8,8 @@ keep the kernels, and sooner with a route, whose vectors Inductor gathers less w
 
 import functools
 import inspect
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,23 +19,28 @@ from refusal_kernels.ops import reference
 
 MOST, MOST_ROUTED = 2048, 512
 """Channels times slots up to which the formula is the faster: `benchmarks/bench_compiled.py`."""
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
 def register() -> None:
     """Tell Inductor, once. It takes a second to import, so only where something is compiled."""
-    from torch._inductor import decomposition, lowering
-
     ops = torch.ops.refusal_kernels
-    for op, formula in (
-        (ops.add_steer_inference.default, reference.add_steer),
-        (ops.add_steer_rms_norm_inference.default, reference.add_steer_rms_norm),
-    ):
-        decomposition.register_decomposition(op)(_where_small(formula))
-        # what has a decomposition and is there nevertheless would be taken for an oversight
-        lowering.make_fallback(op, warn=False, override_decomp=True)
-    # a copy of the table, which an earlier compilation may have made
-    decomposition.fast_random_decomps.cache_clear()
+    try:
+        from torch._inductor import decomposition, lowering
+
+        for op, formula in (
+            (ops.add_steer_inference.default, reference.add_steer),
+            (ops.add_steer_rms_norm_inference.default, reference.add_steer_rms_norm),
+        ):
+            # first: of an op that has a decomposition, and is there nevertheless, Inductor
+            # believes that it was forgotten
+            lowering.make_fallback(op)
+            decomposition.register_decomposition(op)(_where_small(formula))
+        # a copy of the table, which an earlier compilation may have made
+        decomposition.fast_random_decomps.cache_clear()
+    except (ImportError, AttributeError, TypeError) as error:  # PyTorch promises none of these
+        logger.warning("compiled graphs call the ops also for small rows: %s", error)
 
 
 def _where_small(formula: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,7 +49,7 @@ def _where_small(formula: Callable[..., Any]) -> Callable[..., Any]:
     def decompose(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         most = MOST if given.get("route") is None else MOST_ROUTED
-        if given["x"].device.type != "cpu" or given["bank"][0, 0].numel() > most:
+        if given["x"].device.type != "cpu" or math.prod(given["bank"].shape[2:]) > most:
             return NotImplemented
         return formula(*args, **kwargs)
 
