@@ -17,7 +17,7 @@ import torch
 
 from refusal_kernels.ops import reference
 
-MOST, MOST_ROUTED = 2048, 512
+MOST, MOST_ROUTED = 4096, 512
 """Channels times slots up to which the formula is the faster: `benchmarks/bench_compiled.py`."""
 logger = logging.getLogger(__name__)
 
