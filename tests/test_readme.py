@@ -88,6 +88,12 @@ def test_numbers_are_the_recorded_ones():
         if row["method"] == "patched"
     )
     assert f"is {longer[0]} ({longer[1]} to {longer[2]}) where it was measured longer" in text
+    edits = json.loads((results / "compiled-cpu.json").read_text())["rows"]
+    edits = [row for row in edits if row["program"] == "one"]
+    called = [row["formula_over_op"][1] for row in edits]
+    alone = [row["us_an_edit"]["formula"] / row["us_an_edit"]["none"] for row in edits]
+    assert f"{min(called):.2f} to {max(called):.2f} of the time of the call" in text
+    assert f"and {min(alone):.2f} to {max(alone):.2f} of that of add and norm alone" in text
     models = json.loads((results / "models-cuda.json").read_text())["rows"]
     spans = [
         [r["ratio"] for r in models if (r["mode"], r["method"]) == what and r["ratio"]]

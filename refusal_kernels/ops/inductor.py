@@ -18,7 +18,12 @@ import torch
 from refusal_kernels.ops import reference
 
 MOST, MOST_ROUTED = 4096, 512
-"""Channels times slots up to which the formula is the faster: `benchmarks/bench_compiled.py`."""
+"""Channels times slots up to which the formula is the faster: `benchmarks/bench_compiled.py`.
+
+With a route it is so for the few tokens of a decoding batch; a prompt of hundreds can take twice as
+long as by the op, of the little that such rows take.
+"""
+
 logger = logging.getLogger(__name__)
 
 
