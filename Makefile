@@ -73,7 +73,7 @@ VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 test-vllm: .venv-vllm/.ready
 	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm
 
-# 2,000 requests with changes and cancellations, memory watched: two minutes
+# 4,000 requests with changes and cancellations, memory watched: two minutes
 soak-vllm: .venv-vllm/.ready
 	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm/test_server.py -m soak
 
