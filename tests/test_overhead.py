@@ -38,6 +38,14 @@ RAISES = '''"""Fails."""
 def steer(model, task):
     raise ValueError("not today")
 '''
+SLEEPS = '''"""Takes its time."""
+import time
+from contextlib import contextmanager
+@contextmanager
+def steer(model, task):
+    model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    yield model
+'''
 DIES = '''"""Ends the process."""
 import os
 def steer(model, task):
@@ -319,6 +327,15 @@ def test_a_model_that_does_not_fit_in_one_dtype_is_measured_in_the_other(
     assert {row["status"] for row in document["rows"]} == {
         "not measured: one layer does not fit in memory"
     }
+
+
+def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
+    bench, method, monkeypatch
+):
+    monkeypatch.setattr(run, "SLOW", 3)  # the machine has slow moments too
+    _, document = bench("--methods", "hooks," + method("sleeps", SLEEPS), "--rounds", "11")
+    rounds = {row["method"]: row["rounds"] for row in document["rows"]}
+    assert rounds == {"unmodified": 11, "hooks": 11, "sleeps": 7}
 
 
 def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):

@@ -29,6 +29,8 @@ from refusal_kernels.overhead.settings import Settings
 from refusal_kernels.overhead.worker import BASE, load
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
+LEAST_S = 30.0  # of rounds, also where preparing took all the time that a cell has
+SLOW = 10  # an environment that takes so many times as long as the quickest has the least rounds
 GIVE_UP = 2  # a worker that failed so often in a row is not started again
 NOTHING: dict[str, Any] = {
     "about": "", "sites": [], "tokens_per_second": None, "base_tokens_per_second": None,
@@ -192,7 +194,8 @@ class Run:
         opened = self._open_all(cell, folder, file, rows)
         compare(cell, model, directions, folder, rows, opened)
         opening = time.monotonic() - start
-        rounds, per_round = self._rounds(cell, rows, opened, start + budget)
+        until = start + max(budget, opening + LEAST_S)
+        rounds, per_round = self._rounds(cell, rows, opened, until)
         self.shortest = opening + LEAST_ROUNDS * per_round
         for name, (seconds, base) in rounds.items():
             row = rows[name]
@@ -303,20 +306,29 @@ class Run:
             name: ([], []) for methods in opened.values() for name in methods
         }
         groups = self._groups()
-        start, number, per_round = time.monotonic(), 0, 0.0
+        taken = dict.fromkeys(opened, 0.0)
+        slow: list[str] = []
+        start, number, per_round, last = time.monotonic(), 0, 0.0, 0.0
         while number < self.settings.grid.rounds:
-            if number >= LEAST_ROUNDS and time.monotonic() + per_round > until:
+            begun = time.monotonic()
+            if number == LEAST_ROUNDS:
+                slow = _slow({name: taken[name] / len(groups[name]) for name in opened})
+                until = max(until, begun + LEAST_S) if slow else until
+                last -= sum(taken[name] for name in slow) / number
+            if number >= LEAST_ROUNDS and begun + last > until:
                 break
             self.say(f"{cell}: round {number + 1}", *self._count())
-            names = list(opened)
+            names = [name for name in opened if name not in slow]
             for name in names if number % 2 == 0 else names[::-1]:
                 order = {"do": "round", "reverse": number % 2 == 1}
+                turn = time.monotonic()
                 try:
                     answer = self._ask(name, groups[name], order)
                 except WorkerError as error:
                     for method in opened.pop(name):
                         rows[method]["status"] = str(error)
                     continue
+                taken[name] += time.monotonic() - turn
                 seconds = answer["seconds"]
                 for method in list(opened[name]):
                     if method in answer["errors"] or BASE not in seconds:
@@ -326,7 +338,9 @@ class Run:
                     found[method][0].append(seconds[method])
                     found[method][1].append(seconds[BASE])
             number += 1
-            per_round = (time.monotonic() - start) / number
+            last = time.monotonic() - begun
+            if number <= LEAST_ROUNDS:
+                per_round = (time.monotonic() - start) / number
             if (LEAST_ROUNDS - number) * per_round > max(0.0, self._left()):
                 for name in (name for methods in opened.values() for name in methods):
                     rows[name]["status"] = self._too_late()
@@ -368,3 +382,8 @@ class Run:
         if self.rows:
             write_csv(settings.path.with_suffix(".csv"), self.rows)
         return document
+
+
+def _slow(taken: dict[str, float]) -> list[str]:
+    """Return the environments that would take the rounds from all others: a cell is short."""
+    return [name for name, s in taken.items() if s > SLOW * min(taken.values())]
