@@ -22,8 +22,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
-    """S = x + residual as [tokens, hidden]."""
-    return _rows(x) if residual is None else _rows(x) + _rows(residual)
+    """S = x + residual as [tokens, hidden].
+
+    Added in their own shape: the add of a matrix product that stands beside its other views would
+    be a bias of that product to Inductor, which copies it there first.
+    """
+    return _rows(x) if residual is None else _rows(_wide(x) + _wide(residual))
 
 
 def _programs(
@@ -107,8 +111,8 @@ def add_steer_rms_norm_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, h, t): `add_steer_rms_norm` and the scores of `add_steer_scores`."""
     rows, t = _steered_rows(x, residual, bank, params, route)
-    normed = _normed(rows, weight, eps, weight_offset)
-    return normed.to(x.dtype).reshape(x.shape), rows.to(x.dtype).reshape(x.shape), t
+    h = rows.reshape(x.shape)
+    return _normed(h, weight, eps, weight_offset).to(x.dtype), h.to(x.dtype), t
 
 
 def add_steer_(

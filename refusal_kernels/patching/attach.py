@@ -82,14 +82,14 @@ def patch(
             plain.append(place)
             continue
         if key not in groups:
-            groups[key] = Program(here)
+            groups[key] = Program(here, route)
         path = HOOK if place.add is None else FUSED
         if fused and path == HOOK and place.block is not None:
             raise InputError(
                 f"{place.name} of {type(model).__name__} can only be steered by a hook, not fused "
                 "into an add; expected a family that docs/families.md calls fused, or fused=False"
             )
-        site = Site(place.name, path, groups[key], route, _like(place.module))
+        site = Site(place.name, path, groups[key], _like(place.module))
         steered.append((place, site))
     for program in programs:
         for i in program:

@@ -183,7 +183,7 @@ class PatchHandle:
             raise InputError("the route is empty; expected a program or None for every row")
         numbers = [self._route.plain if p is None else p for p in programs]
         outer = self._route.rows
-        device = self._sites[0].bank.device
+        device = self._sites[0].device
         self._route.rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         try:
             yield
@@ -300,7 +300,7 @@ def _apply(
         if isinstance(site, Site) and place.link is not None:
             site.link = place.link
             ends = [layers[k] for k in (place.block, place.feeds) if k is not None]
-            place.link.between = tuple(dict.fromkeys((place.module, *ends, place.link.norm)))
+            place.link.between = tuple(dict.fromkeys((place.module, *ends)))
             changed += _link(place.link)
     for (module, stream), sites in by_module.items():
         if not any(isinstance(s, Site) for s in sites.values()):

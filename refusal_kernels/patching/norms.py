@@ -26,7 +26,7 @@ class Link:
     eps, offset
         As in `ops.rms_norm`.
     between
-        The modules whose hooks may see h before the norm does.
+        The modules, beside the norm, whose hooks may see h before the norm does.
     pending
         (h, normed, `version` of h), or None.
     """
@@ -38,13 +38,16 @@ class Link:
         self.between: tuple[nn.Module, ...] = ()
         self.pending: tuple[Tensor, Tensor, int | None] | None = None
 
-    def take(self, x: Tensor) -> Tensor | None:
-        """Return the norm of x if the add before has left it, and forget it."""
+    def take(self, x: Tensor, norm: Any) -> Tensor | None:
+        """Return the norm of x if the add before has left it, and forget it.
+
+        By the norm itself: to a compiled graph ``self.norm`` is another thing to be checked.
+        """
         pending, self.pending = self.pending, None
         if pending is None or pending[0] is not x:
             return None
         # written to in between, it would be the same tensor with other numbers
-        written = _hooked(self.between) if pending[2] is None else pending[2] != x._version
+        written = _hooked((norm, *self.between)) if pending[2] is None else pending[2] != x._version
         return None if written else pending[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,14 +84,15 @@ class _Linked:
     """What a linked norm does; stands before the norm's own class."""
 
     rk_link: Link
+    weight: Tensor
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         link = self.rk_link
-        normed = link.take(hidden_states)
+        normed = link.take(hidden_states, self)
         # a reentrant gradient checkpoint runs the add without gradients, this norm with them
         if normed is not None and not torch.is_grad_enabled():
             return normed
-        weight: Any = link.norm.weight
+        weight: Any = self.weight
         free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if args or kwargs or not free or not is_plain(weight, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]

@@ -15,6 +15,49 @@ Watcher = Callable[[str, Tensor], None]
 """Called with a site's name and the stream there, [..., hidden]."""
 
 
+class Placed:
+    """What the sites of a group read on one device.
+
+    One object, since a compiled graph checks at every call, for every site, that each thing that
+    sites share is still the same.
+
+    Attributes
+    ----------
+    route
+        Which program every token takes.
+    idle
+        Whether program 0 does nothing here.
+    tensors
+        Bank and params, as the ops take them, and a table: for every cell its row of the bank.
+    """
+
+    def __init__(self, route: Route, idle: bool, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.route = route
+        self.idle = idle
+        self.tensors = tensors
+        self._kept: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def to(self, device: torch.device) -> "Placed":
+        """Copy the tensors to a device."""
+        bank, params, table = self.tensors
+        there = bank.to(device), params.to(device), table.to(device)
+        return Placed(self.route, self.idle, there)
+
+    def rows(self, cells: Tensor) -> Tensor:
+        """Return what each token takes of the bank, int32 [tokens]; once for a pass."""
+        table = self.tensors[2]
+        if torch.compiler.is_compiling():
+            return table[cells]
+        of, rows = self._kept
+        if of is not cells or rows is None:
+            rows = table[cells]
+            self._kept = cells, rows
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": (None, None)}
+
+
 class Program:
     """What one group of sites does: for every program of the patch, the interventions that act.
 
@@ -24,7 +67,7 @@ class Program:
         For every program of the patch, those of its interventions that act at these sites.
     """
 
-    def __init__(self, members: Sequence[Sequence[Intervention]]):
+    def __init__(self, members: Sequence[Sequence[Intervention]], route: Route):
         self.members = tuple(tuple(m) for m in members)
         cells: list[int] = []
         kinds: dict[tuple[int, ...], int] = {}  # the sets of interventions that can act together
@@ -44,10 +87,9 @@ class Program:
             bank = torch.cat([_padded(b, slots, 2) for b, _ in compiled])
             params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
             table = torch.tensor(cells, dtype=torch.int32)
-        self.idle = cells[0] < 0  # program 0 does nothing here
-        self._kept: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._slots = slots
-        self._tensors = {torch.device("cpu"): (bank, params, table)}
+        idle = cells[0] < 0
+        self._placed = {torch.device("cpu"): Placed(route, idle, (bank, params, table))}
         self.write_params()
 
     @property
@@ -55,26 +97,12 @@ class Program:
         """All that act somewhere, each once."""
         return tuple({id(i): i for s in self._sets for i in s}.values())
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return bank, params and table on a device; copies share every later change."""
-        if device not in self._tensors:
-            bank, params, table = self._tensors[torch.device("cpu")]
+    def on(self, device: torch.device) -> Placed:
+        """Return what is read on a device; copies share every later change."""
+        if device not in self._placed:
             with torch.inference_mode(False):
-                self._tensors[device] = bank.to(device), params.to(device), table.to(device)
-        return self._tensors[device]
-
-    def route(self, cells: Tensor, table: Tensor) -> Tensor:
-        """Return what each token takes of the bank, int32 [tokens]; once for a pass."""
-        if torch.compiler.is_compiling():
-            return table[cells]
-        of, by, route = self._kept
-        if of is not cells or by is not table or route is None:
-            route = table[cells]
-            self._kept = cells, table, route
-        return route
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": (None, None, None)}
+                self._placed[device] = self._placed[torch.device("cpu")].to(device)
+        return self._placed[device]
 
     def write_params(self) -> None:
         """Write the dials into the tensors that the kernels read: no kernel is made anew."""
@@ -83,8 +111,8 @@ class Program:
             for s in self._sets
         ]
         new = torch.cat(rows)
-        for _, params, _ in self._tensors.values():
-            params.copy_(new)
+        for placed in self._placed.values():
+            placed.tensors[1].copy_(new)
 
 
 def _acts(intervention: Intervention, phase: int) -> bool:
@@ -131,17 +159,18 @@ class Site(_StandsForAnAdd):
         "embed", or "layers.3.attn" and the like.
     path
         "fused" (in the add), "hook" (after it), both exact.
+    device
+        Where it was last bound to.
     link
         The norm that reads this site's output, or None.
     scores
         With ``keep_scores``: what the last pass read, float32 [tokens, slots].
     """
 
-    def __init__(self, name: str, path: str, program: Program, route: Route, like: Tensor) -> None:
+    def __init__(self, name: str, path: str, program: Program, like: Tensor) -> None:
         self.name = name
         self.path = path
         self.program = program
-        self.route = route
         self.link: Link | None = None
         self.watcher: Watcher | None = None
         self.keep_scores = False
@@ -153,16 +182,16 @@ class Site(_StandsForAnAdd):
         like = torch.empty(0, device=device, dtype=dtype)
         self.backend = ops.explain(like).chosen
         self._ops = _ops_for(like)
-        self._device, self._dtype = device, dtype
-        self.bank, self.params, self._table = self.program.on(device)
-        self._hidden = self.bank.shape[-1]
+        self.device, self._dtype = device, dtype
+        self._placed = self.program.on(device)
+        self._hidden = self._placed.tensors[0].shape[-1]
 
     def __getstate__(self) -> dict[str, Any]:  # the ops are found anew
         return {**self.__dict__, "_ops": None, "scores": None, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._bind(self._device, self._dtype)
+        self._bind(self.device, self._dtype)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the steered ``residual + x``."""
@@ -173,20 +202,20 @@ class Site(_StandsForAnAdd):
             rows = (-1, self._hidden)
             inner = None if residual is None else residual.unflatten(-1, rows)
             return self(x.unflatten(-1, rows), inner).flatten(-2)
-        serve, bank, params, table = self._ops, self.bank, self.params, self._table
-        if x.dtype is not self._dtype or x.device != self._device:
+        serve, placed = self._ops, self._placed
+        if x.dtype is not self._dtype or x.device != self.device:
             # the model was moved after it was patched
             if torch.compiler.is_compiling():  # a pass that is not compiled places them for good
-                serve = _ops_for(x)
-                bank, params, table = (t.to(x.device) for t in (bank, params, table))
+                serve, placed = _ops_for(x), placed.to(x.device)
             else:
                 self._bind(x.device, x.dtype)
-                serve, bank, params, table = self._ops, self.bank, self.params, self._table
+                serve, placed = self._ops, self._placed
         grad = torch.is_grad_enabled()
-        cells = self.route.cells(x)
-        if cells is None and self.program.idle:
+        cells = placed.route.cells(x)
+        if cells is None and placed.idle:
             return x if residual is None else residual + x
-        route = None if cells is None else self.program.route(cells, table)
+        route = None if cells is None else placed.rows(cells)
+        bank, params, _ = placed.tensors
         add, add_norm = serve["scores" if self.keep_scores else "training" if grad else "inference"]
         link = self.link
         # with gradients the model's own norm runs: a norm is in another gradient checkpoint than
