@@ -16,10 +16,7 @@ Watcher = Callable[[str, Tensor], None]
 
 
 class Placed:
-    """What the sites of a group read on one device.
-
-    One object, since a compiled graph checks at every call, for every site, that each thing that
-    sites share is still the same.
+    """What the sites of a group share: one object, of which a compiled graph checks little twice.
 
     Attributes
     ----------
@@ -29,19 +26,27 @@ class Placed:
         Whether program 0 does nothing here.
     tensors
         Bank and params, as the ops take them, and a table: for every cell its row of the bank.
+    device, dtype
+        Of the streams that it is for.
+    serve
+        The ops, by form: a call of the model does not look anything up.
     """
 
-    def __init__(self, route: Route, idle: bool, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        route: Route,
+        idle: bool,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.route = route
         self.idle = idle
-        self.tensors = tensors
+        self.tensors = tensors[0].to(device), tensors[1].to(device), tensors[2].to(device)
+        self.device, self.dtype = device, dtype
+        self.hidden = tensors[0].shape[-1]
+        self.serve = _ops_for(torch.empty(0, device=device, dtype=dtype))
         self._kept: tuple[Tensor | None, Tensor | None] = (None, None)
-
-    def to(self, device: torch.device) -> "Placed":
-        """Copy the tensors to a device."""
-        bank, params, table = self.tensors
-        there = bank.to(device), params.to(device), table.to(device)
-        return Placed(self.route, self.idle, there)
 
     def rows(self, cells: Tensor) -> Tensor:
         """Return what each token takes of the bank, int32 [tokens]; once for a pass."""
@@ -54,8 +59,12 @@ class Placed:
             self._kept = cells, rows
         return rows
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": (None, None)}
+    def __getstate__(self) -> dict[str, Any]:  # the ops are found anew
+        return {**self.__dict__, "serve": None, "_kept": (None, None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.serve = _ops_for(torch.empty(0, device=self.device, dtype=self.dtype))
 
 
 class Program:
@@ -88,8 +97,9 @@ class Program:
             params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
             table = torch.tensor(cells, dtype=torch.int32)
         self._slots = slots
-        idle = cells[0] < 0
-        self._placed = {torch.device("cpu"): Placed(route, idle, (bank, params, table))}
+        self._route, self._idle = route, cells[0] < 0  # program 0 does nothing here
+        self._tensors = bank, params, table
+        self._placed: dict[tuple[torch.device, torch.dtype], Placed] = {}
         self.write_params()
 
     @property
@@ -97,12 +107,13 @@ class Program:
         """All that act somewhere, each once."""
         return tuple({id(i): i for s in self._sets for i in s}.values())
 
-    def on(self, device: torch.device) -> Placed:
-        """Return what is read on a device; copies share every later change."""
-        if device not in self._placed:
+    def on(self, device: torch.device, dtype: torch.dtype) -> Placed:
+        """Return what is shared for such streams; copies of the tensors follow every change."""
+        key = device, dtype
+        if key not in self._placed:
             with torch.inference_mode(False):
-                self._placed[device] = self._placed[torch.device("cpu")].to(device)
-        return self._placed[device]
+                self._placed[key] = Placed(self._route, self._idle, self._tensors, *key)
+        return self._placed[key]
 
     def write_params(self) -> None:
         """Write the dials into the tensors that the kernels read: no kernel is made anew."""
@@ -111,8 +122,8 @@ class Program:
             for s in self._sets
         ]
         new = torch.cat(rows)
-        for placed in self._placed.values():
-            placed.tensors[1].copy_(new)
+        for _, params, _ in (self._tensors, *(placed.tensors for placed in self._placed.values())):
+            params.copy_(new)
 
 
 def _acts(intervention: Intervention, phase: int) -> bool:
@@ -159,8 +170,6 @@ class Site(_StandsForAnAdd):
         "embed", or "layers.3.attn" and the like.
     path
         "fused" (in the add), "hook" (after it), both exact.
-    device
-        Where it was last bound to.
     link
         The norm that reads this site's output, or None.
     scores
@@ -178,44 +187,42 @@ class Site(_StandsForAnAdd):
         self._bind(like.device, like.dtype)
 
     def _bind(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Choose what serves this site, once: a call of the model does not look anything up."""
-        like = torch.empty(0, device=device, dtype=dtype)
-        self.backend = ops.explain(like).chosen
-        self._ops = _ops_for(like)
-        self.device, self._dtype = device, dtype
-        self._placed = self.program.on(device)
-        self._hidden = self._placed.tensors[0].shape[-1]
+        """Choose what serves this site, once."""
+        self.backend = ops.explain(torch.empty(0, device=device, dtype=dtype)).chosen
+        self._placed = self.program.on(device, dtype)
 
-    def __getstate__(self) -> dict[str, Any]:  # the ops are found anew
-        return {**self.__dict__, "_ops": None, "scores": None, "watcher": None}
+    @property
+    def device(self) -> torch.device:
+        """Where the stream was when last seen."""
+        return self._placed.device
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._bind(self.device, self._dtype)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "scores": None, "watcher": None}
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the steered ``residual + x``."""
         if residual is not None and (x.dtype is not residual.dtype or x.shape != residual.shape):
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = torch.broadcast_tensors(x.to(dtype), residual.to(dtype))
-        if x.shape[-1] != self._hidden:  # several streams side by side
-            rows = (-1, self._hidden)
+        placed = self._placed
+        if x.shape[-1] != placed.hidden:  # several streams side by side
+            rows = (-1, placed.hidden)
             inner = None if residual is None else residual.unflatten(-1, rows)
             return self(x.unflatten(-1, rows), inner).flatten(-2)
-        serve, placed = self._ops, self._placed
-        if x.dtype is not self._dtype or x.device != self.device:
+        if x.dtype is not placed.dtype or x.device != placed.device:
             # the model was moved after it was patched
             if torch.compiler.is_compiling():  # a pass that is not compiled places them for good
-                serve, placed = _ops_for(x), placed.to(x.device)
+                placed = Placed(placed.route, placed.idle, placed.tensors, x.device, x.dtype)
             else:
                 self._bind(x.device, x.dtype)
-                serve, placed = self._ops, self._placed
+                placed = self._placed
         grad = torch.is_grad_enabled()
         cells = placed.route.cells(x)
         if cells is None and placed.idle:
             return x if residual is None else residual + x
         route = None if cells is None else placed.rows(cells)
         bank, params, _ = placed.tensors
+        serve = placed.serve
         add, add_norm = serve["scores" if self.keep_scores else "training" if grad else "inference"]
         link = self.link
         # with gradients the model's own norm runs: a norm is in another gradient checkpoint than
