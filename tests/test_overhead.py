@@ -280,6 +280,20 @@ def others(cell, first):
     return [axis for axis in grid.AXES if getattr(cell, axis) != getattr(first, axis)]
 
 
+def test_of_large_models_no_axis_varies_unless_it_is_named():
+    def kinds(name, given):
+        config = shapes.config_of(name).get_text_config(decoder=True)
+        cells = grid.grid_for("full", "cpu", given).cells(name, 1, config)
+        return len(cells), {(c.dtype, c.mode, c.programs) for c in cells}
+
+    usual = {("float32", "eager", 1)}
+    for name in ("llama-3.2-1b", "llama-3-8b", "qwen2.5-72b"):
+        assert kinds(name, {}) == (4, usual)
+        assert kinds(name, {"modes": ("compile",)}) == (4, {("float32", "compile", 1)})
+    for name in ("toy", "qwen2.5-0.5b"):
+        assert kinds(name, {})[1] > usual
+
+
 def test_an_axis_that_is_named_is_crossed_with_the_rest():
     given = {"dtypes": ("float32", "bfloat16"), "modes": ("eager", "compile")}
     found = grid.grid_for("full", "cpu", given)

@@ -105,6 +105,9 @@ class Grid:
         Fields of `AXES` whose further values are measured one at a time, in one cell of each model:
         decoding, the largest batch where it is about its rows, else the smallest. All others are
         crossed.
+    vary_weights
+        How many weights a layer has at most in a model where they vary: with more a round takes so
+        long that what they change is lost in the noise.
     """
 
     limit_s: float
@@ -119,14 +122,18 @@ class Grid:
     rounds: int = 41
     measure_s: float = 0.1
     vary: tuple[str, ...] = ("steered", "programs")
+    vary_weights: float | None = None
     shape_layers: int | None = None
     shape_weights: float | None = None
     prompt: int = 512
     prompt_work: float | None = None
     shared: bool = False
 
-    def combinations(self) -> Iterator[dict[str, Any]]:
-        """Give phase, batch, dtype, mode, steered and programs of every cell of one model."""
+    def combinations(self, varied: bool = True) -> Iterator[dict[str, Any]]:
+        """Give phase, batch, dtype, mode, steered and programs of every cell of one model.
+
+        Without ``varied`` the fields of ``vary`` keep their first value.
+        """
         usual = {axis: getattr(self, values)[0] for axis, values in AXES.items()}
         axes = product(
             self.dtypes, self.modes, self.phases, self.batch, self.steered, self.programs
@@ -139,6 +146,8 @@ class Grid:
             other = [axis for axis in self.vary if cell[axis] != usual[axis]]
             if not other:
                 yield cell
+                continue
+            if not varied:
                 continue
             batch = max(self.batch) if other[0] in ("steered", "programs") else min(self.batch)
             if cell == {**cell, **usual, other[0]: cell[other[0]]} and (
@@ -164,8 +173,10 @@ class Grid:
     def cells(self, name: str, layers: int, config: Any) -> list[Cell]:
         """Return the cells of one model that is measured with so many layers."""
         positions = getattr(config, "max_position_embeddings", None) or 1 << 20
+        most = self.vary_weights
+        varied = most is None or layer_weights(config) <= most
         found = []
-        for axes in self.combinations():
+        for axes in self.combinations(varied):
             if axes["steered"] is not None and axes["steered"] > layers:
                 continue
             room = positions - (MOST if axes["work"] == "decode" else 0)
@@ -198,8 +209,8 @@ ON_CPU: dict[str, dict[str, Any]] = {
     "smoke": {},
     "quick": {"shape_layers": 4, "shared": True},
     "full": {
-        "limit_s": 6300, "batch": (1, 8), "vary": tuple(AXES), "shape_layers": 6,
-        "shape_weights": 5e8, "prompt_work": 1e11, "shared": True,
+        "limit_s": 6300, "batch": (1, 8), "vary": tuple(AXES), "vary_weights": 5e7,
+        "shape_layers": 6, "shape_weights": 5e8, "prompt_work": 1e11, "shared": True,
     },
 }  # fmt: skip
 
