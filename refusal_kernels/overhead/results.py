@@ -47,17 +47,16 @@ def rated(
 def verdict(row: Mapping[str, Any]) -> str | None:
     """Say whether a method did what it is timed for: "yes", "part" or "no".
 
-    "part": it edits elsewhere than the paper does, and there exactly. None for the unmodified
-    model, and where there is nothing to judge.
+    "part": it edits elsewhere than the paper does, and there exactly; also where a coarse dtype
+    would let what it leaves pass. None for the unmodified model, and where nothing can be judged.
     """
     if row["method"] == BASE or row["logits_error"] is None or row["logits_allowed"] is None:
         return None
-    gone = row["residual"] is None or row["residual"] <= row["residual_allowed"]
-    if gone and row["logits_error"] <= row["logits_allowed"]:
-        return "yes"
     own = row["logits_error_own"]
-    partial = own is not None and set(row["sites"]) != set(SITES)
-    return "part" if partial and own <= row["logits_allowed"] else "no"
+    if own is not None and set(row["sites"]) != set(SITES):
+        return "part" if own <= row["logits_allowed"] else "no"
+    gone = row["residual"] is None or row["residual"] <= row["residual_allowed"]
+    return "yes" if gone and row["logits_error"] <= row["logits_allowed"] else "no"
 
 
 def at_run_time(row: Mapping[str, Any]) -> bool:
