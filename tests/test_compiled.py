@@ -57,6 +57,24 @@ def test_only_small_rows_are_inlined(hidden, routed, called):
         torch.testing.assert_close(got, want)
 
 
+def test_the_matrix_products_around_it_are_those_of_a_model_without_it():
+    """No `addmm`, which copies the residual; one product at most reads strides that are copied."""
+    x, residual, weight, eps, bank, params, _, offset = operands(SMALL, tokens=3)
+    x, residual = x[:1, None], residual[:1, None]  # one token, [batch, tokens, hidden]
+    before, *after = (torch.randn(SMALL, SMALL) for _ in range(4))
+
+    def block(x, residual):
+        x = torch.nn.functional.linear(x, before)
+        args = weight, eps, bank, params, None, offset
+        normed, h = OPS.add_steer_rms_norm_inference(x, residual, *args)
+        return h, *(torch.nn.functional.linear(normed, w) for w in after)
+
+    got, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), x, residual)
+    torch.testing.assert_close(got, block(x, residual))
+    assert code.count("extern_kernels.mm(") == 4 and "addmm(" not in code
+    assert code.count(f"(1, {SMALL}), (0, 1)") <= 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("routed", [True, False])
 def test_the_formula_is_as_exact_as_eager_pytorch(dtype, routed):

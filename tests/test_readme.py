@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from refusal_kernels import toy
+from refusal_kernels.overhead.results import by_cell, faster, timed
 
 README = Path(__file__).parent.parent / "README.md"
 MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -107,3 +108,22 @@ def test_numbers_are_the_recorded_ones():
     assert f"the one cell that was measured is at {ours:.2f}" in text
     training = json.loads((toy.PATH / "training.json").read_text())
     assert f"{training['parameters'] / 1e6:.1f}-million-parameter" in text
+
+
+def test_what_it_says_of_other_methods_is_recorded():
+    text = " ".join(README.read_text().split())
+    results = README.parent / "benchmarks" / "results"
+    document = json.loads((results / "overhead-cpu.json").read_text())
+    cells = [rows for rows in by_cell(document["rows"]).values() if any(map(timed, rows))]
+    toys = [rows for rows in cells if (rows[0]["model"], rows[0]["mode"]) == ("toy", "eager")]
+    assert len(toys) == 8 and not any(faster(rows)[1] for rows in toys)
+    own, hooks = (
+        [row["ratio"] for rows in toys for row in rows if row["method"] == name]
+        for name in ("refusal_kernels:cpu", "hooks")
+    )
+    assert f"({min(own):.2f} to {max(own):.2f} of the unmodified model; plain hooks" in text
+    assert f"plain hooks {min(hooks):.2f} to {max(hooks):.2f})" in text
+    first = sum(not faster(rows)[1] for rows in cells)
+    assert f"highest median in {first} of all {len(cells)} cells" in text
+    for best, others in map(faster, cells):
+        assert all(o["ratio_low"] <= best["ratio_high"] for o in others if o["verdict"] == "yes")

@@ -111,6 +111,7 @@ def add_steer_rms_norm_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, h, t): `add_steer_rms_norm` and the scores of `add_steer_scores`."""
     rows, t = _steered_rows(x, residual, bank, params, route)
+    # before the norm: of a view of what it gives Inductor makes strides that ATen copies
     h = rows.reshape(x.shape)
     return _normed(h, weight, eps, weight_offset).to(x.dtype), h.to(x.dtype), t
 

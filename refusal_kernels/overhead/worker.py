@@ -47,9 +47,7 @@ SITES = ("input", "attn", "mlp")
 FAR = 1e9  # JSON has no infinity
 MOST = 16  # steps in one measurement, and room for them in the cache
 LEAST = {"decode": 2, "prefill": 1}
-SHORT = (
-    4  # steps in a measurement from which one before it is free: what others left costs the first
-)
+SHORT = 4  # with so many steps in a measurement one goes before: what others left costs the first
 
 
 @dataclass
