@@ -38,17 +38,23 @@ class Link:
         self.between: tuple[nn.Module, ...] = ()
         self.pending: tuple[Tensor, Tensor, int | None] | None = None
 
-    def take(self, x: Tensor, norm: Any) -> Tensor | None:
-        """Return the norm of x if the add before has left it, and forget it.
-
-        By the norm itself: to a compiled graph ``self.norm`` is another thing to be checked.
-        """
+    def take(self, x: Tensor) -> Tensor | None:
+        """Return the norm of x if the add before has left it, and forget it."""
         pending, self.pending = self.pending, None
         if pending is None or pending[0] is not x:
             return None
         # written to in between, it would be the same tensor with other numbers
-        written = _hooked((norm, *self.between)) if pending[2] is None else pending[2] != x._version
+        written = self.hooked() if pending[2] is None else pending[2] != x._version
         return None if written else pending[1]
+
+    @torch.compiler.assume_constant_result
+    def hooked(self) -> bool:
+        """Whether a module that sees h before the norm does has hooks that might write to it.
+
+        Asked once for a compiled graph, which would look at every one of the modules at every call;
+        and which by PyTorch's default does not see a hook that comes later anyway.
+        """
+        return _hooked((self.norm, *self.between))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": None}
@@ -88,7 +94,7 @@ class _Linked:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         link = self.rk_link
-        normed = link.take(hidden_states, self)
+        normed = link.take(hidden_states)
         # a reentrant gradient checkpoint runs the add without gradients, this norm with them
         if normed is not None and not torch.is_grad_enabled():
             return normed
