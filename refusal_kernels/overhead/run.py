@@ -320,7 +320,7 @@ class Run:
             self.say(f"{cell}: round {number + 1}", *self._count())
             names = [name for name in opened if name not in slow]
             for name in names if number % 2 == 0 else names[::-1]:
-                order = {"do": "round", "reverse": number % 2 == 1}
+                order = {"do": "round", "number": number}
                 turn = time.monotonic()
                 try:
                     answer = self._ask(name, groups[name], order)

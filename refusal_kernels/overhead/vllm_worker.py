@@ -151,12 +151,12 @@ class Worker:
         prompts = [{"prompt_token_ids": row} for row in ids]
         return engine.generate(prompts, params, use_tqdm=False)
 
-    def round(self, reverse: bool) -> dict[str, Any]:
+    def round(self, number: int) -> dict[str, Any]:
         """Time every engine once."""
         seconds = {}
-        names = list(self.engines)
+        names = _beside("worker").shuffled(self.engines, number)
         ids = [[3 + (k + 31 * row) % 190 for k in range(PROMPT)] for row in range(self.batch)]
-        for name in reversed(names) if reverse else names:
+        for name in names:
             start = time.perf_counter()
             self._generate(*self.engines[name], ids, max_tokens=STEPS)
             seconds[name] = (time.perf_counter() - start) / STEPS
@@ -175,7 +175,7 @@ class Worker:
         """Do what a line says."""
         if order["do"] == "open":
             return self.open(order)
-        return self.round(order["reverse"]) if order["do"] == "round" else self.close()
+        return self.round(order["number"]) if order["do"] == "round" else self.close()
 
 
 def _versions() -> dict[str, str]:

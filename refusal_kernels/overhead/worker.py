@@ -7,7 +7,7 @@ methods, so that a ratio never compares two versions of anything.
 It reads one JSON object a line from its standard input and answers each with one:
 
     {"do": "open", "cell": {...}, "methods": {name: [file, variant]}, ...}   -> what each method is
-    {"do": "round", "reverse": false}                                        -> seconds a step
+    {"do": "round", "number": 0}                                             -> seconds a step
     {"do": "close"}
 
 A method is a file with a docstring, whose first line says what it does, and
@@ -30,12 +30,14 @@ import importlib.util
 import inspect
 import json
 import os
+import random
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -234,7 +236,7 @@ class Work:
     def prepare(self) -> None:
         """Compile or capture, as the mode wants it, and run once."""
         if self.cell["mode"] == "compile":
-            self.call = torch.compile(self.call, dynamic=False)
+            self.call = torch.compile(with_own_code(self.call), dynamic=False)
         elif self.cell["mode"] == "graph":
             self._capture()
         self.once()
@@ -258,6 +260,20 @@ class Work:
 
         self.call = replay
         self.rewind()
+
+
+def with_own_code(call: Any) -> Any:
+    """Return a function that does the same, with a code object of its own.
+
+    Compiled graphs are kept by code object, and at every call looked through one after the other.
+    The copies of a model share their code: each would pay for the guards of all the others.
+    """
+
+    def step(**fed: Any) -> Any:
+        return call(**fed)
+
+    code = step.__code__.replace()
+    return FunctionType(code, step.__globals__, step.__name__, None, step.__closure__)
 
 
 def input_ids(cell: dict[str, Any], vocabulary: int) -> Tensor:
@@ -393,6 +409,17 @@ def reason(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {text}"
 
 
+def shuffled(names: Iterable[str], number: int) -> list[str]:
+    """Return the order of a round.
+
+    By chance: were every other one reversed, the first would follow itself, with all that it needs
+    in the caches, and so would the last.
+    """
+    order = list(names)
+    random.Random(number).shuffle(order)
+    return order
+
+
 @dataclass
 class Session:
     """One cell, open."""
@@ -401,16 +428,16 @@ class Session:
     stack: ExitStack
     errors: dict[str, str] = field(default_factory=dict)
 
-    def round(self, reverse: bool) -> dict[str, Any]:
-        """Time every method once, the unmodified model first to have what it needs in the cache."""
+    def round(self, number: int) -> dict[str, Any]:
+        """Time every method once, in an order that is another in every round."""
         seconds: dict[str, float] = {}
-        names = list(self.works)
+        names = shuffled(self.works, number)
         with torch.inference_mode():
-            if BASE in self.works:
-                self.works[BASE].once()
-                self.works[BASE].rewind()
-            for name in reversed(names) if reverse else names:
+            for name in names:
                 try:
+                    if not seconds:  # what others left is no cost of the first
+                        self.works[name].once()
+                        self.works[name].rewind()
                     seconds[name] = self.works[name].timed()
                 except Exception as error:
                     self.errors[name] = reason(error)
@@ -440,10 +467,8 @@ class Worker:
         session = self.session = Session({}, ExitStack())
         if cell["mode"] == "compile":  # which takes seconds to import
             torch._dynamo.reset()
-            # the copies share their code, and by default no graph is guarded by hooks
             config: Any = torch._dynamo.config
-            guarded = config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
-            session.stack.enter_context(guarded)
+            session.stack.enter_context(config.patch(recompile_limit=64))
         found: dict[str, Any] = {}
         with torch.inference_mode():  # what a process does once is no method's memory
             Work(self.model, self.model, cell, nullcontext).once()
@@ -521,7 +546,7 @@ class Worker:
             return self.open(order)
         if order["do"] == "round":
             assert self.session is not None
-            return self.session.round(order["reverse"])
+            return self.session.round(order["number"])
         return self.close()
 
 
