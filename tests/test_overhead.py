@@ -1,11 +1,13 @@
 """The overhead benchmark measures what it says, shows what is wrong, and loses nothing."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.cli import app, main
 from refusal_kernels.errors import InputError
-from refusal_kernels.overhead import docs, grid, results, run, shapes
+from refusal_kernels.overhead import docs, grid, results, run, shapes, worker
 from refusal_kernels.overhead.process import Process, WorkerError
 from refusal_kernels.overhead.reference import reference_logits
 from refusal_kernels.overhead.settings import Settings
@@ -365,6 +367,27 @@ def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
     assert rounds == {"unmodified": 11, "hooks": 11, "sleeps": 7}
 
 
+def test_no_method_pays_for_the_compiled_graphs_of_another():
+    looked_through = torch._dynamo.eval_frame._debug_get_cache_entry_list
+    layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False), torch.nn.SiLU()]
+    steps = [worker.with_own_code(layer) for layer in layers]
+    x = torch.randn(2, 4)
+    for layer, step in zip(layers, steps, strict=True):
+        compiled = torch.compile(step, backend="eager", dynamic=False)
+        assert torch.equal(compiled(input=x), layer(x))
+    assert [len(looked_through(step.__code__)) for step in steps] == [1, 1, 1]
+
+
+def test_every_method_comes_after_every_other_as_often():
+    orders = [worker.shuffled("abcd", number) for number in range(1000)]
+    assert orders == [worker.shuffled("abcd", number) for number in range(1000)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    for name in "abcd":
+        assert 200 < sum(order[0] == name for order in orders) < 300
+        after = Counter(one[-1] for one, two in itertools.pairwise(orders) if two[0] == name)
+        assert set(after) == set("abcd") and max(after.values()) < 2 * min(after.values())
+
+
 def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):
     _, document = bench("--methods", "hooks")
     assert results.compare(document, document) == ([], 2)
@@ -459,6 +482,30 @@ def test_the_page_is_what_the_recorded_results_make(tmp_path):
     assert (tmp_path / "page.md").read_text() == DOCS.read_text(), (
         "docs/benchmarks.md is made by: refusal-kernels bench --document docs/benchmarks.md"
     )
+
+
+def test_the_page_has_every_run_and_a_devices_whole_one_first(tmp_path):
+    whole, part, own = "overhead-cuda.json", "overhead-cuda-compiled.json", "overhead-cpu.json"
+    (tmp_path / "engines").mkdir()
+    for name, folder in ((whole, "."), (part, "."), (own, "engines")):
+        (tmp_path / folder / name).write_text((RECORDED / name).read_text())
+    docs.write_document(tmp_path / "page.md", tmp_path)
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    found = [line.split("`")[1] for line in lines if line.startswith("## ")]
+    assert found == [f"engines/{own}", whole, part]
+    with pytest.raises(InputError, match="holds no overhead"):
+        docs.write_document(tmp_path / "page.md", tmp_path / "engines" / "none")
+
+
+def test_engines_are_compared_with_engines():
+    def row(method, ratio):
+        return {"method": method, "ratio": ratio, "status": "ok", "verdict": "yes"}
+
+    plugin, hooked = row("vllm:plugin", 0.9), row("vllm:hooks", 0.95)
+    ours, hooks = row("refusal_kernels:cpu", 0.8), row("hooks", 0.7)
+    assert results.faster([plugin, hooked]) == (plugin, [hooked])
+    assert results.faster([plugin, hooked, ours, hooks]) == (ours, [])
+    assert results.faster([plugin, ours, hooks | {"ratio": 0.85}])[1] == [hooks | {"ratio": 0.85}]
 
 
 def test_a_faster_method_has_its_reason_or_is_said_to_have_none():

@@ -21,7 +21,8 @@ RECORDED = CHECKOUT / "benchmarks" / "results"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
 # the interpreter of Triton serves a CPU too, but is no way to run a model
 SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-ENGINES = ("vllm:plugin", "vllm:hooks")
+PLUGIN = "vllm:plugin"
+ENGINES = (PLUGIN, "vllm:hooks")
 ENGINE_ENVIRONMENT = CHECKOUT / ".venv-vllm"
 BEFOREHAND = ("orthogonalised",)  # edits that are made before the model runs
 

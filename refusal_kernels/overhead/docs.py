@@ -42,13 +42,15 @@ command that gives each row.
 def write_document(path: Path, folder: Path) -> None:
     """Write the page of all recorded runs in a folder, replacing the file in one step.
 
+    A run is `overhead-DEVICE.json`, there or in a folder of its own, or `overhead-DEVICE-*.json`.
+
     Raises
     ------
     InputError
         If there are none.
     """
-    files = [folder / f"overhead-{kind}.json" for kind in KINDS]
-    documents = [read_results(file) for file in files if file.is_file()]
+    files = [*folder.glob("overhead-*.json"), *folder.glob("*/overhead-*.json")]
+    documents = {file.relative_to(folder).as_posix(): read_results(file) for file in files}
     if not documents:
         raise InputError(f"--recorded: {folder} holds no overhead-cpu.json or overhead-cuda.json")
     text = write_markdown(documents)
@@ -56,32 +58,32 @@ def write_document(path: Path, folder: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_markdown(documents: Sequence[Mapping[str, Any]]) -> str:
+def write_markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the page.
 
     Parameters
     ----------
     documents
-        What runs wrote, one for each device.
+        What runs wrote, under the names of their files; a device's whole run comes first.
     """
     parts = [HEAD]
-    for document in documents:
-        parts += _run(document)
-    for kind in KINDS:
-        if all(document["device_kind"] != kind for document in documents):
+    for kind, title in KINDS.items():
+        own = {name: d for name, d in documents.items() if d["device_kind"] == kind}
+        for name in sorted(own, key=lambda name: (len(name), name)):
+            parts += _run(name, own[name])
+        if not own:
             parts.append(
-                f"## {KINDS[kind]}\n\nNot measured. The command is\n\n"
+                f"## {title}\n\nNot measured. The command is\n\n"
                 f"    refusal-kernels bench --profile full --device {kind} "
                 "--out benchmarks/results\n"
             )
     return "\n".join(parts)
 
 
-def _run(document: Mapping[str, Any]) -> Iterable[str]:
+def _run(name: str, document: Mapping[str, Any]) -> Iterable[str]:
     """Give the parts of one run."""
     rows = document["rows"]
-    kind = KINDS[document["device_kind"]]
-    yield f"## {kind}: {document['device']}\n"
+    yield f"## {KINDS[document['device_kind']]}: {document['device']} (`{name}`)\n"
     whole = "" if document["complete"] else " It was stopped before its end."
     if document["profile"] != "full":
         whole += f" The profile is `{document['profile']}`, not the full one."
@@ -91,7 +93,7 @@ def _run(document: Mapping[str, Any]) -> Iterable[str]:
             "numbers are provisional."
         )
     yield f"Recorded on {document['date']}, in {document['seconds']} s.{whole}\n"
-    yield "\n".join(f"- {name}: {text}" for name, text in facts(document).items()) + "\n"
+    yield "\n".join(f"- {key}: {text}" for key, text in facts(document).items()) + "\n"
     yield "### Noise\n"
     yield _noise(rows) + "\n"
     yield "### Ratios\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json, replacing
-from refusal_kernels.overhead.catalogue import BEFOREHAND, PACKAGE
+from refusal_kernels.overhead.catalogue import BEFOREHAND, ENGINES, PACKAGE, PLUGIN
 from refusal_kernels.overhead.worker import BASE, SITES
 from refusal_kernels.speed import interval
 
@@ -92,15 +92,21 @@ def cell_text(row: Mapping[str, Any]) -> str:
 def faster(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return this package's best row of a cell, and the others' that beat it.
 
-    Those that steer at run time, rightly or in part, and whose ratio's interval is above.
+    Those that steer at run time, rightly or in part, and whose median is above. Engines are
+    compared where there are no others: their unmodified model is another one.
     """
     good = [r for r in rows if timed(r) and at_run_time(r) and r["verdict"] in ("yes", "part")]
-    own = [r for r in good if r["method"].partition(":")[0] == PACKAGE and r["verdict"] == "yes"]
+    good = [r for r in good if r["method"] not in ENGINES] or good
+    own = [r for r in good if _ours(r) and r["verdict"] == "yes"]
     best = max(own, key=lambda r: r["ratio"], default=None)
-    others = [r for r in good if r["method"].partition(":")[0] != PACKAGE]
+    others = [r for r in good if not _ours(r)]
     if best is None:
         return None, others
     return best, [r for r in others if r["ratio"] > best["ratio"]]
+
+
+def _ours(row: Mapping[str, Any]) -> bool:
+    return row["method"] == PLUGIN or row["method"].partition(":")[0] == PACKAGE
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[str], int]:
