@@ -380,3 +380,25 @@ def test_a_users_hook_may_write_in_place(model, direction, tokens, grad, compile
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         with grad():
             close(run(tokens).logits, want)
+
+
+@pytest.mark.parametrize("place", ["block", "norm"])
+def test_a_hook_that_comes_after_compiling_is_seen_where_hooks_are_guarded(
+    model, direction, tokens, place
+):
+    """By PyTorch's default a compiled model does not run such a hook, patched or not."""
+
+    def in_place(module, args):
+        args[0].mul_(1.25).add_(0.5)
+
+    layer = model.model.layers[1]
+    module = layer if place == "block" else layer.post_attention_layernorm
+    guarded = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    with guarded, patch(model, Ablate(direction)), torch.no_grad():
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+        before = model(tokens).logits
+        close(run(tokens).logits, before)
+        module.register_forward_pre_hook(in_place)
+        want = model(tokens).logits
+        assert (want - before).abs().max() > 1e-2
+        close(run(tokens).logits, want)

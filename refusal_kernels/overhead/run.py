@@ -26,7 +26,7 @@ from refusal_kernels.overhead.grid import Cell
 from refusal_kernels.overhead.process import Process, WorkerError
 from refusal_kernels.overhead.results import NOT_MEASURED, OK, by_cell, rated, verdict, write_csv
 from refusal_kernels.overhead.settings import Settings
-from refusal_kernels.overhead.worker import BASE, load
+from refusal_kernels.overhead.worker import BASE, load, shuffled
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
 LEAST_S = 30.0  # of rounds, also where preparing took all the time that a cell has
@@ -319,7 +319,7 @@ class Run:
                 break
             self.say(f"{cell}: round {number + 1}", *self._count())
             names = [name for name in opened if name not in slow]
-            for name in names if number % 2 == 0 else names[::-1]:
+            for name in shuffled(names, number):
                 order = {"do": "round", "number": number}
                 turn = time.monotonic()
                 try:

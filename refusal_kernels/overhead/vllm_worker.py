@@ -42,6 +42,9 @@ def _beside(name: str) -> Any:
     return module
 
 
+shared = _beside("worker")
+
+
 def put_hooks(r: list[float], model: Any) -> int:
     """Hook every layer of an engine's model, in the engine's own process.
 
@@ -118,7 +121,7 @@ class Worker:
         from safetensors.torch import save_file
 
         self.close()
-        shared, cell = _beside("worker"), order["cell"]
+        cell = order["cell"]
         found: dict[str, Any] = {}
         self.batch = cell["batch"]
         for name in order["methods"]:
@@ -154,9 +157,8 @@ class Worker:
     def round(self, number: int) -> dict[str, Any]:
         """Time every engine once."""
         seconds = {}
-        names = _beside("worker").shuffled(self.engines, number)
         ids = [[3 + (k + 31 * row) % 190 for k in range(PROMPT)] for row in range(self.batch)]
-        for name in names:
+        for name in shared.shuffled(self.engines, number):
             start = time.perf_counter()
             self._generate(*self.engines[name], ids, max_tokens=STEPS)
             seconds[name] = (time.perf_counter() - start) / STEPS
@@ -190,4 +192,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    _beside("worker").main(Worker())
+    shared.main(Worker())
