@@ -265,8 +265,8 @@ class Work:
 def with_own_code(call: Any) -> Any:
     """Return a function that does the same, with a code object of its own.
 
-    Compiled graphs are kept by code object, and at every call looked through one after the other.
-    The copies of a model share their code: each would pay for the guards of all the others.
+    Compiled graphs are kept by code object, and by default none is guarded by hooks: of the copies
+    of a model, which share their code, one with hooks would run the graph of one without.
     """
 
     def step(**fed: Any) -> Any:
@@ -413,7 +413,7 @@ def shuffled(names: Iterable[str], number: int) -> list[str]:
     """Return the order of a round.
 
     By chance: were every other one reversed, the first would follow itself, with all that it needs
-    in the caches, and so would the last.
+    in the caches, and so would the last (0.3 % of a compiled step of the toy model).
     """
     order = list(names)
     random.Random(number).shuffle(order)
