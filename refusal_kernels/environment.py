@@ -29,20 +29,29 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it runs from one.
+    """Return the commit of the checkout that this package runs from, if it runs from one.
 
-    A copy without ``.git``, on another machine say, is told by ``REFUSAL_KERNELS_COMMIT``.
+    "-dirty" where a tracked file differs; recorded results do not count, or a run that writes
+    its own could not be resumed. A copy without ``.git``, on another machine say, is told by
+    ``REFUSAL_KERNELS_COMMIT``.
     """
     if told := os.environ.get("REFUSAL_KERNELS_COMMIT"):
         return told
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    code = (".", ":(exclude)benchmarks/results")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git(root, "describe", "--always", "--abbrev=12")
+        differs = _git(root, "diff", "--name-only", "HEAD", "--", *code)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if differs else commit
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def describe_device(device: str | torch.device | Any = "cpu") -> str:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from refusal_kernels import Ablate, Direction, patch
+from refusal_kernels import Ablate, Direction, environment, patch
 from refusal_kernels.cli import app, main
 from refusal_kernels.errors import InputError
-from refusal_kernels.overhead import docs, grid, results, run, shapes, worker
+from refusal_kernels.overhead import docs, grid, results, run, settings, shapes, worker
 from refusal_kernels.overhead.process import Process, WorkerError
 from refusal_kernels.overhead.reference import reference_logits
 from refusal_kernels.overhead.settings import Settings
@@ -112,13 +113,43 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     assert len((tmp_path / "out" / "overhead-cpu.csv").read_text().splitlines()) == 1 + len(rows)
 
 
-def test_what_it_writes_itself_does_not_make_the_commit_differ(bench, tmp_path, monkeypatch):
-    written = tmp_path / "out" / "overhead-cpu.json"
-    commit = {True: "written to", False: "clean"}
-    monkeypatch.setattr(run, "versions", lambda: {"commit": commit[written.exists()]})
-    result, document = bench("--methods", "hooks", "--batch", "1,2")
-    assert result.exit_code == 0, result.output
-    assert document["complete"] and document["versions"] == {"commit": "clean"}
+def test_an_edit_meanwhile_changes_neither_the_commit_of_a_run_nor_what_resumes_it(
+    bench, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(settings, "versions", lambda: {"commit": next(commits)})
+    rows = []
+    for _ in range(2):
+        commits = iter(("clean", "edited", "edited"))
+        result, document = bench("--methods", "hooks", "--resume")
+        assert result.exit_code == 0, result.output
+        assert document["complete"] and document["versions"] == {"commit": "clean"}
+        rows.append(document["rows"])
+    assert rows[0] == rows[1]  # kept: no two measurements are alike
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_recorded_results_do_not_make_the_commit_differ(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    code = tmp_path / "refusal_kernels" / "environment.py"
+    result = tmp_path / "benchmarks" / "results" / "overhead-cpu.json"
+    for path in (code, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("as committed")
+    monkeypatch.delenv("REFUSAL_KERNELS_COMMIT", raising=False)
+    monkeypatch.setattr(environment, "__file__", str(code))
+    assert "commit" not in environment.versions()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    clean = environment.versions()["commit"]
+    assert len(clean) == 12
+    result.write_text("measured anew")
+    assert environment.versions()["commit"] == clean
+    code.write_text("another")
+    assert environment.versions()["commit"] == clean + "-dirty"
 
 
 def test_what_is_wrong_or_fails_or_dies_or_is_not_there_is_a_row(bench, method, tmp_path):
@@ -181,6 +212,22 @@ def test_resume_keeps_what_holds_and_measures_the_rest(bench):
     assert kept in second["rows"]
     _, third = bench(*given, "--resume", "--methods", "hooks")
     assert third["rows"] == second["rows"]
+
+
+def test_resume_refuses_to_write_over_a_run_that_is_not_like_this_one(bench, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    file = folder / "overhead-cpu.json"
+    file.write_text("{}")
+    result, _ = bench("--methods", "hooks", "--resume")
+    assert isinstance(result.exception, InputError) and "no result" in str(result.exception)
+    file.unlink()
+    _, first = bench("--methods", "hooks")
+    first["settings"]["versions"]["torch"] = "0.1"
+    file.write_text(json.dumps(first))
+    result, kept = bench("--methods", "hooks", "--resume")
+    assert "was measured with torch 0.1; expected 2." in str(result.exception)
+    assert kept == first
 
 
 def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method):
@@ -349,8 +396,8 @@ def test_a_model_that_does_not_fit_in_one_dtype_is_measured_in_the_other(
     fits = {"float32": 0, "bfloat16": 8}
     monkeypatch.setattr(shapes, "layers_that_fit", lambda config, dtype, room: fits[dtype])
     found = grid.grid_for("full", "cpu", {"models": ("toy",)})
-    settings = Settings("full", found, (), "cpu", 1, tmp_path)
-    cells = [cell for _, cells in run.Run(settings)._plan() for cell in cells]
+    full = Settings("full", found, (), "cpu", 1, tmp_path)
+    cells = [cell for _, cells in run.Run(full)._plan() for cell in cells]
     by = {dtype: [cell for cell in cells if cell.dtype == dtype] for dtype in fits}
     assert len(by["float32"]) == 1 and len(by["bfloat16"]) > 6
     document = bench("--methods", "hooks", "--dtypes", "float32")[1]

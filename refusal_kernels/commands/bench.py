@@ -19,7 +19,7 @@ from refusal_kernels.overhead.page import write_page
 from refusal_kernels.overhead.plots import plot_overhead
 from refusal_kernels.overhead.results import compare, read_results
 from refusal_kernels.overhead.run import Run
-from refusal_kernels.overhead.settings import Settings, earlier_rows
+from refusal_kernels.overhead.settings import Settings
 from refusal_kernels.overhead.shapes import SHAPES
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ def bench(
             last = text.split(":")[0]
             errors.print(text, markup=False, highlight=False)
 
-        document = Run(settings, earlier_rows(settings) if resume else (), say)()
+        document = Run(settings, resume, say)()
     wide = console if console.is_terminal else Console(width=200)
     report.print_table(document, wide, device)
     write_page(settings.path.with_suffix(".html"), document)

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from refusal_kernels.environment import clock_mhz, describe_device, versions
+from refusal_kernels.environment import clock_mhz, describe_device
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import write_json
 from refusal_kernels.loading import first_line
@@ -25,7 +25,7 @@ from refusal_kernels.overhead.checks import compare
 from refusal_kernels.overhead.grid import Cell
 from refusal_kernels.overhead.process import Process, WorkerError
 from refusal_kernels.overhead.results import NOT_MEASURED, OK, by_cell, rated, verdict, write_csv
-from refusal_kernels.overhead.settings import Settings
+from refusal_kernels.overhead.settings import Settings, earlier_rows
 from refusal_kernels.overhead.worker import BASE, load, shuffled
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
@@ -48,8 +48,8 @@ class Run:
     ----------
     settings
         What to measure.
-    kept
-        Rows of an earlier run that hold.
+    resume
+        Keep the rows of the run that is in the output folder, if it is one like this.
     say
         Told in words what is done now, with the number of cells done and of all.
     """
@@ -57,14 +57,15 @@ class Run:
     def __init__(
         self,
         settings: Settings,
-        kept: Sequence[dict[str, Any]] = (),
+        resume: bool = False,
         say: Callable[[str, int, int], None] = lambda text, done, total: None,
     ) -> None:
         self.settings, self.say = settings, say
         self.start = time.monotonic()
-        self.versions = versions()  # before what is written here makes the checkout differ
+        torch.set_num_threads(settings.threads)
+        self.comparable = settings.comparable()  # of the start: a checkout can be edited meanwhile
         self.rows: list[dict[str, Any]] = []
-        self.kept = by_cell(kept)
+        self.kept = by_cell(earlier_rows(settings.path, self.comparable) if resume else ())
         self.workers: dict[str, Process] = {}
         self.failures: dict[str, int] = {}
         self.environments: dict[str, dict[str, str]] = {}
@@ -77,7 +78,6 @@ class Run:
     def __call__(self) -> dict[str, Any]:
         """Measure everything; Ctrl-C leaves what is there, written, and goes on to the caller."""
         complete, plan = False, self._plan()
-        torch.set_num_threads(self.settings.threads)
         self.folder = Path(tempfile.mkdtemp(prefix="refusal_kernels-bench-"))
         try:
             self.total = sum(len(cells) for _, cells in plan)
@@ -363,12 +363,12 @@ class Run:
             "what": "tokens/s over the unmodified model's, interleaved round by round",
             "profile": settings.profile,
             "date": datetime.date.today().isoformat(),
-            "settings": settings.comparable(),
+            "settings": self.comparable,
             "limit_s": settings.grid.limit_s,
             "rounds": settings.grid.rounds,
             "device": describe_device(settings.device),
             "device_kind": settings.device.split(":")[0],
-            "versions": self.versions,
+            "versions": self.comparable["versions"],
             "environments": self.environments,
             "torch_threads": settings.threads,
             "clock_mhz": clock_mhz(settings.device),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal_kernels.environment import describe_device, versions
+from refusal_kernels.errors import InputError
 from refusal_kernels.files import read_json
 from refusal_kernels.overhead.catalogue import Method
 from refusal_kernels.overhead.grid import ALL, Cell, Grid
@@ -56,11 +57,32 @@ class Settings:
         return f"refusal-kernels bench --profile {self.profile} {given}"
 
 
-def earlier_rows(settings: Settings) -> list[dict[str, Any]]:
-    """Return the rows of the run that is in the output folder, if it is one like this."""
-    path = settings.path.with_suffix(".json")
+def earlier_rows(path: Path, comparable: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the run that was written to a path; none where nothing is there.
+
+    Raises
+    ------
+    InputError
+        If it was measured otherwise: its rows would be written over.
+    """
+    path = path.with_suffix(".json")
     if not path.is_file():
         return []
     document = read_json(path)
-    same = isinstance(document, dict) and document.get("settings") == settings.comparable()
-    return document["rows"] if same else []
+    earlier = document.get("settings") if isinstance(document, dict) else None
+    if not isinstance(earlier, dict):
+        raise InputError(f"--resume: {path} is no result of refusal-kernels bench")
+    was, now = _flat(earlier), _flat(comparable)
+    for name in (name for name in was | now if was.get(name) != now.get(name)):
+        raise InputError(
+            f"--resume: {path} was measured with {name} {was.get(name)}; expected "
+            f"{now.get(name)}, as now. Leave --resume out to begin anew, or give another --out"
+        )
+    return document["rows"]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same, each with a name of its own."""
+    versions = settings.get("versions")
+    rest = {name: value for name, value in settings.items() if name != "versions"}
+    return {**rest, **versions} if isinstance(versions, dict) else settings
