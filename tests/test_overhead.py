@@ -56,6 +56,12 @@ def steer(model, task):
     os._exit(7)
 '''
 
+DIES_OF_FLOAT32 = HALF.replace(
+    "def steer(model, task):\n",
+    "def steer(model, task):\n    import os, torch\n"
+    "    if model.dtype == torch.float32:\n        os._exit(7)\n",
+)
+
 
 @pytest.fixture
 def bench(tmp_path):
@@ -201,6 +207,16 @@ def test_steered_layers_and_programs_are_right(bench):
     rows = by_method(document)
     assert rows["refusal_kernels:cpu"]["verdict"] == rows["hooks"]["verdict"] == "yes"
     assert rows["orthogonalised"]["status"].startswith("cannot: ")
+
+
+def test_what_dies_of_one_model_is_tried_again_with_the_next(bench, method):
+    dies = method("dies", DIES_OF_FLOAT32) + f"@{sys.executable}"
+    given = ("--dtypes", "float32,bfloat16", "--batch", "1,2,4")
+    _, document = bench("--methods", f"hooks,{dies}", *given)
+    rows = [row for row in document["rows"] if row["method"] == "dies"]
+    found = {(row["dtype"], row["batch"]): row["status"] for row in rows}
+    assert found["float32", 4] == "not run: it failed 2 times in a row"
+    assert [found["bfloat16", batch] for batch in (1, 2, 4)] == ["ok"] * 3
 
 
 def test_resume_keeps_what_holds_and_measures_the_rest(bench):
@@ -380,6 +396,9 @@ def test_layers_and_prompts_are_cut_to_what_a_processor_can_do():
             tokens = batch * found.prompt_tokens(config, layers, batch)
             assert batch <= tokens <= found.prompt and tokens & (tokens - 1) == 0
             assert tokens * layers * weights <= found.prompt_work
+            before = batch * found.context_tokens(config, layers, batch)
+            assert before * layers * weights <= found.prompt_work
+            assert before == 128 * batch or before * layers * weights > found.prompt_work / 2
     assert grid.grid_for("full", "cuda", {}).most_layers(config) is None
 
 

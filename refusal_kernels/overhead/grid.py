@@ -13,7 +13,7 @@ PHASES = ("decode", "prefill")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "graph")}
 CONTEXT = 128
-"""Tokens before the one that is decoded."""
+"""Tokens before the one that is decoded, at most."""
 ALL = "all"
 AXES = {"dtype": "dtypes", "mode": "modes", "steered": "steered", "programs": "programs"}
 """For each field of `Cell` that need not be crossed, the field of `Grid` with its values."""
@@ -94,7 +94,8 @@ class Grid:
         first apart: a processor has no use for 24, and a ratio hardly depends on the number.
     prompt, prompt_work
         Tokens of a prompt, with ``shared`` those of all rows together; and how many multiplications
-        of weights it may take, above which the prompt is the shorter.
+        of weights it may take, above which the prompt is the shorter; so is then what all rows
+        have before the token that they decode.
     rounds
         The most.
     measure_s
@@ -164,11 +165,18 @@ class Grid:
 
     def prompt_tokens(self, config: Any, layers: int, batch: int) -> int:
         """Return how many tokens each row's prompt has."""
-        tokens = self.prompt
-        if self.prompt_work is not None:  # a power of two, so that rows can share it
-            most = max(1, int(self.prompt_work // (layers * layer_weights(config))))
-            tokens = min(tokens, 1 << (most.bit_length() - 1))
+        tokens = min(self.prompt, self._most_tokens(config, layers))
         return max(1, tokens // batch) if self.shared else tokens
+
+    def context_tokens(self, config: Any, layers: int, batch: int) -> int:
+        """Return how many tokens are before the one that each row decodes."""
+        return max(1, min(CONTEXT, self._most_tokens(config, layers) // batch))
+
+    def _most_tokens(self, config: Any, layers: int) -> int:
+        if self.prompt_work is None:
+            return 1 << 20
+        most = max(1, int(self.prompt_work // (layers * layer_weights(config))))
+        return 1 << (most.bit_length() - 1)  # a power of two, so that rows can share it
 
     def cells(self, name: str, layers: int, config: Any) -> list[Cell]:
         """Return the cells of one model that is measured with so many layers."""
@@ -180,8 +188,8 @@ class Grid:
             if axes["steered"] is not None and axes["steered"] > layers:
                 continue
             room = positions - (MOST if axes["work"] == "decode" else 0)
-            prompt = self.prompt_tokens(config, layers, axes["batch"])
-            tokens = min(prompt if axes["work"] == "prefill" else CONTEXT, room)
+            of = self.prompt_tokens if axes["work"] == "prefill" else self.context_tokens
+            tokens = min(of(config, layers, axes["batch"]), room)
             size = config.num_hidden_layers, config.hidden_size
             found.append(Cell(name, layers, *size, tokens=tokens, **axes))
         return found
