@@ -1,5 +1,6 @@
 """The command line: `refusal-kernels COMMAND`."""
 
+import signal
 import sys
 
 import typer
@@ -45,6 +46,8 @@ for command in (
 
 def main() -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 2."""
+    # a job that is ended from outside keeps what it has and leaves nothing behind, as with Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except InputError as error:

@@ -246,8 +246,9 @@ def test_resume_refuses_to_write_over_a_run_that_is_not_like_this_one(bench, tmp
     assert kept == first
 
 
-def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method):
-    """Ctrl-C while the second cell is prepared."""
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method, by):
+    """Ctrl-C, or the end of a job, while the second cell is prepared."""
     mark = tmp_path / "mark"
     slow = method(
         "slow",
@@ -260,9 +261,12 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
     given = ["--methods", slow, "--phases", "decode,prefill"]
     command = [sys.executable, "-m", "refusal_kernels", "bench", "--profile", "smoke"]
     command += ["--threads", "1", "--out", str(tmp_path / "out"), *given]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     # a job in the background has SIGINT ignored, and its children inherit that
     child = subprocess.Popen(
         command,
+        env={**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -273,9 +277,11 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
     workers = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
     ).stdout.split()
-    child.send_signal(signal.SIGINT)
+    assert list(temporary.glob("refusal_kernels-bench-*"))
+    child.send_signal(by)
     output, _ = child.communicate(timeout=30)
     assert child.returncode == 130, output.decode()
+    assert not list(temporary.glob("refusal_kernels-bench-*"))
     assert workers and not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in workers)
     document = json.loads((tmp_path / "out" / "overhead-cpu.json").read_text())
     assert not document["complete"]
