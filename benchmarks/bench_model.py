@@ -185,7 +185,8 @@ class Work:
         self.cell, self.call, self.cache, self.repeats = cell, model, None, 1
         ids = torch.arange(cell.batch * (cell.tokens + 1)) * 7919 % model.config.vocab_size
         ids = ids.view(cell.batch, -1).to(model.device)
-        self.fed: dict[str, Any] = {"input_ids": ids[:, :-1], "logits_to_keep": 1}
+        last = torch.tensor([-1], device=model.device)  # see `extraction.forward.LAST`
+        self.fed: dict[str, Any] = {"input_ids": ids[:, :-1], "logits_to_keep": last}
         self.fed["use_cache"] = cell.work == "decode"
         if self.fed["use_cache"]:
             room = cell.tokens + MOST

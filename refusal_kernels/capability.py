@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.extraction.forward import LAST
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.files import parse_json, read_text
 from refusal_kernels.models import decoder, input_device, text_config
@@ -248,7 +249,7 @@ def _decoded_once(
     kept: list[Any] = []
     hook = inner.register_forward_hook(lambda _, __, output: kept.append(output))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=LAST)
     finally:
         hook.remove()
     output = kept[0]

@@ -15,7 +15,7 @@ from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.evaluation import Outcome, evaluate
 from refusal_kernels.extraction import ChatFormat, mean_difference
-from refusal_kernels.extraction.collect import model_inputs
+from refusal_kernels.extraction.forward import LAST, model_inputs
 from refusal_kernels.files import write_json
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.models import decoder_layers, input_device
@@ -191,7 +191,7 @@ def _watch(
         inputs = model_inputs(batch, input_device(model))
         mask = inputs["attention_mask"].bool()
         with handle.watch(lambda name, h, mask=mask: see(name, h, mask)), torch.inference_mode():
-            model(**inputs, use_cache=False, logits_to_keep=1)
+            model(**inputs, use_cache=False, logits_to_keep=LAST)
 
 
 def look(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from refusal_kernels.capability import Loss, Passage, cross_entropy
 from refusal_kernels.evaluation import Rate, decoded, exact_match, generate_ids, judged
-from refusal_kernels.extraction.collect import Progress, batch_logits, model_inputs
+from refusal_kernels.extraction.collect import Progress, batch_logits
+from refusal_kernels.extraction.forward import LAST, model_inputs
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.judges import Judge
@@ -259,7 +260,7 @@ class Lab:
                 table = [[0.0] * len(prompts) for _ in range(len(layers) + 1)]
                 for batch in self.chat.batches(prompts, self.batch_size):
                     inputs = model_inputs(batch, input_device(self.model))
-                    self.model(**inputs, use_cache=False, logits_to_keep=1)
+                    self.model(**inputs, use_cache=False, logits_to_keep=LAST)
                 found[part] = table
         finally:
             for hook in hooks:
@@ -282,7 +283,8 @@ class Lab:
         scores = torch.zeros_like(kl)
         for batch in self.chat.batches(prompts, self.batch_size):
             with contextlib.nullcontext() if around is None else around(batch.rows):
-                out = self.model(**model_inputs(batch, device), use_cache=False, logits_to_keep=1)
+                inputs = model_inputs(batch, device)
+                out = self.model(**inputs, use_cache=False, logits_to_keep=LAST)
             logits = out.logits[:, -1].to("cpu", torch.float32)
             rows = torch.tensor(batch.rows)
             kl[rows] = kl_divergence(self.logits[part][rows % size], logits)

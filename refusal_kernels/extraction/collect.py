@@ -11,7 +11,7 @@ from torch import Tensor
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.batches import Batch, Batches
 from refusal_kernels.extraction.distributed import Team, team
-from refusal_kernels.extraction.forward import model_inputs, read_inputs
+from refusal_kernels.extraction.forward import LAST, model_inputs, read_inputs
 from refusal_kernels.extraction.moments import Moments
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.extraction.resume import Checkpoint, identity_of
@@ -164,7 +164,7 @@ def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
     for batch in batches:
         inputs = model_inputs(batch, input_device(model))
         # One row of logits per prompt: all of them would be the largest tensor of the run.
-        out = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        out = model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
         logits.append(out.to("cpu", torch.float32))
         rows += batch.rows
     return torch.cat(logits)[torch.tensor(rows).argsort()]

@@ -15,6 +15,13 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.batches import Batch
 from refusal_kernels.models import decoder, decoder_layers, input_device
 
+LAST = torch.tensor([-1])
+"""``logits_to_keep`` for the last position alone.
+
+Given the number 1 a model slices, and `torch.nn.functional.linear` makes a batched product of what
+is not contiguous: in bfloat16 on a CPU it copies the head's weights for every row of the batch.
+"""
+
 
 class _Enough(Exception):
     """The last layer that is wanted has been reached."""

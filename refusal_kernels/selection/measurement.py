@@ -32,7 +32,7 @@ from refusal_kernels.direction import Direction, read_tensors, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.batches import Batch
 from refusal_kernels.extraction.collect import Progress
-from refusal_kernels.extraction.forward import model_inputs, read_inputs
+from refusal_kernels.extraction.forward import LAST, model_inputs, read_inputs
 from refusal_kernels.files import sweep
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.models import decoder_layers, input_device
@@ -250,7 +250,7 @@ class Measurement:
     def _logits(self, ids: Sequence[list[int]]) -> Tensor:
         """Last-token logits of prompts of one length: [prompts, vocabulary]."""
         inputs = model_inputs(_batch(ids, list(range(len(ids)))), input_device(self.model))
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
         return logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
 
     def _score_ablated(self, unit: _Unit, logits: Tensor) -> None:
