@@ -15,6 +15,7 @@ import torch
 from refusal_kernels.capability import exact
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import Progress
+from refusal_kernels.extraction.forward import last_alone
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.judges import REFUSAL_SUBSTRINGS, Judge, SubstringJudge, is_refusal
@@ -267,6 +268,7 @@ def generate_ids(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 generation_config=config,
+                **last_alone(model),
             )
         for row, ids in zip(batch.rows, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
             # After its end a row is padded, and the pad token need not be a special one.

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from refusal_kernels.capability import pad_left
 from refusal_kernels.errors import InputError
 from refusal_kernels.extraction.collect import last_logits
+from refusal_kernels.extraction.forward import last_alone
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.models import input_device
 from refusal_kernels.selection import refusal_score
@@ -289,6 +290,7 @@ class GuardJudge:
             pad_token_id=pad,
             return_dict_in_generate=True,
             output_logits=True,
+            **last_alone(self.model),
         )
         new = out.sequences[:, input_ids.shape[1] :].tolist()
         return [

@@ -21,6 +21,7 @@ from refusal_kernels.evaluation import (
     is_refusal,
     refusal_rate,
 )
+from refusal_kernels.extraction.forward import last_alone
 from refusal_kernels.extraction.prompts import ChatFormat
 from refusal_kernels.interventions import Ablate, Add
 
@@ -132,6 +133,15 @@ def test_the_models_own_generation_settings_do_not_interfere() -> None:
     config.max_length, config.min_new_tokens = 3, None
     assert generate(model, tiny_tokenizer(), HARMLESS, 8) == expected
     assert config.do_sample and config.num_beams == 2  # and are left as they were
+
+
+def test_generation_gives_the_head_what_is_contiguous() -> None:
+    """Otherwise its weights are copied for every row, in bfloat16 on a CPU: hundreds of times."""
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    generate(model, tiny_tokenizer(), ["make tea", "storm"], max_new_tokens=2)
+    assert seen and all(h.shape[:2] == (2, 1) and h.is_contiguous() for h in seen)
+    assert last_alone(torch.nn.Linear(2, 2)) == {}  # which would be an unknown argument
 
 
 def test_generation_stops_at_any_end_token() -> None:

@@ -5,6 +5,7 @@ after any error, and nothing of the model is touched. Shortening the list of lay
 for families that count their layers by the configuration, or index masks and caches by them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,12 @@ LAST = torch.tensor([-1])
 Given the number 1 a model slices, and `torch.nn.functional.linear` makes a batched product of what
 is not contiguous: in bfloat16 on a CPU it copies the head's weights for every row of the batch.
 """
+
+
+def last_alone(model: Any) -> dict[str, Any]:
+    """`LAST` for ``model.generate``, where the model knows it; of itself that gives the number."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": LAST} if known else {}
 
 
 class _Enough(Exception):
