@@ -120,9 +120,10 @@ bench-models: setup
 	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
 	@$(BIN)/python benchmarks/bench_compiled.py --json benchmarks/results/compiled-cpu.json
 
-# the experiment: what collecting adds to the passes, what selecting saves, a checkpoint of 3 GB
+# the experiment: what collecting adds to the passes, what selecting and asking for the last logits by
+# position save, a checkpoint of 3 GB
 bench-experiment: setup
-	@for part in collect select checkpoint; do \
+	@for part in collect select last checkpoint; do \
 		$(BIN)/python benchmarks/bench_$$part.py --json benchmarks/results/$$part-cpu.json || exit 1; done
 
 # what steering costs, side by side with other packages, each in its own environment; 15 minutes
