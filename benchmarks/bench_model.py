@@ -32,6 +32,7 @@ from transformers import StaticCache as FixedCache
 
 from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.environment import clock_mhz, describe_device, versions
+from refusal_kernels.extraction.forward import LAST
 from refusal_kernels.files import replacing, write_json
 from refusal_kernels.loading import first_line
 from refusal_kernels.models import decoder, decoder_layers, hidden_size
@@ -185,8 +186,8 @@ class Work:
         self.cell, self.call, self.cache, self.repeats = cell, model, None, 1
         ids = torch.arange(cell.batch * (cell.tokens + 1)) * 7919 % model.config.vocab_size
         ids = ids.view(cell.batch, -1).to(model.device)
-        last = torch.tensor([-1], device=model.device)  # see `extraction.forward.LAST`
-        self.fed: dict[str, Any] = {"input_ids": ids[:, :-1], "logits_to_keep": last}
+        self.fed: dict[str, Any] = {"input_ids": ids[:, :-1]}
+        self.fed["logits_to_keep"] = LAST.to(model.device)
         self.fed["use_cache"] = cell.work == "decode"
         if self.fed["use_cache"]:
             room = cell.tokens + MOST

@@ -131,7 +131,7 @@ def test_logits_are_those_of_each_prompt_alone() -> None:
 
 
 def test_the_head_is_given_what_is_contiguous() -> None:
-    """Otherwise its weights are copied for every row, in bfloat16 on a CPU: hundreds of times."""
+    """Otherwise its weights are copied for every row, in bfloat16 on a CPU."""
     model, seen = tiny_model(), []
     model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     last_logits(model, tiny_tokenizer(), HARMFUL)

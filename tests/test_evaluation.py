@@ -136,7 +136,7 @@ def test_the_models_own_generation_settings_do_not_interfere() -> None:
 
 
 def test_generation_gives_the_head_what_is_contiguous() -> None:
-    """Otherwise its weights are copied for every row, in bfloat16 on a CPU: hundreds of times."""
+    """Otherwise its weights are copied for every row, in bfloat16 on a CPU."""
     model, seen = tiny_model(), []
     model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     generate(model, tiny_tokenizer(), ["make tea", "storm"], max_new_tokens=2)

@@ -502,7 +502,7 @@ def test_the_interval_is_that_of_order_statistics():
 
 @pytest.mark.parametrize("work", ["decode", "prefill"])
 def test_the_head_is_given_what_is_contiguous(work):
-    """Otherwise its weights are copied for every row, in bfloat16 on a CPU: hundreds of times."""
+    """Otherwise its weights are copied for every row, in bfloat16 on a CPU."""
     model, seen = shapes.build("toy", shapes.config_of("toy"), "bfloat16"), []
     model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     cell = {"work": work, "batch": 2, "tokens": 12, "mode": "eager"}
