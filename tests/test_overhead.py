@@ -220,6 +220,18 @@ def test_what_dies_of_one_model_is_tried_again_with_the_next(bench, method):
     assert [found["bfloat16", batch] for batch in (1, 2, 4)] == ["ok"] * 3
 
 
+def test_a_methods_file_may_read_its_own_names_in_a_compiled_model(method):
+    half = worker.read_method(
+        method("own_names", "SHARE = 0.5\n\ndef half(x):\n    return SHARE * x\n")
+    ).half
+
+    def called(x):  # the compiler comes to the file's names from outside of it
+        return half(x) + 1
+
+    compiled = torch.compile(called, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor(4.0)).item() == 3.0
+
+
 def test_resume_keeps_what_holds_and_measures_the_rest(bench):
     given = ("--methods", "hooks", "--phases", "decode,prefill")
     _, first = bench(*given, "--phases", "decode")

@@ -400,6 +400,7 @@ def read_method(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile looks up by name what a file's functions read
     spec.loader.exec_module(module)
     return module
 
