@@ -46,6 +46,7 @@ struct SteerArgs {
   float* scores = nullptr;       // [tokens, slots]: v_j . s, where wanted
   const float* saved = nullptr;  // [tokens, slots]: the scores of the forward pass
   Rows h = {};                   // the steered rows of the forward pass
+  bool may_stream = false;       // outputs past the CPU's caches, if they are too large for them
 };
 
 struct ScoresArgs {

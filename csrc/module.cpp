@@ -21,6 +21,8 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set of the CPU kernels: avx512, avx2 or baseline.");
   m.def("cpu_capabilities", &rk::capabilities,
         "The instruction sets that this processor runs, of those compiled in, best first.");
+  m.def("cpu_cache_share", &rk::cache_share,
+        "Bytes: a task that moves as many writes its outputs past the caches.");
   m.def(
       "cuda_architectures", [] { return std::string(RK_CUDA_ARCHITECTURES); },
       "What the CUDA kernels were compiled for, as nvcc was told; empty in a build without them.");

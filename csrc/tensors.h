@@ -179,9 +179,10 @@ inline Rows rows_of(const Info& t, std::optional<Tensor>* keep) {
 // 16,384 page faults, which cost more than the kernel that writes it. PyTorch's own allocator does
 // this with THP_MEM_ALLOC_ENABLE=1. Below 32 MB glibc mostly serves memory that it has kept, and
 // there the request did harm. A refusal changes nothing.
+constexpr int64_t kFreshBytes = 32 << 20;
 inline void advise_huge_pages([[maybe_unused]] Tensor& t, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
-  if (bytes < 32 << 20) return;
+  if (bytes < kFreshBytes) return;
   constexpr uintptr_t kPage = 4096;
   const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t begin = data / kPage * kPage, end = (data + bytes) / kPage * kPage;

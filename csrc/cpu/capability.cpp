@@ -1,6 +1,8 @@
-// Which of the compiled instruction sets this process uses: chosen once, at the first call.
+// What this processor is: which of the compiled instruction sets this process uses, and its cache.
+// Both are found once, at the first call.
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,7 +40,24 @@ const Kernels& choose() {
                            "'; this machine runs: " + names);
 }
 
+// From Linux, by the processor's own word: glibc's sysconf gives an EPYC's caches added up.
+int64_t find_cache_share() {
+  const std::string cache = "/sys/devices/system/cpu/cpu0/cache/index3/";
+  std::ifstream size_file(cache + "size"), sharing_file(cache + "shared_cpu_map");
+  int64_t kib = 0, sharing = 0;
+  std::string mask;  // hexadecimal words with commas between
+  if (size_file >> kib && sharing_file >> mask)
+    for (const char digit : mask)
+      sharing += __builtin_popcount(std::strtol(std::string(1, digit).c_str(), nullptr, 16));
+  return kib > 0 && sharing > 0 ? (kib << 10) / sharing : 16 << 20;
+}
+
 }  // namespace
+
+int64_t cache_share() {
+  static const int64_t share = find_cache_share();
+  return share;
+}
 
 std::vector<std::string> capabilities() {
   std::vector<std::string> names;

@@ -41,6 +41,9 @@ extern const Kernels kernels_avx512;
 // The best of them that this processor runs, or the one REFUSAL_KERNELS_CPU_CAPABILITY names.
 const Kernels& kernels();
 
+// The bytes of the last-level cache that one thread can count on: what shares it shares it equally.
+int64_t cache_share();
+
 // The names of all that this processor runs, best first.
 std::vector<std::string> capabilities();
 

@@ -102,19 +102,25 @@ struct Fetch {
   using E = typename T::Element;
   const E *x, *residual, *next;  // of the next row; next is its h
   const E* out;                  // of this row: the normed row, or h where there is none
+  bool streams;                  // outputs go past the caches: nothing is asked for, n is kLanes
   static RK_INLINE void line(const E* p) { __builtin_prefetch(p, 0, 2); }
   RK_INLINE void first(int64_t j) const {
     line(x + j);
-    line(out + j);
+    if (!streams) line(out + j);
   }
   RK_INLINE void last(int64_t j) const {
     line(residual + j);
-    if (kNorm) line(next + j);
+    if (kNorm && !streams) line(next + j);
+  }
+  RK_INLINE void put(E* p, vfloat v, int64_t n) const {
+    streams ? stream<T>(p, v) : store<T>(p, v, n);
   }
 };
+template <class T>
 struct NoFetch {
   RK_INLINE void first(int64_t) const {}
   RK_INLINE void last(int64_t) const {}
+  RK_INLINE void put(typename T::Element* p, vfloat v, int64_t n) const { store<T>(p, v, n); }
 };
 
 // ||s + phi u||^2 from sums over s, or a NaN where most of s lies along u and the terms cancel:
@@ -203,8 +209,8 @@ RK_INLINE void steer_row(const rk::SteerArgs& args, int64_t i, Vectors& vectors,
     for_row_backward(hidden, [&](int64_t j, int64_t n) RK_LAMBDA {
       fetch.last(j);
       const vfloat h = value_at(j, n);
-      store<T>(out + j, h, n);
-      if constexpr (kNorm) store<T>(normed + j, h * scale * gain(j, n), n);
+      fetch.put(out + j, h, n);
+      if constexpr (kNorm) fetch.put(normed + j, h * scale * gain(j, n), n);
     });
   };
   const auto squares_of = [&](auto value_at) RK_LAMBDA {
@@ -303,24 +309,27 @@ RK_INLINE void add_rows(const rk::SteerArgs& args, int64_t begin, int64_t end, G
                         float* scratch) {
   using E = typename T::Element;
   constexpr bool kNorm = !std::is_same_v<Gain, NoGain>;
+  const int64_t bytes = (end - begin) * args.hidden * int64_t(4 * sizeof(E));
   // What lies in L2 needs no fetching: there it took up to 0.3 us of a row's 1.4.
-  const bool fits = (end - begin) * args.hidden * int64_t(4 * sizeof(E)) <= 1 << 20;
+  const bool fits = bytes <= 1 << 20;
+  const bool streams = kStreams && args.may_stream && bytes >= rk::cache_share();
   Vectors vectors;
   for (int64_t i = begin; i < end; i++) {
     const E* x = row_of<T>(args.x, i);
     const E* residual = kResidual ? row_of<T>(args.residual, i) : nullptr;
     const Sum<T, kResidual> source{x, residual};
     if (fits) {
-      steer_row<T>(args, i, vectors, gain, scratch, source, NoFetch{});
+      steer_row<T>(args, i, vectors, gain, scratch, source, NoFetch<T>{});
       continue;
     }
     const int64_t next = i + 1 < end ? 1 : 0;
     const E *next_x = x + next * args.x.stride, *out = row_of<T>(args.out, i);
     const Fetch<T, kNorm> fetch{next_x, kResidual ? residual + next * args.residual.stride : next_x,
                                 out + next * args.out.stride,
-                                kNorm ? row_of<T>(args.normed, i) : out};
+                                kNorm ? row_of<T>(args.normed, i) : out, streams};
     steer_row<T>(args, i, vectors, gain, scratch, source, fetch);
   }
+  if (streams) end_stream();
 }
 
 // The adjoint of add_steer_rms_norm: first the norm's, g = scale (w d - h scale^2 mean(w d h)) +
@@ -347,7 +356,7 @@ RK_INLINE void through_rows(const rk::SteerArgs& args, int64_t begin, int64_t en
       const vfloat g = scale * (load<T>(grad + j, n) * gain(j, n) - load<T>(h + j, n) * pull);
       return kResidual ? load<T>(grad_h + j, n) + g : g;
     };
-    steer_row<T>(args, i, vectors, NoGain{}, scratch, source, NoFetch{});
+    steer_row<T>(args, i, vectors, NoGain{}, scratch, source, NoFetch<T>{});
   }
 }
 

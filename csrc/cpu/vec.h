@@ -143,6 +143,34 @@ RK_INLINE void store(typename T::Element* p, vfloat v, int64_t n = kLanes) {
   __builtin_memcpy(p, &raw, n * sizeof(*p));
 }
 
+// A whole vector past the caches: memory is not read first for what is about to be overwritten. p
+// must be a multiple of the vector's size in memory.
+constexpr bool kStreams = kLanes >= 8;
+template <class T>
+RK_INLINE void stream(typename T::Element* p, vfloat v) {
+  [[maybe_unused]] const typename T::Storage raw = T::narrow(v);
+#if RK_LANES == 16
+  if constexpr (sizeof(raw) == 64)
+    _mm512_stream_si512((__m512i*)p, (__m512i)raw);
+  else
+    _mm256_stream_si256((__m256i*)p, (__m256i)raw);
+#elif RK_LANES == 8
+  if constexpr (sizeof(raw) == 32)
+    _mm256_stream_si256((__m256i*)p, (__m256i)raw);
+  else
+    _mm_stream_si128((__m128i*)p, (__m128i)raw);
+#else
+  __builtin_memcpy(p, &raw, sizeof(raw));
+#endif
+}
+
+// What was streamed is there for other threads.
+RK_INLINE void end_stream() {
+#if RK_LANES >= 8
+  _mm_sfence();
+#endif
+}
+
 // Leaves no vector register holding a number. One that does takes a physical register, of which
 // whoever runs next then has fewer to read ahead with: MKL's GEMV of one token's row, which waits
 // for memory, took 1.0 to 1.2 % longer after a row kernel (Zen 4).

@@ -1,0 +1,52 @@
+"""CPU rows that are too many for the caches: their outputs are written past them, to the same bits.
+
+Which calls do so is found from this processor's share of cache (`refusal_kernels._C`), so that they
+are the right ones on any machine.
+"""
+
+import pytest
+import torch
+from programs import DTYPES, poison, random_program
+
+from refusal_kernels import _C, ops
+from refusal_kernels.ops import use_backend
+
+FEW = 16  # rows of a call that stays in L2
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("hidden", [2048, 2040])  # rows at the start of a line, and elsewhere
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_are_those_of_few_rows(threads, dtype, slots, hidden):
+    tokens = threads * (_C.cpu_cache_share() // (4 * hidden * dtype.itemsize) + 9)
+    x, residual = torch.randn(2, tokens, hidden).to(dtype)
+    x[5, 7], residual[11, 0] = torch.nan, torch.inf
+    bank, params = random_program(hidden, slots)
+    route = torch.arange(tokens, dtype=torch.int32) % (len(bank) + 1) - 1
+    weight = torch.randn(hidden).to(dtype)
+
+    def steered(start, end):
+        some = x[start:end], residual[start:end]
+        which = route[start:end]
+        with use_backend("cpu"):
+            h = ops.add_steer(*some, bank, params, which)
+            return h, *ops.add_steer_rms_norm(*some, weight, 1e-6, bank, params, which)
+
+    poison((x.shape, dtype), (x.shape, dtype))
+    found = steered(0, tokens)
+    for start in range(0, tokens, FEW):
+        for all_rows, few in zip(found, steered(start, start + FEW), strict=True):
+            torch.testing.assert_close(
+                all_rows[start : start + FEW], few, rtol=0, atol=0, equal_nan=True
+            )
+    in_place = residual.clone()
+    ops.add_steer_(x, in_place, bank, params, route)
+    torch.testing.assert_close(in_place, found[0], rtol=0, atol=0, equal_nan=True)
