@@ -87,7 +87,8 @@ lint: setup
 
 # a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set that
 # this processor runs, and the CUDA kernels in the tests' emulator
-SANITIZED := tests/test_ops.py tests/test_accuracy.py tests/test_moments_op.py tests/test_gradients.py
+SANITIZED := tests/test_ops.py tests/test_accuracy.py tests/test_moments_op.py tests/test_gradients.py \
+	tests/test_cpu_caches.py
 sanitize: setup
 	@mkdir -p build/sanitize && REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize > build/sanitize/build.log 2>&1 \
