@@ -175,11 +175,13 @@ inline Rows rows_of(const Info& t, std::optional<Tensor>* keep) {
   return rows;
 }
 
+// An output of this size or more mostly lies in fresh pages: glibc keeps what is smaller.
+constexpr int64_t kFreshBytes = 32 << 20;
+
 // Asks for 2 MB pages where Linux gives them on request: a fresh output of 64 MB is otherwise
 // 16,384 page faults, which cost more than the kernel that writes it. PyTorch's own allocator does
-// this with THP_MEM_ALLOC_ENABLE=1. Below 32 MB glibc mostly serves memory that it has kept, and
-// there the request did harm. A refusal changes nothing.
-constexpr int64_t kFreshBytes = 32 << 20;
+// this with THP_MEM_ALLOC_ENABLE=1. In memory that was kept the request did harm. A refusal
+// changes nothing.
 inline void advise_huge_pages([[maybe_unused]] Tensor& t, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   if (bytes < kFreshBytes) return;

@@ -143,9 +143,10 @@ RK_INLINE void store(typename T::Element* p, vfloat v, int64_t n = kLanes) {
   __builtin_memcpy(p, &raw, n * sizeof(*p));
 }
 
+constexpr bool kStreams = kLanes >= 8;
+
 // A whole vector past the caches: memory is not read first for what is about to be overwritten. p
 // must be a multiple of the vector's size in memory.
-constexpr bool kStreams = kLanes >= 8;
 template <class T>
 RK_INLINE void stream(typename T::Element* p, vfloat v) {
   [[maybe_unused]] const typename T::Storage raw = T::narrow(v);
@@ -159,12 +160,10 @@ RK_INLINE void stream(typename T::Element* p, vfloat v) {
     _mm256_stream_si256((__m256i*)p, (__m256i)raw);
   else
     _mm_stream_si128((__m128i*)p, (__m128i)raw);
-#else
-  __builtin_memcpy(p, &raw, sizeof(raw));
-#endif
+#endif  // without kStreams it is never called
 }
 
-// What was streamed is there for other threads.
+// From here on other threads see what was streamed.
 RK_INLINE void end_stream() {
 #if RK_LANES >= 8
   _mm_sfence();
