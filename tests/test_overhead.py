@@ -259,6 +259,29 @@ def test_resume_refuses_to_write_over_a_run_that_is_not_like_this_one(bench, tmp
     assert kept == first
 
 
+def test_a_cell_that_was_cut_in_its_rounds_is_measured_again(bench, monkeypatch):
+    given, rounds = ("--methods", "hooks", "--phases", "decode,prefill"), run.Run._rounds
+
+    def cut(self, cell, *rest):
+        if cell.work == "prefill":
+            raise KeyboardInterrupt
+        return rounds(self, cell, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "_rounds", cut)
+        result, stopped = bench(*given)
+    assert result.exit_code == 130 and not stopped["complete"]
+    statuses = {row["work"]: row["status"] for row in stopped["rows"]}
+    assert statuses == {"decode": "ok", "prefill": "not measured: the run was stopped"}
+    _, resumed = bench(*given, "--resume")
+    assert (
+        resumed["complete"]
+        and len(resumed["rows"]) == 4
+        and all(map(results.timed, resumed["rows"]))
+    )
+    assert [row for row in stopped["rows"] if row["work"] == "decode"] == resumed["rows"][:2]
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method, by):
     """Ctrl-C, or the end of a job, while the second cell is prepared."""

@@ -187,9 +187,7 @@ class Run:
         budget = self._left() / max(1, self.total - self.done)
         rows = {m.name: self._row(cell, m.name, OK) for m in self.settings.methods}
         kept = len(self.rows)
-        self.rows += rows.values()
-        for row in rows.values():
-            row["status"] = f"{NOT_MEASURED}: the run was stopped"
+        self._all(cell, f"{NOT_MEASURED}: the run was stopped")  # until the last round has ended
         directions = shapes.directions_of(model, cell.programs)
         file = self.folder / "directions.safetensors"  # an engine reads all of the model's folder
         save_file({"directions": directions}, str(file))
