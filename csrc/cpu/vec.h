@@ -17,6 +17,7 @@ namespace {
 
 #define RK_INLINE inline __attribute__((always_inline))
 #define RK_LAMBDA __attribute__((always_inline))
+#define RK_APART __attribute__((noinline))
 
 constexpr int64_t kLanes = RK_LANES;
 typedef float vfloat __attribute__((vector_size(RK_LANES * 4)));

@@ -206,6 +206,9 @@ def edit_for(op: str, *tensors: torch.Tensor | None) -> Callable[..., Any]:
     """Return the callable for an edit of tensors[0]: without the autograd layer where none asks."""
     x = tensors[0]
     assert x is not None
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        op = autograd.FORWARD.get(op, op)
-    return serving(op, x)
+    if not torch.is_grad_enabled():
+        return serving(autograd.FORWARD.get(op, op), x)
+    for tensor in tensors:  # any() of a generator takes a third of a microsecond longer
+        if tensor is not None and tensor.requires_grad:
+            return serving(op, x)
+    return serving(autograd.FORWARD.get(op, op), x)
