@@ -18,7 +18,7 @@ PYBIND11_MODULE(_C, m) {
       "Compiled kernels of refusal_kernels: importing it registers torch.ops.refusal_kernels.*";
   m.def(
       "cpu_capability", [] { return rk::kernels().name; },
-      "The instruction set of the CPU kernels: avx512, avx2 or baseline.");
+      "The instruction set of the CPU kernels: avx512_bf16, avx512, avx2 or baseline.");
   m.def("cpu_capabilities", &rk::capabilities,
         "The instruction sets that this processor runs, of those compiled in, best first.");
   m.def("cpu_cache_share", &rk::cache_share,

@@ -36,6 +36,7 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 // The best of them that this processor runs, or the one REFUSAL_KERNELS_CPU_CAPABILITY names.

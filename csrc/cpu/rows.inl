@@ -153,29 +153,43 @@ void moments(const rk::SlotArgs& args, int64_t begin, int64_t end) {
 
 namespace {
 
-#define RK_BY_DTYPE(function)                           \
-  [](Dtype dtype, auto&&... args) {                     \
-    switch (dtype) {                                    \
-      case Dtype::f32: function<F32>(args...); break;   \
-      case Dtype::bf16: function<BF16>(args...); break; \
-      case Dtype::f16: function<F16>(args...); break;   \
-    }                                                   \
-    release_registers();                                \
+// function<the dtype's type>(...), where bfloat16 is a Bfloat
+#define RK_BY_DTYPE(function)                             \
+  [](Dtype dtype, auto&&... args) {                       \
+    switch (dtype) {                                      \
+      case Dtype::f32: function<F32>(args...); break;     \
+      case Dtype::bf16: function<Bfloat>(args...); break; \
+      case Dtype::f16: function<F16>(args...); break;     \
+    }                                                     \
+    release_registers();                                  \
   }
+
+template <class Bfloat>
+constexpr rk::Kernels table(const char* name) {
+  return {
+      name,
+      [](Dtype d, const rk::SteerArgs& a, int64_t b, int64_t e, float* s) {
+        RK_BY_DTYPE(steer)(d, a, b, e, s);
+      },
+      [](Dtype d, const rk::ScoresArgs& a, int64_t b, int64_t e) {
+        RK_BY_DTYPE(scores)(d, a, b, e);
+      },
+      [](Dtype d, const rk::RmsNormArgs& a, int64_t b, int64_t e, float* s) {
+        RK_BY_DTYPE(rms_norm)(d, a, b, e, s);
+      },
+      [](Dtype d, const rk::SlotArgs& a, int64_t b, int64_t e) {
+        RK_BY_DTYPE(moments)(d, a, b, e);
+      },
+  };
+}
 
 }  // namespace
 
 namespace rk {
 extern const Kernels RK_TABLE;
-const Kernels RK_TABLE = {
-    RK_NAME,
-    [](Dtype d, const SteerArgs& a, int64_t b, int64_t e, float* s) {
-      RK_BY_DTYPE(steer)(d, a, b, e, s);
-    },
-    [](Dtype d, const ScoresArgs& a, int64_t b, int64_t e) { RK_BY_DTYPE(scores)(d, a, b, e); },
-    [](Dtype d, const RmsNormArgs& a, int64_t b, int64_t e, float* s) {
-      RK_BY_DTYPE(rms_norm)(d, a, b, e, s);
-    },
-    [](Dtype d, const SlotArgs& a, int64_t b, int64_t e) { RK_BY_DTYPE(moments)(d, a, b, e); },
-};
+const Kernels RK_TABLE = table<BF16>(RK_NAME);
+#ifdef RK_BF16_TABLE
+extern const Kernels RK_BF16_TABLE;
+const Kernels RK_BF16_TABLE = table<FastBF16>(RK_NAME "_bf16");
+#endif
 }  // namespace rk

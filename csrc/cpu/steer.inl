@@ -92,7 +92,7 @@ struct Sum {
 
 // Rows of one program that are edited together, block by block, so that the vectors and the weight
 // come from L2 once for all of them: in float32, whose rows wait for L2, 0.7 to 0.9 of the time. A
-// 16-bit row waits for its arithmetic, and takes 1.05.
+// 16-bit row waits for its arithmetic, and takes 1.00 to 1.05.
 template <class T>
 constexpr int kGroup = T::dtype == Dtype::f32 ? 4 : 1;
 

@@ -129,6 +129,33 @@ struct F16 {
   static RK_INLINE Storage narrow(vfloat v) { return narrow_f16(v); }
 };
 
+#ifdef RK_BF16_TABLE
+// The same type for processors that convert it in one instruction each way.
+struct FastBF16 : BF16 {
+  // The bytes of an element go where a float's upper half is. VPERMB, as VPERMW is two on Intel.
+  static RK_INLINE vfloat widen(Storage v) {
+    static constexpr auto kUpper = [] {
+      struct {
+        alignas(64) uint8_t from[64];
+      } bytes{};
+      for (int i = 0; i < 64; i++) bytes.from[i] = uint8_t(i / 4 * 2 + i % 2);
+      return bytes;
+    }();
+    return (vfloat)_mm512_maskz_permutexvar_epi8(
+        0xccccccccccccccccu, _mm512_load_si512(kUpper.from), _mm512_castsi256_si512((__m256i)v));
+  }
+  // The instruction flushes denormals to zero and leaves a NaN its sign: vectors that hold either
+  // are rounded as everywhere.
+  static RK_INLINE Storage narrow(vfloat v) {
+    constexpr int kQuietNan = 0x01, kDenormal = 0x20, kSignallingNan = 0x80;
+    if (__builtin_expect(
+            _mm512_fpclass_ps_mask((__m512)v, kQuietNan | kDenormal | kSignallingNan) != 0, 0))
+      return narrow_bf16(v);
+    return (Storage)_mm512_cvtneps_pbh((__m512)v);
+  }
+};
+#endif
+
 // n lanes, the missing ones zero. With n == kLanes known to the compiler this is one plain load:
 // memcpy is also what makes a misaligned address legal.
 template <class T>
