@@ -11,8 +11,8 @@
 #define RK_NAME "avx512"
 #define RK_BF16_TABLE kernels_avx512_bf16
 // AVX512_BF16 and AVX512_VBMI are for FastBF16 alone: there is no other vector of bfloat16 or of
-// bytes that a compiler might use them for. After every include, so that no inline function of the standard library is compiled for
-// this instruction set and then picked by the linker for everyone.
+// bytes that a compiler might use them for. After every include, so that no inline function of the
+// standard library is compiled for this instruction set and then picked by the linker for everyone.
 #if defined(__clang__)
 #pragma clang attribute push(                                                               \
     __attribute__((                                                                         \
