@@ -9,6 +9,7 @@ import pytest
 
 from refusal_kernels import _C
 
+CAPABILITIES = ["avx512_bf16", "avx512", "avx2", "baseline"]
 OP_TESTS = [Path(__file__).with_name(f"test_{name}.py") for name in ("ops", "cpu_caches")]
 
 
@@ -27,9 +28,6 @@ def test_what_this_processor_lacks_is_named():
     said = run("none such", "-c", code).stderr.strip()
     names = ", ".join(_C.cpu_capabilities())
     assert f"'none such'; this machine runs: {names}" in said.splitlines()[-1]
-
-
-CAPABILITIES = ["avx512_bf16", "avx512", "avx2", "baseline"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
