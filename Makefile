@@ -82,13 +82,13 @@ bench-vllm: .venv-vllm/.ready
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulator -type f)
+	@$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/ops/cuda_emulator -type f)
 	@echo "lint: clean"
 
 # a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set that
 # this processor runs, and the CUDA kernels in the tests' emulator
-SANITIZED := tests/test_ops.py tests/test_accuracy.py tests/test_moments_op.py tests/test_gradients.py \
-	tests/test_cpu_caches.py
+SANITIZED := tests/ops/test_ops.py tests/ops/test_accuracy.py tests/ops/test_moments_op.py tests/ops/test_gradients.py \
+	tests/ops/test_cpu_caches.py
 sanitize: setup
 	@mkdir -p build/sanitize && REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize > build/sanitize/build.log 2>&1 \

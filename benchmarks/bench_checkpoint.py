@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from refusal_kernels.direction import Direction
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
-from refusal_kernels.files import write_json
+from refusal_kernels.files.atomic import write_json
 
 LIMIT = 2.5  # times the largest tensor
 

@@ -36,12 +36,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from refusal_kernels import collect, toy
 from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.extraction import ChatFormat
-from refusal_kernels.extraction.batches import Batches
-from refusal_kernels.extraction.forward import model_inputs, read_inputs
-from refusal_kernels.files import write_json
-from refusal_kernels.loading import load
-from refusal_kernels.models import decoder
+from refusal_kernels.files.atomic import write_json
+from refusal_kernels.hf.batches import Batches
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import model_inputs, read_inputs
+from refusal_kernels.hf.load import load
+from refusal_kernels.hf.model import decoder
 
 LIMIT = 1.05  # what collecting may take, over the bare passes
 ROUNDS = 31
@@ -54,7 +54,7 @@ import json, sys, time
 import torch
 import refusal_kernels as rk
 from refusal_kernels import toy
-from refusal_kernels.loading import load
+from refusal_kernels.hf.load import load
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

@@ -24,7 +24,7 @@ from timing import Timed, interleaved, on_host, ratio, rounds_for
 from torch import Tensor
 
 from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files import write_json
+from refusal_kernels.files.atomic import write_json
 from refusal_kernels.ops import inductor, reference
 
 EDITS = 8  # in one graph

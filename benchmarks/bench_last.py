@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from timing import interleaved, ratio
 
+from refusal_kernels.bench import shapes
 from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.extraction.forward import LAST
-from refusal_kernels.files import write_json
-from refusal_kernels.overhead import shapes
+from refusal_kernels.files.atomic import write_json
+from refusal_kernels.hf.forward import LAST
 
 TOKENS = 64
 ROUNDS = 9

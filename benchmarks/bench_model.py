@@ -31,16 +31,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers import StaticCache as FixedCache
 
 from refusal_kernels import Ablate, Direction, patch
+from refusal_kernels.bench import shapes
+from refusal_kernels.bench.worker import around_the_same_weights
 from refusal_kernels.environment import clock_mhz, describe_device, versions
-from refusal_kernels.extraction.forward import LAST
-from refusal_kernels.files import replacing, write_json
-from refusal_kernels.loading import first_line
-from refusal_kernels.models import decoder, decoder_layers, hidden_size
-from refusal_kernels.overhead import shapes
-from refusal_kernels.overhead.worker import around_the_same_weights
-from refusal_kernels.patching.hooks import paper_hooks
-from refusal_kernels.report import BLUE, GREEN, GREY, INK, STYLE
-from refusal_kernels.speed import FEWEST, Speed, interleaved
+from refusal_kernels.errors import first_line
+from refusal_kernels.files.atomic import replacing, write_json
+from refusal_kernels.hf.forward import LAST
+from refusal_kernels.hf.model import decoder, decoder_layers, hidden_size
+from refusal_kernels.patching.paper_hooks import paper_hooks
+from refusal_kernels.research.plots import BLUE, GREEN, GREY, INK, STYLE
+from refusal_kernels.timing import FEWEST, Speed, interleaved
 
 SHAPES = {name: shapes.SHAPES[name] for name in ("qwen2.5-0.5b", "llama-3.2-1b")}
 WORKS = (("decode", 1, 128), ("decode", 8, 128), ("prefill", 1, 512))  # name, batch, tokens

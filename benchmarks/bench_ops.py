@@ -43,7 +43,7 @@ from timing import (
 )
 
 from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files import write_json
+from refusal_kernels.files.atomic import write_json
 
 # --- through pytest-benchmark --------------------------------------------------------------------
 

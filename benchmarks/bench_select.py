@@ -23,8 +23,8 @@ import torch
 
 from refusal_kernels import mean_difference, select, toy
 from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files import write_json
-from refusal_kernels.loading import load
+from refusal_kernels.files.atomic import write_json
+from refusal_kernels.hf.load import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from protocol import Table, measure, winner

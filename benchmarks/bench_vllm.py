@@ -32,7 +32,7 @@ from vllm import LLM, SamplingParams
 import refusal_kernels as rk
 from refusal_kernels import _C
 from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files import write_json
+from refusal_kernels.files.atomic import write_json
 from refusal_kernels.toy import PATH
 
 PROMPT = 16  # tokens

@@ -9,8 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rows import Results
 
-from refusal_kernels.files import replacing
-from refusal_kernels.report import BLUE, GREEN, GREY, INK, RED, STYLE
+from refusal_kernels.files.atomic import replacing
+from refusal_kernels.research.plots import BLUE, GREEN, GREY, INK, RED, STYLE
 
 ORANGE, SAND, VIOLET, LILAC = "#d98324", "#e0c28c", "#6d4c9f", "#b59fd0"
 COLUMNS = 3

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import ratio
 
-from refusal_kernels.files import replacing
+from refusal_kernels.files.atomic import replacing
 
 OK = "ok"
 

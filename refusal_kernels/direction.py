@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.files import LIMIT_BYTES, check_size, replacing
+from refusal_kernels.files.atomic import LIMIT_BYTES, check_size, replacing
 
 FORMAT = "refusal_kernels.direction"
 FORMAT_VERSION = "1"

@@ -14,3 +14,9 @@ class InputError(ValueError):
     def __init__(self, message: str) -> None:
         line = "".join(char if char.isprintable() else " " for char in message[: LONGEST + 1])
         super().__init__(line if len(line) <= LONGEST else line[:LONGEST] + "...")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

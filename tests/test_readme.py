@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from refusal_kernels import toy
-from refusal_kernels.overhead.results import by_cell, faster, timed
+from refusal_kernels.bench.results import by_cell, faster, timed
 
 README = Path(__file__).parent.parent / "README.md"
 MODEL = "Qwen/Qwen2.5-1.5B-Instruct"

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from refusal_kernels.ops import triton_kernels as kernels
-from refusal_kernels.ops.triton import MOMENTS, plan
+from refusal_kernels.ops.triton_ops import MOMENTS, plan
 
 DTYPES = ("fp32", "bf16", "fp16")
 POINTERS = {"bank": "fp32", "numbers": "fp32", "scores": "fp32", "route": "i32", "count": "i64"}

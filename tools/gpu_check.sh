@@ -99,7 +99,7 @@ capability() {
 
 sanitize() { # TOOL TESTS: without the caching allocator every tensor has bounds of its own
   env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 \
-    --print-limit 20 "$PYTHON" -m pytest tests/test_ops.py tests/test_moments_op.py -x \
+    --print-limit 20 "$PYTHON" -m pytest tests/ops/test_ops.py tests/ops/test_moments_op.py -x \
     -p no:cacheprovider -k "cuda and ($2)"
 }
 export -f machine sanitize
@@ -119,8 +119,8 @@ step extension 60 "$PYTHON" -c \
 # most of the time is Triton's compiler; the other backends are tested where there is no GPU
 parallel=()
 ! "$PYTHON" -c 'import xdist' 2> /dev/null || parallel=(-n 12)
-step tests 120 "$PYTHON" -m pytest tests/test_ops.py tests/test_accuracy.py tests/test_gradients.py \
-  tests/test_moments_op.py tests/test_registration.py -k "cuda or triton" -p no:cacheprovider \
+step tests 120 "$PYTHON" -m pytest tests/ops/test_ops.py tests/ops/test_accuracy.py tests/ops/test_gradients.py \
+  tests/ops/test_moments_op.py tests/ops/test_registration.py -k "cuda or triton" -p no:cacheprovider \
   --tb=short "${parallel[@]}"
 step memcheck 90 bash -c 'sanitize memcheck "route or test_scores_come or test_moments"'
 step racecheck 90 bash -c 'sanitize racecheck "test_route or test_scores_come"' # the slower by far

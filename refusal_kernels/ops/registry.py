@@ -19,9 +19,9 @@ import torch
 from refusal_kernels import _C
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops import autograd, reference
-from refusal_kernels.ops.triton import KERNELS as TRITON_KERNELS
-from refusal_kernels.ops.triton import OPS as TRITON_OPS
-from refusal_kernels.ops.triton import why_not as triton_why_not
+from refusal_kernels.ops.triton_ops import KERNELS as TRITON_KERNELS
+from refusal_kernels.ops.triton_ops import OPS as TRITON_OPS
+from refusal_kernels.ops.triton_ops import why_not as triton_why_not
 
 ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)

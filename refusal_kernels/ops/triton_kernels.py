@@ -1,7 +1,7 @@
 """Triton's kernels: one program instance per row; for moments one per slot, channels and rows.
 
 A row is read in blocks. Where it fits one block it stays in registers; otherwise each pass reads it
-again, from L1 or L2. The launchers stand in `refusal_kernels.ops.triton`.
+again, from L1 or L2. The launchers stand in `refusal_kernels.ops.triton_ops`.
 """
 
 import triton

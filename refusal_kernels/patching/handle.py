@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.model import decoder, layer_list
 from refusal_kernels.interventions import LAST, Add, Intervention
-from refusal_kernels.models import decoder, layer_list
-from refusal_kernels.patching.norms import _LINKED, Link, linked_class
-from refusal_kernels.patching.plan import HOOK, Place
+from refusal_kernels.patching.norm_links import _LINKED, Link, linked_class
+from refusal_kernels.patching.places import HOOK, Place
 from refusal_kernels.patching.rewrite import _STEERED, SITES, steered
 from refusal_kernels.patching.route import Generating, Positions, Route
 from refusal_kernels.patching.site import PlainAdd, Program, Site, Watcher

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from refusal_kernels import ops
 from refusal_kernels.interventions import GENERATED, LAST, Intervention, compile_program
-from refusal_kernels.patching.norms import Link, is_plain, version
+from refusal_kernels.patching.norm_links import Link, is_plain, version
 from refusal_kernels.patching.route import PHASES, Route
 
 Watcher = Callable[[str, Tensor], None]

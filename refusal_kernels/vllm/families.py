@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.models import layer_list
-from refusal_kernels.patching.plan import base_class
+from refusal_kernels.hf.model import layer_list
+from refusal_kernels.patching.places import base_class
 from refusal_kernels.patching.rewrite import steered
 
 # Every add is fused into a norm: vLLM's own code. The first ones are compared, token by token, with

@@ -10,7 +10,7 @@ import torch
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.files import parse_json
+from refusal_kernels.files.atomic import parse_json
 from refusal_kernels.vllm.frontend import catalog_of, set_programs_async
 
 PATH = "/v1/refusal_kernels/programs"

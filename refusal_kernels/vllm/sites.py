@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.patching.plan import base_class
+from refusal_kernels.patching.places import base_class
 from refusal_kernels.patching.rewrite import SITES, steered
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.families import ADD, NORM, Place

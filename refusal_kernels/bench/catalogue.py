@@ -1,0 +1,125 @@
+"""Methods by name: this package's own, the peers, and any file."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from refusal_kernels.bench.process import WORKER
+from refusal_kernels.bench.worker import BASE
+from refusal_kernels.errors import InputError
+from refusal_kernels.ops.registry import BACKENDS
+
+OWN = "this environment"
+PACKAGE = "refusal_kernels"
+METHODS = Path(__file__).parent / "methods"
+CHECKOUT = Path(__file__).parents[2]
+PEERS = CHECKOUT / "benchmarks" / "overhead" / "peers"
+RECORDED = CHECKOUT / "benchmarks" / "results"
+ENVIRONMENTS = CHECKOUT / ".venv-peers"
+# the interpreter of Triton serves a CPU too, but is no way to run a model
+SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+PLUGIN = "vllm:plugin"
+ENGINES = (PLUGIN, "vllm:hooks")
+ENGINE_ENVIRONMENT = CHECKOUT / ".venv-vllm"
+BEFOREHAND = ("orthogonalised",)  # edits that are made before the model runs
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's file, and what runs it.
+
+    Attributes
+    ----------
+    given
+        What --methods was given for it.
+    environment
+        Whose worker: all methods of one share a process and its unmodified model.
+    missing
+        Why it can not be run here, or None.
+    script
+        The worker that it needs.
+    """
+
+    name: str
+    file: Path
+    variant: str | None
+    given: str
+    environment: str
+    python: Path
+    missing: str | None = None
+    script: Path = WORKER
+
+
+def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[Method]:
+    """Return the methods of these names; by default all there are.
+
+    Parameters
+    ----------
+    names
+        A method of this package (with ``:variant``), "own" for all of them, a peer, "peers" for
+        all, "engines" for those of vLLM, or the path of a file, which ``@PYTHON`` gives another
+        interpreter.
+    device
+        Chooses the backends that "refusal_kernels" stands for.
+    peers
+        The folder of the peers' files.
+
+    Raises
+    ------
+    InputError
+        If there is no such method.
+    """
+    own = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
+    kind = torch.device(device).type
+    served = [
+        f"{PACKAGE}:{name}"
+        for name in SERVING.get(kind, ("reference",))
+        if BACKENDS[name].why_not(kind, torch.bfloat16) is None
+    ]
+    groups = {
+        "own": [*served, *sorted(own)],
+        "peers": sorted(path.stem for path in peers.glob("[a-z]*.py")),
+        "engines": ENGINES,
+        PACKAGE: served,
+    }
+    wanted: list[str] = [BASE]
+    for name in names if names is not None else ("own", "peers"):
+        wanted += groups.get(name, [name])
+    return [_one(name, peers) for name in dict.fromkeys(wanted)]
+
+
+def _one(name: str, peers: Path) -> Method:
+    """Find one method's file and its interpreter."""
+    text, at, python = name.partition("@")
+    if text.endswith(".py"):
+        file = Path(text)
+        if not file.is_file():
+            raise InputError(f"--methods: there is no file {file}")
+        runs = Path(python).absolute() if at else Path(sys.executable)
+        # a file of its own environment, so that what goes wrong in it is its own
+        return Method(file.stem, file.absolute(), None, name, file.stem, runs)
+    if name in ENGINES:
+        there = (ENGINE_ENVIRONMENT / ".ready").is_file()
+        missing = None if there else f"not installed: {ENGINE_ENVIRONMENT.name} is not set up"
+        runs = ENGINE_ENVIRONMENT / "bin" / "python"
+        script = Path(__file__).with_name("vllm_worker.py")
+        return Method(name, script, None, name, "vllm", runs, missing, script)
+    stem, _, variant = name.partition(":")
+    if (METHODS / f"{stem}.py").is_file() and not stem.startswith("_"):
+        file = METHODS / f"{stem}.py"
+        return Method(name, file, variant or None, name, OWN, Path(sys.executable))
+    if (peers / f"{name}.py").is_file():
+        runs = ENVIRONMENTS / name / "bin" / "python"
+        ready = ENVIRONMENTS / name / ".ready"
+        missing = (
+            None if ready.is_file() else f"not installed: {ENVIRONMENTS.name}/{name} is not set up"
+        )
+        return Method(name, peers / f"{name}.py", None, name, name, runs, missing)
+    known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
+    raise InputError(
+        f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "
+        "own, peers, engines, and any file FILE.py[@PYTHON]"
+    )

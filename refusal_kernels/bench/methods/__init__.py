@@ -1,0 +1,1 @@
+"""What needs nothing beside this package: one file a method (`refusal_kernels.bench.worker`)."""

@@ -1,0 +1,16 @@
+"""Three plain Python hooks per block, as in the paper's code."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.patching.paper_hooks import paper_hooks
+
+
+@contextmanager
+def steer(model: Any, task: Any) -> Iterator[Any]:
+    """Hook this copy of the model."""
+    own = [Direction(r) for r in task.directions.cpu()]
+    with paper_hooks(model, own[0] if len(own) == 1 else [own[k] for k in task.rows], task.layers):
+        yield model

@@ -1,0 +1,116 @@
+"""What a run found, in words and in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from refusal_kernels.bench.results import (
+    OK,
+    at_run_time,
+    by_cell,
+    cell_text,
+    faster,
+)  # fmt: skip
+from refusal_kernels.bench.worker import BASE
+
+VERDICTS = {"yes": "yes", "part": "in part", "no": "NO", None: ""}
+STYLES = {"no": "bold red", "part": "yellow"}
+
+
+def number(value: float | None, pattern: str) -> str:
+    """Return a number in a pattern; nothing where there is none."""
+    return "" if value is None else pattern.format(value)
+
+
+def ratio_text(row: Mapping[str, Any]) -> str:
+    """Return a ratio with its interval."""
+    if row["ratio"] is None:
+        return ""
+    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+
+
+def remarks(row: Mapping[str, Any]) -> str:
+    """Return what the numbers of a row do not say."""
+    if row["status"] != OK:
+        return row["status"]
+    if row["method"] != BASE and not at_run_time(row):
+        return "not at run time"
+    if row["verdict"] == "part":
+        return f"edits {', '.join(row['sites'])} only, exactly"
+    return ""
+
+
+def columns(row: Mapping[str, Any]) -> list[str]:
+    """Return what is shown of a row, beside the method."""
+    if row["status"] != OK:
+        return [""] * 7
+    memory = number(row["memory_mib"], "{:.0f}")
+    if row["method"] != BASE:
+        memory += number(row["base_memory_mib"], " of {:.0f}")
+    launches = number(row["launches"], "{}")
+    return [
+        number(row["tokens_per_second"], "{:.4g}"),
+        ratio_text(row),
+        memory,
+        launches,
+        number(row["residual"], "{:.0e}"),
+        number(row["logits_error"], "{:.0e}") + number(row["base_logits_error"], " / {:.0e}"),
+        VERDICTS[row["verdict"]],
+    ]
+
+
+def headings(device: str) -> list[str]:
+    """Return the names of `columns`."""
+    kernels = "kernels" if device.startswith("cuda") else "ops"
+    return ["tokens/s", "ratio [95 %]", "MiB", kernels, "|r.h|/|h|", "logits off / own", "right"]
+
+
+def one_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return why a cell has no time at all, where it is one reason for all methods."""
+    reasons = {row["status"] for row in rows}
+    return reasons.pop() if len(reasons) == 1 and OK not in reasons else None
+
+
+def print_table(document: Mapping[str, Any], console: Console, device: str) -> None:
+    """Print one table, a section a cell, and where another method was faster."""
+    table = Table(title="What steering costs: tokens/s over the unmodified model's")
+    table.title_justify = "left"
+    table.add_column("method", no_wrap=True)
+    for name in headings(device):
+        table.add_column(name, justify="right", no_wrap=name != "logits off / own")
+    table.add_column("remark", overflow="fold")
+    for rows in by_cell(document["rows"]).values():
+        table.add_section()
+        reason = one_reason(rows)
+        table.add_row(f"[bold]{cell_text(rows[0])}[/bold]", *[""] * 7, reason or "")
+        for row in () if reason else rows:
+            style = STYLES.get(row["verdict"] or "")
+            own = row["method"].startswith("refusal_kernels")
+            name = f"[green]{row['method']}[/green]" if own else row["method"]
+            table.add_row(f"  {name}", *columns(row), remarks(row), style=style)
+    console.print(table)
+    for text in slower_cells(document):
+        console.print(f"not the fastest: {text}", markup=False, highlight=False)
+
+
+def slower_cells(document: Mapping[str, Any]) -> list[str]:
+    """Say where this package was not the fastest way to ablate at run time."""
+    found = []
+    for rows in by_cell(document["rows"]).values():
+        best, others = faster(rows)
+        if others and best is not None:
+            found.append(f"{cell_text(best)}: {slower_text(best, others)}")
+        elif others:
+            found.append(f"{cell_text(others[0])}: refusal_kernels has no right time")
+    return found
+
+
+def slower_text(best: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """Say which methods had the higher ratio, and whether that is more than the noise."""
+    text = [f"{best['method']} {ratio_text(best)}"]
+    for row in sorted(others, key=lambda row: -row["ratio"]):
+        apart = row["ratio_low"] > best["ratio_high"]
+        text.append(f"{row['method']} {ratio_text(row)}" + ("" if apart else ", not told apart"))
+    return "; ".join(text)

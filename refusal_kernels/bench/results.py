@@ -1,0 +1,167 @@
+"""Rows, and what is said of them: ratios with intervals, right or wrong, faster or slower."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refusal_kernels.bench.catalogue import BEFOREHAND, ENGINES, PACKAGE, PLUGIN
+from refusal_kernels.bench.worker import BASE, SITES
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.atomic import read_json, replacing
+from refusal_kernels.timing import interval
+
+OK = "ok"
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+RESIDUAL_EPS = 4
+"""What may be left of the direction, in units of the dtype's eps: three factors are rounded to half
+of it each (the direction, the product, the stream), on a stream that was a few times longer."""
+LOGITS_TIMES = 8
+"""How many times the unmodified model's own error in its dtype the logits may be off: three times
+as many roundings as there are adds stand beside those that the model makes. Where the steered model
+is more sensitive to rounding than the unmodified one, as many times more: `reference_logits` shows
+it by noise."""
+CELL = tuple("model layers of_layers hidden dtype mode work batch tokens steered programs".split())
+NOT_MEASURED = "not measured"
+TOLERANCE = 0.02  # runs differ by this much where nothing has changed
+
+
+def rated(
+    row: dict[str, Any], seconds: Sequence[float], base: Sequence[float], tokens: int
+) -> None:
+    """Put the speed into a row: of every round the ratio to the unmodified model of that round."""
+    ratios = [b / own for own, b in zip(seconds, base, strict=True)]
+    low, high = interval(ratios)
+    row |= {
+        "tokens_per_second": tokens / statistics.median(seconds),
+        "base_tokens_per_second": tokens / statistics.median(base),
+        "ratio": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "rounds": len(ratios),
+    }
+
+
+def verdict(row: Mapping[str, Any]) -> str | None:
+    """Say whether a method did what it is timed for: "yes", "part" or "no".
+
+    "part": it edits elsewhere than the paper does, and there exactly; also where a coarse dtype
+    would let what it leaves pass. None for the unmodified model, and where nothing can be judged.
+    """
+    if row["method"] == BASE or row["logits_error"] is None or row["logits_allowed"] is None:
+        return None
+    own = row["logits_error_own"]
+    if own is not None and set(row["sites"]) != set(SITES):
+        return "part" if own <= row["logits_allowed"] else "no"
+    gone = row["residual"] is None or row["residual"] <= row["residual_allowed"]
+    return "yes" if gone and row["logits_error"] <= row["logits_allowed"] else "no"
+
+
+def at_run_time(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of a method that steers a model as it runs."""
+    return row["method"] not in (BASE, *BEFOREHAND)
+
+
+def timed(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a time."""
+    return row["status"] == OK and row["ratio"] is not None
+
+
+def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what makes the cell of a row."""
+    return tuple(row[name] for name in CELL)
+
+
+def by_cell(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Return the rows of every cell."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(cell_key(row), []).append(row)
+    return found
+
+
+def cell_text(row: Mapping[str, Any]) -> str:
+    """Return the cell of a row in words."""
+    from refusal_kernels.bench.grid import Cell
+
+    return str(Cell(**{name: row[name] for name in CELL}))
+
+
+def faster(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return this package's best row of a cell, and the others' that beat it.
+
+    Those that steer at run time, rightly or in part, and whose median is above. Engines are
+    compared where there are no others: their unmodified model is another one.
+    """
+    good = [r for r in rows if timed(r) and at_run_time(r) and r["verdict"] in ("yes", "part")]
+    good = [r for r in good if r["method"] not in ENGINES] or good
+    own = [r for r in good if _ours(r) and r["verdict"] == "yes"]
+    best = max(own, key=lambda r: r["ratio"], default=None)
+    others = [r for r in good if not _ours(r)]
+    if best is None:
+        return None, others
+    return best, [r for r in others if r["ratio"] > best["ratio"]]
+
+
+def _ours(row: Mapping[str, Any]) -> bool:
+    return row["method"] == PLUGIN or row["method"].partition(":")[0] == PACKAGE
+
+
+def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return what became worse, one line each, and how many rows were compared.
+
+    A ratio fell if its whole 95 % interval lies below the old one's and the median is more than
+    `TOLERANCE` lower; two runs of the same code differ by as much. A method that was right and is
+    not, or had a time and has none, counts too.
+    """
+    before = {(cell_key(row), row["method"]): row for row in old["rows"]}
+    worse, compared = [], 0
+    for row in new["rows"]:
+        was = before.get((cell_key(row), row["method"]))
+        if was is None or not timed(was) or row["status"].startswith(NOT_MEASURED):
+            continue
+        compared += 1
+        where = f"{row['method']}, {cell_text(row)}"
+        if not timed(row):
+            worse.append(f"{where}: {row['status']}")
+        elif (was["verdict"], row["verdict"]) in {("yes", "part"), ("yes", "no"), ("part", "no")}:
+            worse.append(f"{where}: right was '{was['verdict']}', is '{row['verdict']}'")
+        elif row["ratio_high"] < was["ratio_low"] and row["ratio"] < was["ratio"] - TOLERANCE:
+            worse.append(
+                f"{where}: ratio {was['ratio']:.3f} [{was['ratio_low']:.3f}, "
+                f"{was['ratio_high']:.3f}] became {row['ratio']:.3f} [{row['ratio_low']:.3f}, "
+                f"{row['ratio_high']:.3f}]"
+            )
+    return worse, compared
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what a run wrote.
+
+    Raises
+    ------
+    InputError
+        If it is no such file.
+    """
+    document = read_json(path)
+    rows = document.get("rows") if isinstance(document, dict) else None
+    needed = {*CELL, "method", "status", "ratio", "ratio_low", "ratio_high", "verdict"}
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and needed <= set(r) for r in rows
+    ):
+        raise InputError(f"{path} holds no results of 'refusal-kernels bench'")
+    return document
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a line a row; an empty field where there is nothing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        line = {k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()}
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+    with replacing(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")

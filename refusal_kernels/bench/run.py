@@ -1,0 +1,388 @@
+"""The run: cell by cell every method is checked, then all take turns until the time is up."""
+
+import datetime
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from refusal_kernels.bench import shapes
+from refusal_kernels.bench.catalogue import OWN, Method
+from refusal_kernels.bench.checks import compare
+from refusal_kernels.bench.grid import Cell
+from refusal_kernels.bench.process import Process, WorkerError
+from refusal_kernels.bench.results import NOT_MEASURED, OK, by_cell, rated, verdict, write_csv
+from refusal_kernels.bench.settings import Settings, earlier_rows
+from refusal_kernels.bench.worker import BASE, load, shuffled
+from refusal_kernels.environment import clock_mhz, describe_device
+from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.files.atomic import write_json
+
+LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
+LEAST_S = 30.0  # of rounds, also where preparing took all the time that a cell has
+SLOW = 10  # an environment that takes so many times as long as the quickest has the least rounds
+GIVE_UP = 2  # a worker that failed so often in a row is not started again
+NOTHING: dict[str, Any] = {
+    "about": "", "sites": [], "tokens_per_second": None, "base_tokens_per_second": None,
+    "ratio": None, "ratio_low": None, "ratio_high": None, "rounds": 0, "memory_mib": None,
+    "base_memory_mib": None, "launches": None, "base_launches": None, "residual": None,
+    "residual_allowed": None, "logits_error": None, "base_logits_error": None,
+    "logits_error_own": None, "logits_allowed": None, "verdict": None,
+}  # fmt: skip
+
+
+class Run:
+    """One run and its document, which is written anew after every cell.
+
+    Parameters
+    ----------
+    settings
+        What to measure.
+    resume
+        Keep the rows of the run that is in the output folder, if it is one like this.
+    say
+        Told in words what is done now, with the number of cells done and of all.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        resume: bool = False,
+        say: Callable[[str, int, int], None] = lambda text, done, total: None,
+    ) -> None:
+        self.settings, self.say = settings, say
+        self.start = time.monotonic()
+        torch.set_num_threads(settings.threads)
+        self.comparable = settings.comparable()  # of the start: a checkout can be edited meanwhile
+        self.rows: list[dict[str, Any]] = []
+        self.kept = by_cell(earlier_rows(settings.path, self.comparable) if resume else ())
+        self.workers: dict[str, Process] = {}
+        self.failures: dict[str, int] = {}
+        self.environments: dict[str, dict[str, str]] = {}
+        self.shortest = 0.0
+        self.done, self.total = 0, 0
+        self.folder = Path()
+
+    # --- the whole
+
+    def __call__(self) -> dict[str, Any]:
+        """Measure everything; Ctrl-C leaves what is there, written, and goes on to the caller."""
+        complete, plan = False, self._plan()
+        self.folder = Path(tempfile.mkdtemp(prefix="refusal_kernels-bench-"))
+        try:
+            self.total = sum(len(cells) for _, cells in plan)
+            for config, cells in plan:
+                self._model(config, cells)
+            complete = True
+        finally:
+            for worker in self.workers.values():
+                worker.kill()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            document = self.write(complete)
+        return document
+
+    def _plan(self) -> list[tuple[Any, list[Cell]]]:
+        """Return the cells of each model and dtype, the models' weights loaded once.
+
+        With each its configuration, cut to as many layers as fit; None if none does.
+        """
+        grid, plan = self.settings.grid, []
+        for name in grid.models:
+            config, room = shapes.config_of(name), shapes.free_memory()
+            own = config.get_text_config(decoder=True)
+            if self._on_gpu():  # where every worker has weights of its own, and the reference
+                room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
+            fits = {dtype: shapes.layers_that_fit(config, dtype, room) for dtype in grid.dtypes}
+            # one that does not fit is not the one that all the rest is measured with
+            dtypes = tuple(sorted(grid.dtypes, key=lambda dtype: not fits[dtype]))
+            random = name in shapes.SHAPES
+            most = grid.layers or (grid.most_layers(config) if random else None)
+            for dtype in dtypes:
+                fit = fits[dtype]
+                layers = max(1, min(own.num_hidden_layers, most or fit, fit))
+                cells = replace(grid, dtypes=dtypes).cells(name, layers, own)
+                cells = [cell for cell in cells if cell.dtype == dtype]
+                plan.append((shapes.cut(deepcopy(config), layers) if fit else None, cells))
+        return plan
+
+    def _model(self, config: Any, cells: list[Cell]) -> None:
+        """Measure all cells of one model in one dtype."""
+        model, name = None, ""
+        # one for which the last model was too large may do with this: it has one more try
+        self.failures = {name: min(n, GIVE_UP - 1) for name, n in self.failures.items()}
+        for cell in cells:
+            if rows := self._kept(cell):
+                self.rows += rows
+            elif config is None:
+                self._all(cell, f"{NOT_MEASURED}: one layer does not fit in memory")
+            elif self._left() <= self.shortest:
+                self._all(cell, self._too_late())
+            else:
+                try:
+                    if model is None:
+                        self.say(f"{cell.model}, {cell.dtype}: making the weights", *self._count())
+                        name = f"{cell.model}-{cell.dtype}".replace("/", "-")
+                        model = self._weights(cell, config, self.folder / name)
+                except InputError:
+                    raise
+                except Exception as error:
+                    self._all(cell, f"failed: {type(error).__name__}: {first_line(error)[:300]}")
+                    continue
+                start = time.monotonic()
+                self._cell(cell, model, self.folder / name)
+                self.say(f"{cell}: {time.monotonic() - start:.0f} s", *self._count())
+            self.done += 1
+            self.write(complete=False)
+        del model
+        if name:  # weights of a large model fill a disk
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _weights(self, cell: Cell, config: Any, folder: Path) -> Any:
+        shapes.write(shapes.build(cell.model, config, cell.dtype), folder)
+        # as the workers have it: from the file; a GPU is the faster also in float64
+        return load(str(folder), cell.dtype, self.settings.device if self._on_gpu() else "cpu")
+
+    def _on_gpu(self) -> bool:
+        return self.settings.device.startswith("cuda")
+
+    def _kept(self, cell: Cell) -> list[dict[str, Any]]:
+        """Return a cell's rows of the earlier run, if every method has one that holds."""
+        rows = {row["method"]: row for row in self.kept.get(tuple(cell.record().values()), ())}
+        wanted = [method.name for method in self.settings.methods]
+        held = [rows[n] for n in wanted if n in rows]
+        again = any(row["status"].startswith(NOT_MEASURED) for row in held)
+        return held if len(held) == len(wanted) and not again else []
+
+    def _left(self) -> float:
+        return self.settings.grid.limit_s - (time.monotonic() - self.start)
+
+    def _too_late(self) -> str:
+        minutes = self.settings.grid.limit_s / 60
+        return f"{NOT_MEASURED}: the limit of {minutes:g} minutes was reached"
+
+    def _count(self) -> tuple[int, int]:
+        return self.done, self.total
+
+    def _row(self, cell: Cell, method: str, status: str) -> dict[str, Any]:
+        row = {**cell.record(), "method": method, "status": status, **NOTHING}
+        return {**row, "command": self.settings.command(cell, method)}
+
+    def _all(self, cell: Cell, status: str) -> None:
+        self.rows += [self._row(cell, method.name, status) for method in self.settings.methods]
+
+    # --- a cell
+
+    def _cell(self, cell: Cell, model: Any, folder: Path) -> None:
+        start = time.monotonic()
+        budget = self._left() / max(1, self.total - self.done)
+        rows = {m.name: self._row(cell, m.name, OK) for m in self.settings.methods}
+        kept = len(self.rows)
+        self._all(cell, f"{NOT_MEASURED}: the run was stopped")  # until the last round has ended
+        directions = shapes.directions_of(model, cell.programs)
+        file = self.folder / "directions.safetensors"  # an engine reads all of the model's folder
+        save_file({"directions": directions}, str(file))
+        opened = self._open_all(cell, folder, file, rows)
+        compare(cell, model, directions, folder, rows, opened)
+        opening = time.monotonic() - start
+        until = start + max(budget, opening + LEAST_S)
+        rounds, per_round = self._rounds(cell, rows, opened, until)
+        self.shortest = opening + LEAST_ROUNDS * per_round
+        for name, (seconds, base) in rounds.items():
+            row = rows[name]
+            if len(seconds) >= LEAST_ROUNDS - 1:
+                rated(row, seconds, base, cell.tokens_a_step)
+            elif row["status"] == OK:
+                row["status"] = "failed: too few rounds ended"
+        for row in rows.values():
+            row["verdict"] = verdict(row)
+        self.rows[kept:] = rows.values()
+
+    def _groups(self) -> dict[str, list[Method]]:
+        """The methods of every environment; the unmodified model is in all of them."""
+        base = next(m for m in self.settings.methods if m.name == BASE)
+        groups: dict[str, list[Method]] = {OWN: []}
+        for method in self.settings.methods:
+            groups.setdefault(method.environment, [] if method.environment == OWN else [base])
+            groups[method.environment].append(method)
+        return groups
+
+    def _open_all(
+        self, cell: Cell, folder: Path, file: Path, rows: dict[str, dict[str, Any]]
+    ) -> dict[str, list[str]]:
+        """Have every worker prepare the cell; return the methods that are ready, by worker."""
+        opened: dict[str, list[str]] = {}
+        for name, methods in self._groups().items():
+            own = [m for m in methods if m.name != BASE or name == OWN]
+            reason = next((m.missing for m in methods if m.missing), None)
+            if reason is None and self.failures.get(name, 0) >= GIVE_UP:
+                reason = f"not run: it failed {GIVE_UP} times in a row"
+            if reason is None and self._left() <= 0:
+                reason = self._too_late()
+            self.say(f"{cell}: preparing {name}", *self._count())
+            try:
+                if reason is not None:
+                    raise WorkerError(reason)
+                answer = self._ask(name, methods, self._order(cell, folder, file, name, methods))
+            except WorkerError as error:
+                for method in own:
+                    rows[method.name]["status"] = str(error)
+                continue
+            self.environments[name] = answer["versions"]
+            found = answer["methods"]
+            for method in own:
+                rows[method.name] |= found[method.name]
+                if name != OWN:
+                    base = found[BASE]
+                    rows[method.name]["base_memory_mib"] = base.get("memory_mib")
+                    rows[method.name]["base_launches"] = base.get("launches")
+            if found[BASE]["status"] == OK:
+                opened[name] = [m.name for m in own if rows[m.name]["status"] == OK]
+        base = rows[BASE]
+        for method in self._groups()[OWN]:
+            rows[method.name]["base_memory_mib"] = base["memory_mib"]
+            rows[method.name]["base_launches"] = base["launches"]
+        return opened
+
+    def _order(
+        self, cell: Cell, folder: Path, file: Path, name: str, methods: list[Method]
+    ) -> dict[str, Any]:
+        return {
+            "do": "open",
+            "cell": cell.record(),
+            "folder": str(folder),
+            "device": self.settings.device,
+            "threads": self.settings.threads,
+            "methods": {m.name: [str(m.file), m.variant] for m in methods},
+            "rows": cell.rows,
+            "layers": cell.steered_blocks,
+            "directions": str(file),
+            "measure_s": self.settings.grid.measure_s,
+            "logits": str(folder / f"{name.replace(' ', '-')}-{{}}.logits"),
+        }
+
+    def _ask(self, name: str, methods: list[Method], order: dict[str, Any]) -> dict[str, Any]:
+        """Ask a worker, started where it does not run; count how often it fails in a row."""
+        try:
+            if name not in self.workers:
+                log = self.folder / f"{name.replace(' ', '-')}.log"
+                python = methods[-1].python
+                packages = name.replace("_", "-").replace("transformerlens", "transformer-lens")
+                self.workers[name] = Process(
+                    python,
+                    log,
+                    name in (OWN, "vllm"),
+                    self.settings.threads,
+                    packages,
+                    methods[-1].script,
+                )
+            answer = self.workers[name].ask(order, self.settings.answer_s)
+        except WorkerError:
+            self.workers.pop(name, None)
+            self.failures[name] = self.failures.get(name, 0) + 1
+            raise
+        if order["do"] == "round":
+            self.failures[name] = 0
+        return answer
+
+    def _rounds(
+        self,
+        cell: Cell,
+        rows: dict[str, dict[str, Any]],
+        opened: dict[str, list[str]],
+        until: float,
+    ) -> tuple[dict[str, tuple[list[float], list[float]]], float]:
+        """Let all take turns; return the seconds of every method and of its unmodified model."""
+        found: dict[str, tuple[list[float], list[float]]] = {
+            name: ([], []) for methods in opened.values() for name in methods
+        }
+        groups = self._groups()
+        taken = dict.fromkeys(opened, 0.0)
+        slow: list[str] = []
+        start, number, per_round, last = time.monotonic(), 0, 0.0, 0.0
+        while number < self.settings.grid.rounds:
+            begun = time.monotonic()
+            if number == LEAST_ROUNDS:
+                slow = _slow({name: taken[name] / len(groups[name]) for name in opened})
+                until = max(until, begun + LEAST_S) if slow else until
+                last -= sum(taken[name] for name in slow) / number
+            if number >= LEAST_ROUNDS and begun + last > until:
+                break
+            self.say(f"{cell}: round {number + 1}", *self._count())
+            names = [name for name in opened if name not in slow]
+            for name in shuffled(names, number):
+                order = {"do": "round", "number": number}
+                turn = time.monotonic()
+                try:
+                    answer = self._ask(name, groups[name], order)
+                except WorkerError as error:
+                    for method in opened.pop(name):
+                        rows[method]["status"] = str(error)
+                    continue
+                taken[name] += time.monotonic() - turn
+                seconds = answer["seconds"]
+                for method in list(opened[name]):
+                    if method in answer["errors"] or BASE not in seconds:
+                        rows[method]["status"] = answer["errors"].get(method, "failed: no base")
+                        opened[name].remove(method)
+                        continue
+                    found[method][0].append(seconds[method])
+                    found[method][1].append(seconds[BASE])
+            number += 1
+            last = time.monotonic() - begun
+            if number <= LEAST_ROUNDS:
+                per_round = (time.monotonic() - start) / number
+            if (LEAST_ROUNDS - number) * per_round > max(0.0, self._left()):
+                for name in (name for methods in opened.values() for name in methods):
+                    rows[name]["status"] = self._too_late()
+                break
+        for name in list(opened):
+            with suppress(WorkerError):
+                self._ask(name, groups[name], {"do": "close"})
+        bad = [name for name in found if rows[name]["status"] != OK]
+        return {name: times for name, times in found.items() if name not in bad}, per_round
+
+    # --- the document
+
+    def write(self, complete: bool) -> dict[str, Any]:
+        """Write JSON and CSV, and return the document."""
+        settings = self.settings
+        # rows that an earlier run has and this one did not come to are not lost
+        come = set(by_cell(self.rows))
+        rest = [row for key, rows in self.kept.items() if key not in come for row in rows]
+        document = {
+            "what": "tokens/s over the unmodified model's, interleaved round by round",
+            "profile": settings.profile,
+            "date": datetime.date.today().isoformat(),
+            "settings": self.comparable,
+            "limit_s": settings.grid.limit_s,
+            "rounds": settings.grid.rounds,
+            "device": describe_device(settings.device),
+            "device_kind": settings.device.split(":")[0],
+            "versions": self.comparable["versions"],
+            "environments": self.environments,
+            "torch_threads": settings.threads,
+            "clock_mhz": clock_mhz(settings.device),
+            "load": os.getloadavg()[0],
+            "seconds": round(time.monotonic() - self.start),
+            "complete": complete,
+            "rows": self.rows + ([] if complete else rest),
+        }
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_json(settings.path.with_suffix(".json"), document)
+        if self.rows:
+            write_csv(settings.path.with_suffix(".csv"), self.rows)
+        return document
+
+
+def _slow(taken: dict[str, float]) -> list[str]:
+    """Return the environments that would take the rounds from all others: a cell is short."""
+    return [name for name, s in taken.items() if s > SLOW * min(taken.values())]

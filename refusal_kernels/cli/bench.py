@@ -1,0 +1,153 @@
+"""What steering costs: bench."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+
+from refusal_kernels.bench import catalogue, report
+from refusal_kernels.bench.docs import write_document
+from refusal_kernels.bench.grid import ALL, PROFILES, grid_for
+from refusal_kernels.bench.page import write_page
+from refusal_kernels.bench.plots import plot_overhead
+from refusal_kernels.bench.results import compare, read_results
+from refusal_kernels.bench.run import Run
+from refusal_kernels.bench.settings import Settings
+from refusal_kernels.bench.shapes import SHAPES
+from refusal_kernels.cli.common import JsonOption, console, errors, finish, progress_bars
+from refusal_kernels.errors import InputError, first_line
+
+T = TypeVar("T")
+_MODELS = f"{', '.join(SHAPES)} (random weights), toy, a hub id or a folder"
+
+
+def bench(
+    profile: Annotated[str, typer.Option(help=f"How much: {', '.join(PROFILES)}.")] = "quick",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="own, peers, engines, names, FILE.py[@PYTHON]; with commas. Default: own,peers."
+        ),
+    ] = None,
+    models: Annotated[str | None, typer.Option("--models", "--model", help=_MODELS)] = None,
+    phases: Annotated[str | None, typer.Option(help="decode, prefill.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Rows at once: 1,8.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    modes: Annotated[str | None, typer.Option(help="eager, compile, graph (GPU).")] = None,
+    steered_layers: Annotated[
+        str | None, typer.Option(help="In how many blocks to ablate, or all: all,1.")
+    ] = None,
+    programs: Annotated[
+        str | None, typer.Option(help="Directions in a batch, a row taking one: 1,4.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep so many layers of each model.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="At most, 7 or more.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no cell after so long.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch; default: all cores.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("out/bench"),
+    peers: Annotated[
+        Path, typer.Option(help="Folder of the peers' method files.")
+    ] = catalogue.PEERS,
+    answer_s: Annotated[
+        float, typer.Option("--answer-limit", help="Seconds that a method may take to answer.")
+    ] = 240.0,
+    compare_with: Annotated[
+        Path | None, typer.Option("--compare", help="An earlier JSON; exit code 1 if slower.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what --out has already.")] = False,
+    document_file: Annotated[
+        Path | None, typer.Option("--document", help="Measure nothing: write this page instead.")
+    ] = None,
+    recorded: Annotated[
+        Path, typer.Option(help="The folder of the results that --document tells of.")
+    ] = catalogue.RECORDED,
+    json_file: JsonOption = None,
+) -> None:
+    """Time every way to ablate beside the unmodified model, and check each.
+
+    Writes overhead-DEVICE.json, .csv, .png and .html to --out, the first two after every cell.
+    """
+    if document_file is not None:
+        write_document(document_file, recorded)
+        console.print(f"written: {document_file}")
+        return
+    old = read_results(compare_with) if compare_with is not None else None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device '{device}': {first_line(error)}") from None
+    if threads is not None and not 1 <= threads <= 1024:
+        raise InputError(f"--threads is {threads}; expected 1 to 1024")
+    if minutes is not None and not 0 < minutes < 1e5:
+        raise InputError(f"--minutes is {minutes}; expected more than 0")
+    if answer_s <= 0:
+        raise InputError(f"--answer-limit is {answer_s}; expected more than 0")
+    given: dict[str, Any] = {
+        "models": _list("--models", models, str),
+        "phases": _list("--phases", phases, str),
+        "batch": _list("--batch", batch, int),
+        "dtypes": _list("--dtypes", dtypes, str),
+        "modes": _list("--modes", modes, str),
+        "steered": _list("--steered-layers", steered_layers, _layers),
+        "programs": _list("--programs", programs, int),
+        "layers": layers,
+        "rounds": rounds,
+        "limit_s": None if minutes is None else 60 * minutes,
+    }
+    settings = Settings(
+        profile,
+        grid_for(profile, device, given),
+        tuple(catalogue.find(_list("--methods", methods, str), device, peers)),
+        device,
+        threads or os.cpu_count() or 1,
+        out,
+        answer_s,
+    )
+    with progress_bars() as step:
+        tell = step("bench")
+        last = ""
+
+        def say(text: str, done: int, total: int) -> None:
+            nonlocal last
+            tell(done, total)
+            if errors.is_terminal or text.split(":")[0] == last:
+                return
+            last = text.split(":")[0]
+            errors.print(text, markup=False, highlight=False)
+
+        document = Run(settings, resume, say)()
+    wide = console if console.is_terminal else Console(width=200)
+    report.print_table(document, wide, device)
+    write_page(settings.path.with_suffix(".html"), document)
+    plot_overhead(settings.path.with_suffix(".png"), document)
+    console.print(f"written: {settings.path}.json, .csv, .html, .png")
+    finish(None, json_file, document)
+    if old is not None:
+        worse, compared = compare(document, old)
+        for text in worse:
+            console.print(f"slower: {text}", markup=False, highlight=False)
+        console.print(f"{len(worse)} of {compared} rows fell by more than the noise")
+        if worse:
+            raise typer.Exit(1)
+
+
+def _layers(text: str) -> int | None:
+    return None if text == ALL else int(text)
+
+
+def _list(option: str, text: str | None, kind: Callable[[str], T]) -> tuple[T, ...] | None:
+    """Split at the commas; None where nothing was given."""
+    if text is None:
+        return None
+    try:
+        found = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+    except ValueError:
+        raise InputError(f"{option} is '{text}'; expected whole numbers with commas") from None
+    if "" in found:
+        raise InputError(f"{option} is '{text}'; expected values with commas between them")
+    return found

@@ -1,0 +1,153 @@
+"""The chat format: what turns prompts into batches of tokens."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.batches import Batch, Batches
+
+CHUNK = 512  # prompts that the tokenizer sees at once: what it says of them takes 100 times more
+
+
+class ChatFormat:
+    """The chat format of a tokenizer, up to the point where the assistant begins to answer.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer with a chat template.
+    system : str, optional
+        A system prompt. Results depend on it: without one the template decides.
+    thinking : bool
+        What a template that can think before it answers is asked for (``enable_thinking``, as
+        Qwen3's). Without thinking, such a template writes an empty block of thoughts, which is then
+        part of what follows every instruction. A template that opens the block whatever it is asked
+        (DeepSeek-R1's) still opens it, and the next token is then the first of a thought.
+
+    Attributes
+    ----------
+    positions : int
+        The number of end-of-instruction tokens: those that follow every instruction.
+    pad_id : int
+        What the batches are padded with: the pad token, or the end-of-sequence token.
+
+    Raises
+    ------
+    InputError
+        If there is no chat template, it refuses the system prompt or leaves it out, or nothing
+        follows the instruction.
+    """
+
+    def __init__(
+        self, tokenizer: Any, system: str | None = None, *, thinking: bool = False
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                "the tokenizer has no chat template; expected that of an instruction-tuned model"
+            )
+        self.tokenizer = tokenizer
+        self.system = system
+        self.thinking = thinking
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id = int(next(i for i in ids if i is not None))  # masked, so any will do
+        if system is not None and system.strip() not in self.render("a"):
+            raise InputError("the chat template leaves the system prompt out; expected one with it")
+        self.positions = self._end_of_instruction()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "ChatFormat":
+        """Return the format of a tokenizer, or the format itself where one is given."""
+        return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
+
+    def render(self, prompt: str) -> str:
+        """The text that the model is given for a prompt."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [*system, {"role": "user", "content": prompt}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=self.thinking,
+            )
+        except TemplateError as error:
+            raise InputError(f"the chat template refuses the conversation: {error}") from None
+        return str(text)
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of every prompt, in its chat format, of different lengths.
+
+        Raises
+        ------
+        InputError
+            If there is no prompt, or one is not a string.
+        """
+        return list(self._encoded(prompts))
+
+    def batch(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return input_ids and attention_mask, int64 [prompts, tokens], padded on the left.
+
+        The padding is done here: it does not depend on the state of the tokenizer.
+        """
+        batch = self.stream(prompts, len(prompts) or 1)[0]
+        back = batch.input_ids.new_tensor(batch.rows).argsort()
+        return batch.input_ids[back], batch.attention_mask[back]
+
+    def batches(self, prompts: Sequence[str], batch_size: int) -> list[Batch]:
+        """All prompts in batches of similar length, the longest first.
+
+        Raises
+        ------
+        InputError
+            As `stream`.
+        """
+        return list(self.stream(prompts, batch_size))
+
+    def stream(self, prompts: Sequence[str], batch_size: int) -> Batches:
+        """The same batches, each made when it is asked for: for any number of prompts.
+
+        Raises
+        ------
+        InputError
+            If there is no prompt, one is not a string, or the batch size is below 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"the batch size is {batch_size}; expected 1 or more")
+        return Batches(self._encoded(prompts), self.pad_id, batch_size)
+
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[list[int]]:
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError("the prompts are not a list of strings")
+        if not prompts:
+            raise InputError("there is no prompt; expected one at least")
+        for start in range(0, len(prompts), CHUNK):
+            texts = [self.render(prompt) for prompt in prompts[start : start + CHUNK]]
+            # The template has written the special tokens; adding them again would double BOS.
+            yield from self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _end_of_instruction(self) -> int:
+        """Count the tokens at the end that no instruction changes."""
+        reversed_ids = [ids[::-1] for ids in self.encode(self._sentinels())]
+        shortest = min(map(len, reversed_ids))
+        same = [len(set(column)) == 1 for column in zip(*reversed_ids, strict=False)]
+        positions = same.index(False) if False in same else shortest
+        if positions in (0, shortest):
+            raise InputError(
+                "the chat template has no end-of-instruction tokens that can be told from the "
+                "instruction; expected at least one token after it"
+            )
+        return positions
+
+    def _sentinels(self) -> list[str]:
+        """Instructions that end in different tokens, whatever the vocabulary.
+
+        Digits alone would all be <unk> to a tokenizer of words, so words of the vocabulary are
+        taken too, evenly spread. Letters and digits only: others may merge with the template.
+        """
+        size = len(self.tokenizer)
+        ids = range(0, size, max(1, size // 64))
+        words = {self.tokenizer.decode([i], skip_special_tokens=True).strip() for i in ids}
+        return [*"0123456789", *sorted(word for word in words if word.isalnum())]

@@ -1,0 +1,102 @@
+"""Forward passes that go no further than they are needed, and hand over what they read.
+
+A pass is ended by an exception from a hook: PyTorch and Transformers leave their own context as
+after any error, and nothing of the model is touched. Shortening the list of layers is not enough
+for families that count their layers by the configuration, or index masks and caches by them.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.batches import Batch
+from refusal_kernels.hf.model import decoder, decoder_layers, input_device
+
+LAST = torch.tensor([-1])
+"""``logits_to_keep`` for the last position alone.
+
+Given the number 1 a model slices, and `torch.nn.functional.linear` makes a batched product of what
+is not contiguous: in bfloat16 on a CPU it copies the head's weights for every row of the batch.
+"""
+
+
+def last_alone(model: Any) -> dict[str, Any]:
+    """`LAST` for ``model.generate``, where the model knows it; of itself that gives the number."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": LAST} if known else {}
+
+
+class _Enough(Exception):
+    """The last layer that is wanted has been reached."""
+
+
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What a forward pass takes.
+
+    Positions are given explicitly, counted from the first token that is not padding: without them
+    a model counts the padding, and a prompt would depend on the batch around it.
+    """
+    mask = batch.attention_mask.to(device)
+    return {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0),
+    }
+
+
+@torch.inference_mode()
+def read_inputs(
+    model: Any, batch: Batch, last_layer: int, read: Callable[[int, Tensor], None]
+) -> None:
+    """Run the model until the input of a layer is known: that layer and what follows is not run.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model.
+    batch
+        What it is run on.
+    last_layer
+        The last layer whose input is wanted.
+    read
+        Called for every layer up to that one with the layer and its input, [batch, tokens, hidden].
+
+    Raises
+    ------
+    InputError
+        If the pass ended without calling one of the layers.
+    """
+    layers = decoder_layers(model)[: last_layer + 1]
+    seen = 0
+
+    def reader(layer: int) -> Callable[..., None]:
+        def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal seen
+            read(layer, args[0] if args else kwargs["hidden_states"])
+            seen += 1
+            if layer == last_layer:
+                raise _Enough
+
+        return on_input
+
+    hooks = [
+        layer.register_forward_pre_hook(reader(i), with_kwargs=True)
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # what is compiled may not see these hooks
+            decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen != len(layers):
+        raise InputError(
+            f"{seen} of the {len(layers)} decoder layers of {type(model).__name__} were called in "
+            "order; expected every one of them once"
+        )

@@ -1,0 +1,68 @@
+"""Load models by the names that the command line takes."""
+
+import os
+from typing import Any
+
+import torch
+
+from refusal_kernels import toy
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.hf.model import hidden_size
+
+DTYPES = {"auto", "float32", "bfloat16", "float16"}
+
+
+def load(name: str, device: str, dtype: str, direction: Direction | None = None) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, and check that a direction fits it.
+
+    Parameters
+    ----------
+    name
+        A hub id, a folder, or "toy".
+    device, dtype
+        Where and how it runs; "auto" is the checkpoint's own dtype (float32 for the toy model).
+    direction
+        To be checked against the model's hidden size.
+
+    Raises
+    ------
+    InputError
+        If one of these can not be had, with the first line of the reason.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(sorted(DTYPES))}")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}': {first_line(error)}") from None
+    if name != "toy" and not os.path.isdir(name) and _means_a_folder(name):
+        raise InputError(f"model '{name}': there is no such folder")
+    path = str(toy.PATH) if name == "toy" else name
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()  # what goes wrong is said once, by the error below
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # the toy model's file is float16 to be small; it is meant to run in float32
+    precision = "float32" if name == "toy" and dtype == "auto" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=precision)
+    except Exception as error:  # whatever a hub, a config or a damaged file can bring
+        raise InputError(f"model '{name}' cannot be loaded: {first_line(error)}") from None
+    if direction is not None and direction.hidden != hidden_size(model):
+        raise InputError(
+            f"the direction has hidden size {direction.hidden}; "
+            f"the model '{name}' has {hidden_size(model)}"
+        )
+    return model.to(where).eval(), tokenizer
+
+
+def _means_a_folder(name: str) -> bool:
+    """Whether a name can not be a hub id, or lies inside a folder that is there."""
+    parent = os.path.dirname(name)
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isdir(parent)

@@ -1,1 +1,0 @@
-"""What needs nothing beside this package: one file a method (`refusal_kernels.overhead.worker`)."""

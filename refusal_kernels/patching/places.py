@@ -1,0 +1,196 @@
+"""Where a model's stream is written: every add of every layer, found before anything is changed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.model import decoder, decoder_layers, hidden_size
+from refusal_kernels.patching.families import (
+    ADDERS,
+    HOOKED,
+    NEXT,
+    NO_STREAM,
+    RESTARTS,
+    STARTS,
+)
+from refusal_kernels.patching.norm_links import Link, link_of
+from refusal_kernels.patching.rewrite import Steered, class_path, steered
+
+FUSED, HOOK = "fused", "hook"
+
+
+@dataclass
+class Place:
+    """One place where the stream is written.
+
+    Attributes
+    ----------
+    name
+        "embed", or "layers.3.attn" and the like.
+    module
+        Where it is: the module whose forward adds, or whose input or output is hooked.
+    add
+        The number of the add in the module's rewritten forward; None for a hook.
+    stream
+        The parameter of that forward that is the stream, as `steered` takes it.
+    block, writers, feeds
+        As `Intervention.meets` takes them.
+    passed_on
+        Whether what the next module is called with is what was written, the very tensor.
+    on_input
+        For a hook: whether it acts on the module's input, not on its output.
+    link
+        The norm that reads what is written here, or None.
+    unread
+        Why the adds of the block were not found, so that only what it returns can be steered.
+    """
+
+    name: str
+    module: nn.Module
+    add: int | None
+    stream: str | None = None
+    block: int | None = None
+    writers: frozenset[str] = frozenset()
+    feeds: int | None = None
+    passed_on: bool = True
+    on_input: bool = False
+    link: Link | None = field(default=None, repr=False)
+    unread: str = ""
+
+
+def places(model: Any, *, norms: bool = True) -> list[Place]:
+    """Return every place where the stream of a model is written, in the order of the forward.
+
+    Parameters
+    ----------
+    norms
+        Link every add to the RMSNorm that reads it.
+
+    Raises
+    ------
+    InputError
+        If the model has no list of layers, or a layer has no residual stream; with the class and
+        the reason.
+    """
+    layers = decoder_layers(model)
+    found: list[Place] = [_start(layers[0])]
+    readers: list[list[nn.Module]] = [[]]  # for every place, who reads it, as far as is known
+    pending = 0  # the place whose reader is the next layer's
+    for number, layer in enumerate(layers):
+        first = len(found)
+        opening: list[nn.Module] = []
+        after = layers[number + 1] if number + 1 < len(layers) else None
+        for place, own, of_input in _in_layer(number, layer, after):
+            opening = opening or (of_input if len(found) == first else [])
+            found.append(place)
+            readers.append(own)
+        if found[pending].passed_on:
+            readers[pending] += opening
+        found[pending].feeds = number
+        pending = len(found) - 1
+    if found[pending].passed_on:
+        readers[pending] += _final_norms(model, layers)
+    if norms:
+        hidden = hidden_size(model)
+        links: dict[nn.Module, Link | None] = {}
+        for place, candidates in zip(found, readers, strict=True):
+            for norm in candidates[:1]:
+                if norm not in links:
+                    links[norm] = link_of(norm, hidden)
+                place.link = links[norm]
+    return found
+
+
+def _start(layer: nn.Module) -> Place:
+    """Return the place where the stream starts: the input of the first layer."""
+    name = STARTS.get(base_class(layer).__name__)
+    module = getattr(layer, name) if name else layer
+    return Place("embed", module, None, on_input=not name)
+
+
+def _in_layer(
+    number: int, layer: nn.Module, after: nn.Module | None
+) -> Iterator[tuple[Place, list[nn.Module], list[nn.Module]]]:
+    """Yield the places of a layer, with the modules that read each, and that read the input."""
+    cls = base_class(layer)
+    if cls.__name__ in NO_STREAM:
+        raise InputError(f"{cls.__name__} has no residual stream: {NO_STREAM[cls.__name__]}")
+    counts: dict[str, int] = {}
+
+    def name(writers: frozenset[str]) -> str:
+        kind = "+".join(sorted(writers)) or "add"
+        counts[kind] = counts.get(kind, 0) + 1
+        again = f".{counts[kind] - 1}" if counts[kind] > 1 else ""
+        return f"layers.{number}.{kind}{again}"
+
+    if cls.__name__ in HOOKED:
+        for path, writer in HOOKED[cls.__name__]:
+            writers = frozenset({writer})
+            if not path.startswith(NEXT):
+                module = layer.get_submodule(path)
+            else:
+                module = layer if after is None else after.get_submodule(path.removeprefix(NEXT))
+            yield Place(name(writers), module, None, None, number, writers), [], []
+        return
+    if cls.__name__ in RESTARTS:
+        condition, path, writer = RESTARTS[cls.__name__]
+        if eval(condition, {"self": layer}):
+            writers = frozenset({writer})
+            module = layer.get_submodule(path)
+            yield Place(name(writers), module, None, None, number, writers), [], []
+    for path, stream, writer in ADDERS.get(cls.__name__, (("", None, ""),)):
+        module = layer.get_submodule(path)
+        try:
+            made: Steered = steered(base_class(module), stream)
+        except InputError as error:
+            yield Place(f"layers.{number}", layer, None, None, number, unread=str(error)), [], []
+            return
+        for k, add in enumerate(made.adds):
+            if not add.live(module):
+                continue
+            writers = frozenset({writer}) if writer else add.writers
+            place = Place(name(writers), module, k, stream, number, writers)
+            place.passed_on = add.returned
+            yield place, _modules(module, add.readers), _modules(module, made.input_readers)
+
+
+def _modules(layer: nn.Module, sources: Any) -> list[nn.Module]:
+    """Return the modules that stand behind sources such as ``self.input_layernorm``."""
+    found = []
+    for source in sources:
+        try:
+            module = eval(source, {"self": layer})
+        except Exception:  # an index that only the call knows
+            continue
+        if isinstance(module, nn.Module):
+            found.append(module)
+    return found
+
+
+def _final_norms(model: Any, layers: nn.ModuleList) -> list[nn.Module]:
+    """Return the norms beside the list of layers: the one that reads the last layer, if one."""
+    for parent in (*decoder(model).modules(), *model.modules()):
+        children = list(parent.children())
+        if any(child is layers for child in children):
+            after = children[next(k for k, c in enumerate(children) if c is layers) + 1 :]
+            return [c for c in after if "norm" in type(c).__name__.lower()]
+    return []
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class, or, of a patched one, the class that it had before."""
+    cls = type(module)
+    return cls.__mro__[1] if is_steered(module) else cls
+
+
+def is_steered(module: nn.Module) -> bool:
+    """Whether a module's class is a generated one."""
+    return "rk_sites" in module.__dict__
+
+
+def path_of(module: nn.Module) -> str:
+    """Return the full name of a module's class."""
+    return class_path(base_class(module))

@@ -1,0 +1,1 @@
+"""The experiment: find a direction, choose it, measure what it does."""

@@ -1,0 +1,291 @@
+"""Evidence about one direction: is it necessary, sufficient, specific; what does it cost.
+
+The questions are those of Arditi et al. 2024 (arXiv 2406.11717), sections 3 and 4.3, with controls:
+random directions of the same norm, and the directions of other layers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.model import decoder_layers
+from refusal_kernels.interventions import Ablate, Add, Intervention
+from refusal_kernels.patching.patch import patch
+from refusal_kernels.research.evaluation.conditions import Condition, Dose, Lab
+from refusal_kernels.research.evaluation.judges import Judge, SubstringJudge
+from refusal_kernels.research.evaluation.likelihood import Passage, answers
+from refusal_kernels.research.extraction.collect import Progress
+from refusal_kernels.research.selection.scoring import find_refusal_tokens
+
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+UNMODIFIED, ABLATED, ADDED, SUBTRACTED = "unmodified", "ablated", "added", "subtracted"
+MAIN = (UNMODIFIED, ABLATED, ADDED, SUBTRACTED)
+ON_DISTRIBUTION = "own completions"
+
+Step = Callable[[str], Progress]
+"""Announces a part of the work and returns what is told of its progress."""
+
+
+@dataclass
+class Evidence:
+    """All that was measured about one direction.
+
+    Attributes
+    ----------
+    direction : dict
+        Its norm, layer (where it was added), position, hidden size, model and method.
+    judges : list of dict
+        Name and what a hit is, of every judge; the first one's rates are those of the dose.
+    prompts : dict of str to list of str
+        The sets: "harmful", "harmless" and those given beside them.
+    refusal_tokens : list of int or None
+        What the refusal scores are made of; None where the model has none.
+    conditions : dict of str to Condition
+        By name: the main four, then the controls.
+    dose : dict of str to list of Dose
+        "ablation" and "addition", by strength.
+    dose_text : str or None
+        The text whose cross-entropy the dose shows.
+    projections : dict of str to list
+        By set of prompts: the unmodified stream on the unit direction, at the position where the
+        direction was read; for the input of every block and the output of the last, one a prompt.
+    settings : dict
+        What it depends on: seed, lengths, batch size, the system prompt (None: the template's).
+    """
+
+    direction: dict[str, Any]
+    judges: list[dict[str, str]]
+    prompts: dict[str, list[str]]
+    refusal_tokens: list[int] | None
+    conditions: dict[str, Condition]
+    dose: dict[str, list[Dose]]
+    dose_text: str | None
+    projections: dict[str, list[list[float]]]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON and for `refusal_kernels.research.evaluation.html.render`."""
+        conditions = {name: c.to_dict() for name, c in self.conditions.items()}
+        dose = {name: [row.to_dict() for row in rows] for name, rows in self.dose.items()}
+        return {**vars(self), "conditions": conditions, "dose": dose}
+
+
+def random_directions(direction: Direction, count: int, seed: int) -> list[Direction]:
+    """Isotropic random directions of the same norm: the same on every device and machine."""
+    found = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(seed + number)
+        vector = torch.randn(direction.hidden, dtype=torch.float64, generator=generator)
+        vector *= direction.norm / float(vector.norm())
+        found.append(Direction(vector.float(), layer=direction.layer, method="random"))
+    return found
+
+
+def gather_evidence(
+    model: Any,
+    tokenizer: Any,
+    direction: Direction,
+    *,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    extra: Mapping[str, Sequence[str]] | None = None,
+    judges: Sequence[Judge] | None = None,
+    candidates: Tensor | None = None,
+    refusal_tokens: Sequence[int] | None = None,
+    layer: int | None = None,
+    skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    match: Callable[[str, str], bool] | None = None,
+    texts: Mapping[str, Sequence[Passage]] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    random_controls: int = 3,
+    layer_controls: int = 8,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    step: Step | None = None,
+) -> Evidence:
+    """Ask everything about one direction: necessity, sufficiency, specificity, dose, capability.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model; it is unmodified again afterwards.
+    tokenizer
+        Its tokenizer, or a `ChatFormat`.
+    direction
+        What is examined.
+    harmful, harmless
+        Test prompts, other than those that the direction was found and chosen with.
+    extra
+        More sets by name, as of harmless prompts that look harmful (XSTest): over-refusal.
+    judges
+        Of the completions; by default the refusal substrings. The first is that of the dose.
+    candidates
+        [position, layer, hidden]: with them the directions of other layers, read at the same
+        position, are controls, each with its own norm at its own layer.
+    refusal_tokens
+        What the refusal scores are made of; by default found on the prompts. Where there are none
+        no scores are measured.
+    layer
+        At whose input the direction is added, raw; by default the one it was read from.
+    skills, match
+        Tasks with one right answer, by name, and when a completion is right (default: exact).
+    texts
+        Passages by name (``windows`` and ``answers`` of
+        `refusal_kernels.research.evaluation.likelihood`). The model's own
+        completions of the harmless prompts are always added: its own distribution.
+    strengths
+        Of the dose; empty for none.
+    random_controls, layer_controls
+        How many of each (of the layers, evenly spaced ones).
+    seed
+        Of the random directions.
+    max_new_tokens, batch_size
+        As for `refusal_kernels.generate`.
+    step
+        Told of each part of the work and of its progress.
+
+    Returns
+    -------
+    Evidence
+        Every rate with its judge.
+
+    Raises
+    ------
+    InputError
+        If a set of prompts is empty, the layer is not known, or the candidates do not fit.
+    """
+    chat = ChatFormat.of(tokenizer)
+    sets = {"harmful": list(harmful), "harmless": list(harmless)}
+    sets |= {name: list(prompts) for name, prompts in (extra or {}).items()}
+    if empty := [name for name, prompts in sets.items() if not prompts]:
+        raise InputError(f"the prompts of {empty[0]!r} are empty; expected one at least")
+    layer = direction.layer if layer is None else layer
+    if layer is None:
+        raise InputError("the direction does not say at which layer to add; expected a layer")
+    step = step or (lambda _: lambda done, total: None)
+    judges = [SubstringJudge()] if judges is None else list(judges)
+    if len({judge.name for judge in judges}) != len(judges) or not judges:
+        raise InputError("two judges have one name, or there is none; expected different ones")
+
+    controls = _controls(model, direction, candidates, layer, random_controls, layer_controls, seed)
+    tokens = _tokens(model, chat, sets, refusal_tokens, batch_size)
+    lab = Lab(model, chat, sets, judges, tokens, max_new_tokens, batch_size)
+
+    edits: dict[str, Intervention] = {
+        ABLATED: Ablate(direction),
+        ADDED: Add(direction, layer=layer),
+        SUBTRACTED: Add(direction, coefficient=-1.0, layer=layer),
+    }
+    conditions = {name: Condition(name) for name in MAIN}
+    for name, (control, edit) in controls.items():
+        edits[name] = edit
+        conditions[name] = Condition(name, float(control.unit @ direction.unit))
+    # a control is asked only what its edit is for
+    wanted = {
+        part: [*(MAIN[1:]), *(n for n in controls if n.endswith(_ASKS.get(part, "-")))]
+        for part in sets
+    }
+    position = -1 if direction.position is None else direction.position
+    projections = lab.projections(direction.unit, position)
+    own = lab.baseline(conditions[UNMODIFIED], step("Unmodified"))
+    with patch(model, *([edit] for edit in edits.values())) as handle:
+        programs = {name: number for number, name in enumerate(edits)}
+        lab.measure(handle, programs, wanted, conditions, step("Ablated, added, controls"))
+
+    passages = dict(texts or {})
+    pairs = [(p, ids) for p, ids in zip(sets["harmless"], own, strict=True) if ids]
+    if pairs:
+        passages[ON_DISTRIBUTION] = answers(chat, pairs)
+    main = {name: edits.get(name) for name in MAIN}
+    lab.capability(main, conditions, skills or {}, match, passages, step("Capability"))
+
+    dose_text = next(iter(passages), None)
+    dose: dict[str, list[Dose]] = {}
+    for kind, name in (("ablation", ABLATED), ("addition", ADDED)) if strengths else ():
+        scored = passages[dose_text] if dose_text else None
+        dose[kind] = lab.dose(edits[name], strengths, scored, step(f"Dose of the {kind}"))
+    return Evidence(
+        direction={
+            "norm": direction.norm, "layer": layer, "position": direction.position,
+            "hidden": direction.hidden, "model": direction.model, "method": direction.method,
+        },
+        judges=[{"name": judge.name, "counts": judge.counts} for judge in judges],
+        prompts=sets,
+        refusal_tokens=tokens,
+        conditions=conditions,
+        dose=dose,
+        dose_text=dose_text,
+        projections=projections,
+        settings={
+            "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+            "random_controls": random_controls, "system": chat.system, "thinking": chat.thinking,
+        },
+    )  # fmt: skip
+
+
+_ASKS = {"harmful": " ablated", "harmless": " added"}
+
+
+def _controls(
+    model: Any,
+    direction: Direction,
+    candidates: Tensor | None,
+    layer: int,
+    random: int,
+    others: int,
+    seed: int,
+) -> dict[str, tuple[Direction, Intervention]]:
+    """The controls by name: their direction, and the edit."""
+    chosen = {
+        f"random {i}": (control, layer)
+        for i, control in enumerate(random_directions(direction, random, seed), 1)
+    }
+    if candidates is not None and others > 0:
+        layers = len(decoder_layers(model))
+        position = -1 if direction.position is None else direction.position
+        if candidates.ndim != 3 or (*candidates.shape[1:],) != (layers, direction.hidden):
+            raise InputError(
+                f"candidates {list(candidates.shape)}; expected [position, {layers} layers, "
+                f"{direction.hidden}]"
+            )
+        if -position > len(candidates):
+            raise InputError(
+                f"the direction was read at position {position}; the candidates have "
+                f"{len(candidates)} positions"
+            )
+        rows = candidates[position].float()
+        largest = float(rows.norm(dim=-1).nan_to_num(0).max())
+        usable = [
+            i for i, row in enumerate(rows)
+            if i != layer and row.isfinite().all() and float(row.norm()) > 1e-6 * largest
+        ]  # fmt: skip
+        every = torch.linspace(0, len(usable) - 1, min(others, len(usable))).round().int().tolist()
+        for i in (usable[k] for k in every):
+            chosen[f"layer {i}"] = Direction(rows[i], layer=i, position=position), i
+    return {
+        f"{name} {what}": (control, edit)
+        for name, (control, at) in chosen.items()
+        for what, edit in ((ABLATED, Ablate(control)), (ADDED, Add(control, layer=at)))
+    }
+
+
+def _tokens(
+    model: Any,
+    chat: ChatFormat,
+    sets: Mapping[str, Sequence[str]],
+    given: Sequence[int] | None,
+    batch_size: int,
+) -> list[int] | None:
+    if given is not None:
+        return list(given)
+    try:
+        return find_refusal_tokens(model, chat, sets["harmful"], sets["harmless"], batch_size)
+    except InputError:  # this model does not tell the two sets apart: said in the report
+        return None

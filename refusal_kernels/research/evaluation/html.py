@@ -1,0 +1,144 @@
+"""The evidence as one HTML page that needs nothing else: no scripts, no fonts, no network."""
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from refusal_kernels.files.atomic import replacing
+from refusal_kernels.research import plots
+from refusal_kernels.research.evaluation.evidence import (
+    ABLATED,
+    ADDED,
+    MAIN,
+    SUBTRACTED,
+    UNMODIFIED,
+)
+from refusal_kernels.research.evaluation.statements import percent, statements
+
+TEMPLATE = "evidence.html"
+SHOWN = {"harmful": (ABLATED, SUBTRACTED), "harmless": (ADDED, ABLATED)}
+"""Which completions are shown beside the unmodified model's, by set of prompts."""
+
+
+def templates(folder: Path) -> Environment:
+    """Return what makes pages of the templates in a folder: escaped, and nothing left undefined."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def write_page(path: Path, document: Mapping[str, Any], *, samples: int = 4) -> None:
+    """Write the page of `render`, replacing the file in one step.
+
+    Raises
+    ------
+    InputError
+        If it can not be written.
+    """
+    text = render(document, samples=samples)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
+    """Make the page.
+
+    Parameters
+    ----------
+    document
+        What `Evidence.to_dict` gives. Beside that it may hold "model" (its name), "selection"
+        (`Selection.to_dict`), "lm_eval"
+        (`refusal_kernels.research.evaluation.lm_eval.run_tasks`), "versions",
+        "device", "command", "created", "sources" (where prompts and texts come from, by name) and
+        "comparisons" (`refusal_kernels.research.reproduction.rows.Comparison.to_dict`).
+    samples
+        How many prompts of each set are shown with their completions.
+
+    Returns
+    -------
+    str
+        Everything that came from a model or a user is escaped.
+    """
+    environment = templates(Path(__file__).parent)
+    environment.filters["percent"] = percent
+    conditions = document["conditions"]
+    optional = "model selection lm_eval versions device command created comparisons".split()
+    known = {name: document.get(name) for name in optional}
+    return environment.get_template(TEMPLATE).render(
+        **{**document, **known, "sources": document.get("sources") or {}},
+        main=[name for name in MAIN if name in conditions],
+        controls=[name for name in conditions if name not in MAIN],
+        statements=statements(document),
+        figures=_figures(document),
+        samples=_samples(document, samples),
+    )
+
+
+def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
+    """The pictures as data URIs, by name; only those that there is something for."""
+    conditions, judge = document["conditions"], document["judges"][0]
+    name, counts = judge["name"], judge["counts"]
+
+    def rate(condition: str, part: str) -> Any:
+        return conditions[condition]["rates"][part][name]
+
+    draw: dict[str, Callable[[io.BytesIO], None]] = {}
+    rates = {
+        condition: {part: found[name] for part, found in conditions[condition]["rates"].items()}
+        for condition in MAIN
+    }
+    draw["refusals"] = lambda file: plots.plot_rates(file, rates, counts)
+
+    controls = [condition for condition in conditions if condition not in MAIN]
+    panels = {}
+    for title, edit, part in (
+        ("Ablated: harmful prompts", ABLATED, "harmful"),
+        ("Added: harmless prompts", ADDED, "harmless"),
+    ):
+        panels[title] = {"unmodified": rate(UNMODIFIED, part), "the direction": rate(edit, part)}
+        for condition in controls:
+            if condition.endswith(edit):
+                cosine = conditions[condition]["cosine"]
+                label = f"{condition.removesuffix(edit).strip()} (cosine {cosine:.2f})"
+                panels[title][label] = rate(condition, part)
+    if controls:
+        draw["controls"] = lambda file: plots.plot_controls(file, panels, counts)
+    if document["dose"]:
+        text = document["dose_text"]
+        draw["dose"] = lambda file: plots.plot_dose(file, document["dose"], counts, text)
+    if document["projections"]:
+        layer = document["direction"]["layer"]
+        draw["projections"] = lambda file: plots.plot_projections(
+            file, document["projections"], layer
+        )
+    if selection := document.get("selection"):
+        selected = selection["position"], selection["layer"]
+        draw["candidates"] = lambda file: plots.plot_candidates(file, selection["scores"], selected)
+    return {name: _uri(own) for name, own in draw.items()}
+
+
+def _uri(draw: Callable[[io.BytesIO], None]) -> Markup:
+    file = io.BytesIO()
+    draw(file)
+    # base64 has no character that HTML would read as its own
+    return Markup("data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode())
+
+
+def _samples(document: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Prompts with the completions of the unmodified model and of what the set is asked under."""
+    conditions, found = document["conditions"], []
+    for part, prompts in document["prompts"].items():
+        shown = (UNMODIFIED, *SHOWN.get(part, (ABLATED, ADDED)))
+        for i, prompt in enumerate(prompts[:count]):
+            answers = [(c, conditions[c]["completions"][part][i]) for c in shown]
+            found.append({"part": part, "prompt": prompt, "answers": answers})
+    return found

@@ -1,0 +1,371 @@
+"""What a model still can do: cross-entropy on any text, and tasks with one exact answer."""
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.atomic import parse_json, read_text
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import LAST
+from refusal_kernels.hf.model import decoder, input_device, text_config
+
+LONGEST_CONTEXT = 2048  # longer windows change the mean little and take memory
+TEXT = "a text file"
+LOGITS_AT_ONCE = 2**25  # float32: 128 MiB, whatever the vocabulary
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy: the mean negative log likelihood of a token.
+
+    Attributes
+    ----------
+    nats : float
+        Mean over all scored tokens, whatever the text they stand in.
+    tokens : int
+        How many were scored.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nats)``; infinite where that is too large for a float."""
+        return math.exp(self.nats) if self.nats < 709 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """nats, tokens and perplexity, ready for JSON (None for an infinite one)."""
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+        return {"nats": self.nats, "tokens": self.tokens, "perplexity": perplexity}
+
+    def __str__(self) -> str:
+        return f"{self.nats:.4f} nats ({self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens of which some are scored.
+
+    Attributes
+    ----------
+    ids : sequence of int
+        What the model reads.
+    start : int
+        The first token that is scored, 1 or more: what stands first has nothing before it.
+    """
+
+    ids: Sequence[int]
+    start: int = 1
+
+
+def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return input_ids and attention_mask, int64 [rows, tokens], padded on the left."""
+    width = max(map(len, ids))
+    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids])
+    lengths = torch.tensor([len(row) for row in ids])
+    mask = torch.arange(width) >= width - lengths.unsqueeze(1)
+    return input_ids, mask.long()
+
+
+def windows(
+    tokenizer: Any, texts: Sequence[str], context: int, stride: int | None = None
+) -> list[Passage]:
+    """Cut plain texts into windows that a model can read, every token scored exactly once.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer. Where it begins a text with a token of its own (BOS), every
+        window begins with that too.
+    texts
+        Without any chat format.
+    context
+        Tokens of a window, 2 or more.
+    stride
+        By how much a window moves on; less gives later tokens more context, at more cost. By
+        default the windows overlap by no more than is needed.
+
+    Returns
+    -------
+    list of Passage
+        None for a text with nothing to score.
+    """
+    lead = tokenizer("")["input_ids"]
+    bos = [i for i in lead[:1] if i == getattr(tokenizer, "bos_token_id", None)]
+    room = context - max(len(bos), 1)  # without BOS the first token of a window is not scored
+    stride = room if stride is None else stride
+    if context < 2 or not 1 <= stride <= room:
+        raise InputError(
+            f"context {context} and stride {stride}; expected a context of 2 or more and "
+            f"a stride from 1 to {max(room, 1)}"
+        )
+    found = []
+    for text in texts:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        done = 0 if bos else 1
+        while done < len(ids):
+            new = min(stride if done > 1 else room, len(ids) - done)
+            end = done + new
+            begin = max(0, end - (context - len(bos)))
+            found.append(Passage([*bos, *ids[begin:end]], len(bos) + done - begin))
+            done = end
+    return found
+
+
+def answers(tokenizer: Any, pairs: Sequence[tuple[str, str | Sequence[int]]]) -> list[Passage]:
+    """Make passages of prompts in the chat format and their answers, of which the latter count.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer with a chat template, or a `ChatFormat`.
+    pairs
+        Prompt and answer; the answer as text, or as tokens (then no text is tokenised anew).
+    """
+    chat = ChatFormat.of(tokenizer)
+    if not pairs:
+        return []
+    prompts = chat.encode([prompt for prompt, _ in pairs])
+    found = []
+    for ids, (_, answer) in zip(prompts, pairs, strict=True):
+        if isinstance(answer, str):
+            answer = chat.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if answer:
+            found.append(Passage([*ids, *answer], len(ids)))
+    return found
+
+
+def context_of(model: Any) -> int:
+    """How many tokens a window holds: the model's own limit, or 2048 if that is longer."""
+    limit = getattr(text_config(model), "max_position_embeddings", None) or LONGEST_CONTEXT
+    return min(int(limit), LONGEST_CONTEXT)
+
+
+@torch.inference_mode()
+def cross_entropy(
+    model: Any,
+    passages: Sequence[Passage],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Loss:
+    """Mean negative log likelihood of the scored tokens, in nats.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model, as it is: patched or not.
+    passages
+        From `windows` or `answers`.
+    batch_size
+        Passages at once, of similar length and padded on the left.
+    progress
+        Called with the number of passages done, and of all.
+
+    Returns
+    -------
+    Loss
+        Summed in float64.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to score, or NaN or infinity came out of the model.
+
+    Notes
+    -----
+    Only the scored tokens get logits, a chunk of them at a time: the logits of a whole batch would
+    be the largest tensor of the run. Each chunk is a softmax in float32.
+    """
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}; expected 1 or more")
+    if bad := [p for p in passages if not 1 <= p.start < len(p.ids)]:
+        raise InputError(
+            f"a passage of {len(bad[0].ids)} tokens scored from {bad[0].start}; expected 1 or more "
+            "tokens before what is scored, and one to score"
+        )
+    if not passages:
+        raise InputError("there is no text to score; expected two tokens at least")
+    order = sorted(passages, key=lambda p: -len(p.ids))
+    total, count = 0.0, 0
+    for i in range(0, len(order), batch_size):
+        batch = order[i : i + batch_size]
+        nats = _negative_log_likelihoods(model, batch)
+        total, count = total + float(nats.double().sum()), count + nats.numel()
+        if progress is not None:
+            progress(min(i + batch_size, len(order)), len(order))
+    if not math.isfinite(total):
+        raise InputError("the cross-entropy is not finite: NaN or infinity came out of the model")
+    return Loss(total / count, count)
+
+
+def _negative_log_likelihoods(model: Any, batch: Sequence[Passage]) -> Tensor:
+    """Of every scored token of a batch: float32 [scored]."""
+    device = input_device(model)
+    input_ids, mask = pad_left([p.ids for p in batch], 0)  # masked, so any token will do
+    width = input_ids.shape[1]
+    scored = torch.zeros_like(mask, dtype=torch.bool)
+    for row, p in enumerate(batch):
+        scored[row, width - len(p.ids) + p.start :] = True
+    targets = input_ids[scored]
+    before = scored.roll(-1, dims=1)  # what predicts a token is the place before it
+    before[:, -1] = False
+    inputs = {
+        "input_ids": input_ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0).to(device),
+    }
+    found = []
+    with _decoded_once(model, inputs) as (stream, head):
+        rows = stream[before.to(stream.device)]  # [scored, hidden]
+        step = max(1, LOGITS_AT_ONCE // int(text_config(model).vocab_size))
+        for start in range(0, len(rows), step):
+            logits = head(rows[start : start + step]).float()
+            own = targets[start : start + step].to(logits.device)
+            found.append(nn.functional.cross_entropy(logits, own, reduction="none").cpu())
+    return torch.cat(found)
+
+
+@contextlib.contextmanager
+def _decoded_once(
+    model: Any, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Give a batch's last hidden states, and a function from some of them to their logits.
+
+    Families scale and cap their logits in the forward of the whole model. So that this is done as
+    the model does it, the function runs that forward, with a decoder that has its answer ready.
+    """
+    inner = decoder(model)
+    kept: list[Any] = []
+    hook = inner.register_forward_hook(lambda _, __, output: kept.append(output))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=LAST)
+    finally:
+        hook.remove()
+    output = kept[0]
+
+    def head(rows: Tensor) -> Tensor:
+        ready = copy.copy(output)
+        ready.last_hidden_state = rows.unsqueeze(0)
+        inner.__dict__["forward"] = lambda *_, **__: ready
+        logits: Tensor = model(**inputs, use_cache=False).logits[0]
+        return logits
+
+    before = inner.__dict__.get("forward")
+    try:
+        yield output.last_hidden_state, head
+    finally:
+        inner.__dict__.pop("forward", None)
+        if before is not None:
+            inner.__dict__["forward"] = before
+
+
+def exact(completion: str, answer: str) -> bool:
+    """Whether a completion is the answer, up to white space."""
+    return completion.split() == answer.split()
+
+
+def contains(completion: str, answer: str) -> bool:
+    """Whether the answer stands in a completion as whole words, in any case."""
+    words = r"\s+".join(map(re.escape, answer.split()))
+    return re.search(rf"(?<!\w){words}(?!\w)", completion, re.IGNORECASE) is not None
+
+
+MATCHES: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
+
+_PROMPT, _ANSWER = ("prompt", "instruction", "question"), ("answer", "completion", "output")
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Read prompts and their answers from JSON lines.
+
+    A line is an object with a "prompt" ("instruction", "question") and an "answer"
+    ("completion", "output").
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is something else or holds nothing; the message names the line.
+    """
+    pairs = []
+    for number, record in _records(read_text(path, TEXT), path):
+        fields = record if isinstance(record, dict) else {}
+        pair = tuple(
+            next((str(fields[key]) for key in keys if key in fields), "")
+            for keys in (_PROMPT, _ANSWER)
+        )
+        if not all(text.strip() for text in pair):
+            raise InputError(
+                f"{path}:{number} holds no pair; expected an object with one of "
+                f"{', '.join(_PROMPT)} and one of {', '.join(_ANSWER)}"
+            )
+        pairs.append((pair[0], pair[1]))
+    if not pairs:
+        raise InputError(f"{path} holds no pair of prompt and answer; expected one at least")
+    return pairs
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read texts: a ``.jsonl`` file has one per line (a string, or "text"), any other is one text.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is not of this form, or is empty.
+    """
+    whole = read_text(path, TEXT)
+    if path.suffix.lower() != ".jsonl":
+        texts = [whole.strip()]
+    else:
+        texts = []
+        for number, record in _records(whole, path):
+            text = record.get("text") if isinstance(record, dict) else record
+            if not isinstance(text, str):
+                raise InputError(f"{path}:{number} holds no text; expected a string or 'text'")
+            texts.append(text)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"{path} holds no text")
+    return texts
+
+
+def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
+    """Read what is to be scored: texts as they are, or pairs in the chat format.
+
+    A ``.jsonl`` file whose first line is a pair (`read_pairs`) holds pairs, of which the answers
+    are scored; all else is read by `read_texts` and scored as a whole.
+
+    Raises
+    ------
+    InputError
+        As these do; also if there is nothing to score.
+    """
+    fields: set[str] = set()
+    if path.suffix.lower() == ".jsonl":
+        _, first = next(_records(read_text(path, TEXT), path), (0, None))
+        fields = set(first) if isinstance(first, dict) else set()
+    if fields & set(_PROMPT) and fields & set(_ANSWER):
+        passages = answers(tokenizer, read_pairs(path))
+    else:
+        raw = tokenizer.tokenizer if isinstance(tokenizer, ChatFormat) else tokenizer
+        passages = windows(raw, read_texts(path), context)
+    if not passages:
+        raise InputError(f"{path} holds nothing to score; expected two tokens at least")
+    return passages
+
+
+def _records(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """What each line holds that is not blank, with its number."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, parse_json(line, f"{path}:{number}")

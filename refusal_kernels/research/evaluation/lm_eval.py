@@ -1,0 +1,312 @@
+"""The lm-evaluation-harness on a steered model: its model type ``refusal_kernels``.
+
+The harness finds a model type only once it has been imported, so its command line is started from
+here, with all of its own options::
+
+    python -m refusal_kernels.research.evaluation.lm_eval run --model refusal_kernels \
+        --model_args pretrained=MODEL,direction=FILE,intervention=ablate --tasks mmlu
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refusal_kernels import toy
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.interventions import Ablate, Add, Intervention
+from refusal_kernels.patching.patch import patch
+from refusal_kernels.research.evaluation.outcomes import Rate
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError:
+    raise InputError(
+        'the lm-evaluation-harness is not installed: pip install "refusal-kernels[research]"'
+    ) from None
+
+INTERVENTIONS = ("ablate", "add", "none")
+
+
+def intervention_of(
+    direction: str | Path | Direction | None,
+    intervention: str = "ablate",
+    *,
+    strength: float = 1.0,
+    coefficient: float = 1.0,
+    layer: int | None = None,
+    layers: str | Sequence[int] | None = None,
+    sites: str | Sequence[str] | None = None,
+    positions: str = "all",
+) -> Intervention | None:
+    """Make the edit that the arguments of the model type describe.
+
+    Parameters
+    ----------
+    direction
+        A direction, or its file.
+    intervention
+        "ablate", "add" or "none".
+    strength, coefficient, layer, positions
+        As for `Ablate` and `Add`; the layer of "add" is by default the direction's own.
+    layers, sites
+        As there, or as one string with "+" between them: ``layers=3+4``, ``sites=attn+mlp``.
+
+    Returns
+    -------
+    Intervention or None
+        None for "none", and where there is no direction.
+
+    Raises
+    ------
+    InputError
+        If one of these is not as said.
+    """
+    if intervention not in INTERVENTIONS:
+        raise InputError(
+            f"intervention is '{intervention}'; expected one of {', '.join(INTERVENTIONS)}"
+        )
+    if direction is None or intervention == "none":
+        if intervention == "add" or (direction is not None and intervention != "none"):
+            raise InputError("direction=FILE is needed to add it")
+        return None
+    if not isinstance(direction, Direction):
+        direction = Direction.load(direction)
+    blocks: Any = [layers] if isinstance(layers, int) else _parts(layers)
+    common: dict[str, Any] = {
+        "strength": strength,
+        "layers": None if blocks is None else [_number(block) for block in blocks],
+        "sites": _parts(sites),
+        "positions": positions,
+    }
+    if intervention == "ablate":
+        return Ablate(direction, layer=layer, **common)
+    if layer is None and blocks is None and common["sites"] is None:
+        layer = direction.layer
+        if layer is None:
+            raise InputError("the direction does not say at which layer to add; give layer=")
+    return Add(direction, coefficient=coefficient, layer=layer, **common)
+
+
+def _parts(value: str | Sequence[Any] | None) -> Sequence[Any] | None:
+    return value.split("+") if isinstance(value, str) else value
+
+
+def _number(text: Any) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"layers names {text!r}; expected numbers, as layers=3+4") from None
+
+
+@register_model("refusal_kernels")
+class SteeredLM(HFLM):
+    """The harness's own Hugging Face model under one edit, or none.
+
+    Parameters
+    ----------
+    pretrained
+        A hub id, a folder, "toy", or a transformers model.
+    edit
+        The edit itself; otherwise it is made of the next arguments.
+    direction, intervention, strength, coefficient, layer, layers, sites, positions
+        As for `intervention_of`.
+    **kwargs
+        All arguments of the harness's type ``hf``.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        edit: Intervention | None = None,
+        direction: str | Path | Direction | None = None,
+        intervention: str = "ablate",
+        strength: float = 1.0,
+        coefficient: float = 1.0,
+        layer: int | None = None,
+        layers: str | Sequence[int] | None = None,
+        sites: str | Sequence[str] | None = None,
+        positions: str = "all",
+        **kwargs: Any,
+    ) -> None:
+        if edit is None:
+            edit = intervention_of(
+                direction, intervention, strength=strength, coefficient=coefficient,
+                layer=layer, layers=layers, sites=sites, positions=positions,
+            )  # fmt: skip
+        if pretrained == "toy":
+            pretrained = str(toy.PATH)
+            kwargs = {"dtype": "float32"} | kwargs  # as everywhere: its file is only small
+        super().__init__(pretrained=pretrained, **kwargs)
+        self.handle = None if edit is None else patch(self.model, edit)
+
+    def close(self) -> None:
+        """Give the model back unmodified."""
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    edits: Mapping[str, Intervention | None],
+    tasks: Sequence[str],
+    *,
+    include: str | Path | None = None,
+    manager: Any = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Run tasks of the harness on one model under several edits.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A transformers causal language model and its tokenizer; unmodified again afterwards.
+    edits
+        By name; None for the unmodified model.
+    tasks
+        The harness's names, such as "mmlu", "arc_challenge", "gsm8k", "truthfulqa_mc2".
+    include
+        A folder with more task files (YAML).
+    manager
+        What `find_tasks` gave, where it was asked already.
+    limit
+        Only so many examples of each task (below 1: this share).
+    num_fewshot
+        Examples shown before the question; by default the task's own number.
+    chat, system
+        Ask in the tokenizer's chat format, with this system prompt.
+    batch_size, seed
+        Requests at once; the seed of the few-shot examples.
+    progress
+        Called with the number of edits done, and of all.
+
+    Returns
+    -------
+    dict
+        By edit, task (or group) and metric: "value", "stderr" and, where every example is right
+        or wrong, "k", "n" and the 95 % Wilson "interval".
+
+    Raises
+    ------
+    InputError
+        If a task is not known, or can not be loaded.
+    """
+    import lm_eval
+
+    manager = find_tasks(tasks, include) if manager is None else manager
+    found = {}
+    for number, (name, edit) in enumerate(edits.items(), 1):
+        logger = logging.getLogger("lm_eval")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # its warnings are about how it is called from here
+        lm = SteeredLM(model, edit, intervention="none", tokenizer=tokenizer, batch_size=batch_size)
+        try:
+            result = lm_eval.simple_evaluate(
+                model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
+                num_fewshot=num_fewshot, apply_chat_template=chat,
+                system_instruction=system, log_samples=True,
+                bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+                torch_random_seed=seed, fewshot_random_seed=seed,
+            )  # fmt: skip
+        except (OSError, ConnectionError) as error:  # data that is neither here nor to be had
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the tasks' data cannot be loaded: {reason}") from None
+        finally:
+            lm.close()
+            logger.setLevel(level)
+        found[name] = _summary(result)
+        if progress is not None:
+            progress(number, len(edits))
+    return found
+
+
+def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
+    """Find tasks, first in the folder alone: the harness's own take seconds to list.
+
+    Returns
+    -------
+    lm_eval.tasks.TaskManager
+        One that knows them.
+
+    Raises
+    ------
+    InputError
+        If the folder is none, or a task is in neither.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include is not None:
+        if not Path(include).is_dir():
+            raise InputError(f"{include} is no folder; expected one with task files (YAML)")
+        own = TaskManager(include_path=str(include), include_defaults=False)
+        if set(tasks) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=None if include is None else str(include))
+    known = set(manager.all_tasks)
+    if missing := [name for name in tasks if name not in known]:
+        close = difflib.get_close_matches(missing[0], known, n=3)
+        hint = f", such as {', '.join(close)}" if close else ""
+        raise InputError(f"the harness has no task '{missing[0]}'; expected one of its own{hint}")
+    return manager
+
+
+def _summary(result: Any) -> dict[str, dict[str, Any]]:
+    """Metrics by task; where each example is right or wrong, with a Wilson interval."""
+    summary: dict[str, dict[str, Any]] = {}
+    for task, metrics in {**result["results"], **result.get("groups", {})}.items():
+        rows: dict[str, Any] = {}
+        for key, value in metrics.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            rows[name] = {
+                "value": float(value),
+                "stderr": stderr if isinstance(stderr, int | float) else None,
+            }
+            scores = [
+                sample[metric]
+                for sample in result.get("samples", {}).get(task, ())
+                if metric in sample and sample.get("filter", "none") == filtered
+            ]
+            if scores and all(score in (0, 1) for score in scores):
+                rows[name] |= Rate(int(sum(scores)), len(scores)).to_dict()
+        if rows:
+            summary[task] = rows
+    groups = result.get("group_subtasks", {})
+    for group in groups:
+        _pool(summary, groups, group)
+    return summary
+
+
+def _pool(
+    summary: dict[str, dict[str, Any]], groups: Mapping[str, Sequence[str]], group: str
+) -> None:
+    """Give a group the interval of all its examples, where its value is their share."""
+    for task in groups[group]:
+        if task in groups:  # groups hold groups, as mmlu does
+            _pool(summary, groups, task)
+    for metric, row in summary.get(group, {}).items():
+        parts = [summary.get(task, {}).get(metric, {}) for task in groups[group]]
+        if "k" in row or not parts or not all("k" in part for part in parts):
+            continue
+        pooled = Rate(sum(part["k"] for part in parts), sum(part["n"] for part in parts))
+        if abs(pooled.value - row["value"]) < 1e-9:
+            row |= pooled.to_dict()
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,1 @@
+"""From prompts to candidate directions: chat format, streaming moments, mean differences."""

@@ -1,0 +1,293 @@
+"""Run a model over prompts: moments at the input of every decoder layer, and last-token logits."""
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.batches import Batch, Batches
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import LAST, model_inputs, read_inputs
+from refusal_kernels.hf.model import decoder_layers, hidden_size, input_device, text_config
+from refusal_kernels.research.extraction.distributed import Team, team
+from refusal_kernels.research.extraction.moments import Moments
+from refusal_kernels.research.extraction.resume import Checkpoint, identity_of
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
+
+
+def collect(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    positions: int | None = None,
+    last_layer: int | None = None,
+    batch_size: int = 32,
+    group: int = 0,
+    moments: Moments | None = None,
+    groups: Sequence[str] = ("harmful", "harmless"),
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Moments:
+    """Stream the moments of the residual stream at the last tokens of the prompts.
+
+    Read is the input of every decoder layer (``resid_pre``): at layer 0 the embedding. No
+    activation is kept, and the last of these layers is not run, nor is anything that follows it.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model. One that calls a layer more than once is read at the
+        first time.
+    tokenizer
+        Its tokenizer, or a `ChatFormat`.
+    prompts
+        The instructions, without the chat format.
+    positions
+        How many tokens at the end of the prompt; by default all end-of-instruction tokens.
+    last_layer
+        The last layer to read; by default the last there is.
+    batch_size
+        Prompts at once. Batches are sorted by length.
+    group
+        Which of the groups the prompts belong to.
+    moments
+        A state to go on with; by default a new one is made.
+    groups
+        The names of the groups of a new state.
+    checkpoint
+        A file that the state is written to after every batch. If it is there already, the run goes
+        on where it ended, and comes to the same bits; when the run is done the file stays.
+    progress
+        Called with the number of prompts done, and of all.
+
+    Returns
+    -------
+    Moments
+        The state, on the device of the model's embedding where it is new.
+
+    Raises
+    ------
+    InputError
+        If the model has no list of decoder layers, a prompt is longer than what it takes, the state
+        does not fit model and positions, or the checkpoint is damaged or of another run.
+    PeerError
+        If another process has stopped, or not answered in time.
+
+    Notes
+    -----
+    Where torch.distributed is set up with several processes, all of which call this with the same
+    input, each runs its share of the batches, and all return the same state: bit for bit that of
+    one process with as many threads as each of them
+    (`refusal_kernels.research.extraction.distributed`). The
+    first one alone reads and writes the checkpoint, which any number of processes can go on with.
+    """
+    chat = ChatFormat.of(tokenizer)
+    batches = chat.stream(prompts, batch_size)
+    fresh = _new_moments(model, chat, positions, groups, last_layer)
+    if moments is None:
+        moments = fresh
+    elif checkpoint is not None:
+        raise InputError("a checkpoint has a state of its own; expected no moments beside it")
+    elif moments.shape != fresh.shape:
+        raise InputError(
+            f"the moments have (layers, positions, hidden) {moments.shape}; "
+            f"model and positions need {fresh.shape}"
+        )
+    if not 0 <= group < len(moments.groups):
+        raise InputError(f"group {group} is not there; expected 0 to {len(moments.groups) - 1}")
+    _check_lengths(model, batches)
+    _stream(model, [(group, batches)], moments, progress, checkpoint)
+    return moments
+
+
+def mean_difference(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    positions: int | None = None,
+    last_layer: int | None = None,
+    batch_size: int = 32,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The candidate directions: mean activation on harmful prompts minus that on harmless ones.
+
+    Parameters
+    ----------
+    model, tokenizer, positions, last_layer, batch_size, checkpoint
+        As for `collect`.
+    harmful, harmless
+        The two sets of instructions.
+    progress
+        Called with the number of prompts done, and of all of both sets.
+
+    Returns
+    -------
+    Tensor
+        float32 [position, layer, hidden] on the CPU; position -1 is the last token.
+
+    Raises
+    ------
+    InputError, PeerError
+        As `collect`; also if NaN or infinity came out of the model.
+
+    Notes
+    -----
+    Arditi et al. 2024, section 2.3 (difference-in-means), computed in float64.
+    """
+    chat = ChatFormat.of(tokenizer)
+    parts = [(i, chat.stream(p, batch_size)) for i, p in enumerate((harmful, harmless))]
+    moments = _new_moments(model, chat, positions, ("harmful", "harmless"), last_layer)
+    for _, batches in parts:
+        _check_lengths(model, batches)
+    _stream(model, parts, moments, progress, checkpoint)
+    return moments.compute().mean_difference.float().cpu()
+
+
+def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """The logits at the last token of every prompt: float32 [prompts, vocabulary] on the CPU."""
+    return batch_logits(model, ChatFormat.of(tokenizer).batches(prompts, batch_size))
+
+
+@torch.inference_mode()
+def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
+    """`last_logits` of prompts that are tokenised already, in the order of the prompts."""
+    rows, logits = [], []
+    for batch in batches:
+        inputs = model_inputs(batch, input_device(model))
+        # One row of logits per prompt: all of them would be the largest tensor of the run.
+        out = model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
+        logits.append(out.to("cpu", torch.float32))
+        rows += batch.rows
+    return torch.cat(logits)[torch.tensor(rows).argsort()]
+
+
+def layers_to_read(model: Any, last_layer: int | None) -> int:
+    """Return how many layers are read, from the first to the last one wanted; None: all.
+
+    Raises
+    ------
+    InputError
+        If there is no such layer.
+    """
+    layers = len(decoder_layers(model))
+    last = layers - 1 if last_layer is None else last_layer
+    if not 0 <= last < layers:
+        raise InputError(f"the last layer is {last}; expected 0 to {layers - 1}")
+    return last + 1
+
+
+def _new_moments(
+    model: Any,
+    chat: ChatFormat,
+    positions: int | None,
+    groups: Sequence[str],
+    last_layer: int | None,
+) -> Moments:
+    positions = chat.positions if positions is None else positions
+    layers = layers_to_read(model, last_layer)
+    return Moments(layers, positions, hidden_size(model), groups, input_device(model))
+
+
+def _check_lengths(model: Any, batches: Batches) -> None:
+    """Refuse a prompt that is longer than what the model was made for."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    longest = int(batches.ends.diff().max())
+    if isinstance(limit, int) and 0 < limit < longest:
+        row = int(batches.order[0])
+        raise InputError(
+            f"prompt {row} has {longest} tokens in its chat format; the model takes {limit}"
+        )
+
+
+def _stream(
+    model: Any,
+    parts: Sequence[tuple[int, Batches]],
+    moments: Moments,
+    progress: Progress | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> None:
+    """Fold the prompts of every group in, from where the checkpoint says.
+
+    The moments of a batch are taken by themselves and then merged, whoever has taken them: one
+    process or several give the same bits.
+    """
+    jobs = [(group, batches, i) for group, batches in parts for i in range(len(batches))]
+    sizes = [min(b.batch_size, b.prompts - i * b.batch_size) for _, b, i in jobs]
+    ends = list(accumulate(sizes))
+    fresh = Moments(*moments.shape, ("batch",), moments.device)
+    with team(model) as processes:
+        saved, done = None, 0
+        if checkpoint is not None or processes.size > 1:
+            _read(model, _first_row(jobs[-1][1][-1]), fresh)
+            identity = identity_of(model, parts, moments, fresh)
+            saved, done = _meet(processes, identity, checkpoint, moments, len(jobs))
+        if done and progress is not None:
+            progress(ends[done - 1], ends[-1])
+        while done < len(jobs):
+            fresh.clear()
+            mine = done + processes.rank
+            if mine < len(jobs):
+                _, batches, i = jobs[mine]
+                _read(model, batches[i], fresh)
+            for job, tensors in zip(jobs[done:], processes.gather(fresh.tensors), strict=False):
+                moments.fold(job[0], tensors)
+            done = min(done + processes.size, len(jobs))
+            if saved is not None:
+                saved.save(moments, done)
+            if progress is not None:
+                progress(ends[done - 1], ends[-1])
+        processes.share(moments.tensors)
+
+
+def _meet(
+    processes: Team,
+    identity: dict[str, str],
+    checkpoint: str | os.PathLike[str] | None,
+    moments: Moments,
+    total: int,
+) -> tuple[Checkpoint | None, int]:
+    """Agree on the run; return the checkpoint, of the first process alone, and what is done."""
+    saved, done, error = None, 0, None
+    if checkpoint is not None and processes.rank == 0:
+        saved = Checkpoint(checkpoint, identity)
+        try:
+            done = saved.load(moments, total)
+            saved.save(moments, done)  # what cannot be written is named before the work
+        except InputError as refused:
+            error = str(refused)
+    everyone = processes.everyone((identity, done, error))
+    theirs, done, error = everyone[0]
+    if error is not None:
+        raise InputError(error)
+    for rank, (other, _, _) in enumerate(everyone):
+        if differ := sorted(name for name in theirs if theirs[name] != other[name]):
+            raise InputError(f"the processes 0 and {rank} have another {', '.join(differ)}")
+    return saved, done
+
+
+def _first_row(batch: Batch) -> Batch:
+    return Batch(batch.rows[:1], batch.input_ids[:1], batch.attention_mask[:1])
+
+
+def _read(model: Any, batch: Batch, moments: Moments) -> None:
+    """Fold the last tokens of every layer's input into the only group of a state."""
+    mask = batch.attention_mask[:, -moments.positions :]
+    slots = torch.arange(mask.shape[1]) + moments.positions - mask.shape[1]
+    index = slots.where(mask.bool(), -1).to(moments.device, torch.int32)
+    group = torch.zeros(len(mask), dtype=torch.int32, device=moments.device)
+
+    def read(layer: int, stream: Tensor) -> None:
+        last = stream[:, -moments.positions :].to(moments.device)  # a view on one device
+        moments.update(layer, last, index, group)
+
+    read_inputs(model, batch, moments.layers - 1, read)

@@ -1,0 +1,204 @@
+"""Other ways than the mean difference to find candidate directions, for the same selection.
+
+Each gives unit vectors; the candidate is the mean difference's component along its vector. So all
+point towards the harmful prompts, and adding one raw moves the stream along its own vector as far
+as adding the mean difference would: the scores of different methods can be compared.
+
+Unlike the mean difference they need the activations themselves. These are kept on the CPU in the
+dtype of the model: prompts x layers x positions x hidden numbers (256 prompts of an 8B model in
+bfloat16: 0.3 GB).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.direction import MEAN_DIFFERENCE
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import read_inputs
+from refusal_kernels.hf.model import hidden_size
+from refusal_kernels.research.extraction.collect import Progress, layers_to_read, mean_difference
+
+Fit = Callable[[Tensor, Tensor], Tensor]
+"""From activations [harmful prompts, hidden] and [harmless prompts, hidden], float64, to a vector
+[hidden] of any length and sign."""
+
+
+def leace_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """What the least-squares eraser of the two classes reads: covariance^-1 (mean difference).
+
+    LEACE (Belrose et al. 2023) is an oblique projection, ``h - u (v . (h - mean))``. Its u is the
+    mean difference, which is the default method; v is what is new. The covariance is shrunk as the
+    library does it. ``Erase.from_leace`` is the oblique projection itself.
+    """
+    from concept_erasure import LeaceFitter
+
+    labels = torch.cat([torch.ones(len(harmful)), torch.zeros(len(harmless))])
+    fitter = LeaceFitter.fit(
+        torch.cat([harmful, harmless]), labels.to(harmful), constrain_cov_trace=False
+    )
+    read: Tensor = fitter.eraser.proj_right[0]  # [1, hidden]
+    return read
+
+
+def pca_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """First principal axis of the differences between harmful and harmless prompts, pair by pair.
+
+    The pairs are taken in the order given, as many as there are of both. The axis is that of the
+    differences and their negatives together, so their mean is part of it and not taken out (Zou et
+    al. 2023, whose pairs are in random order).
+    """
+    pairs = min(len(harmful), len(harmless))
+    differences = harmful[:pairs] - harmless[:pairs]
+    return torch.linalg.svd(differences, full_matrices=False).Vh[0]
+
+
+def probe_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """Weights of a linear probe: scikit-learn's logistic regression, L2-regularised with C = 1.
+
+    All features are divided by one number, the root mean square of what varies, so that the
+    regularisation does not depend on the scale of a layer's stream.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    features = torch.cat([harmful, harmless])
+    features = features - features.mean(dim=0)
+    labels = [1] * len(harmful) + [0] * len(harmless)
+    probe = LogisticRegression(max_iter=1000)
+    probe.fit((features / features.square().sum(dim=-1).mean().sqrt()).cpu().numpy(), labels)
+    return torch.from_numpy(probe.coef_[0]).to(harmful)
+
+
+# the function, and the library that it needs beside torch: its module and its name
+_METHODS: dict[str, tuple[Fit, str | None, str]] = {
+    "leace": (leace_vector, "concept_erasure", "concept-erasure"),
+    "pca": (pca_vector, None, ""),
+    "probe": (probe_vector, "sklearn", "scikit-learn"),
+}
+METHODS = (MEAN_DIFFERENCE, *_METHODS)
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that there is not, or whose library is missing.
+
+    Raises
+    ------
+    InputError
+        If that is so.
+    """
+    if method not in METHODS:
+        raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    _, module, library = _METHODS.get(method, (None, None, ""))
+    try:
+        if module is not None:
+            __import__(module)
+    except ImportError:
+        raise InputError(
+            f'method {method!r} needs {library}; expected pip install "refusal-kernels[research]"'
+        ) from None
+
+
+def find_candidates(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    method: str = MEAN_DIFFERENCE,
+    positions: int | None = None,
+    last_layer: int | None = None,
+    batch_size: int = 32,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Find a candidate direction for every layer and position, by any of the methods.
+
+    Parameters
+    ----------
+    model, tokenizer, harmful, harmless, positions, last_layer, batch_size, checkpoint
+        As for `mean_difference`, which alone has use for a checkpoint.
+    method
+        "mean_difference"; "leace", "pca" and "probe" as `leace_vector`, `pca_vector` and
+        `probe_vector` say.
+    progress
+        Called with the number of prompts done, and of all of both sets.
+
+    Returns
+    -------
+    Tensor
+        float32 [position, layer, hidden] on the CPU, towards the harmful prompts; zero where the
+        method finds nothing, as where the activations do not depend on the prompt.
+
+    Raises
+    ------
+    InputError
+        As `mean_difference`; also if there is no such method, or its library is missing.
+    """
+    check_method(method)
+    if method == MEAN_DIFFERENCE:
+        return mean_difference(
+            model, tokenizer, harmful, harmless, positions=positions, last_layer=last_layer,
+            batch_size=batch_size, checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
+    chat = ChatFormat.of(tokenizer)
+    layers = layers_to_read(model, last_layer)
+    positions = chat.positions if positions is None else positions
+    total = len(harmful) + len(harmless)
+
+    def told(before: int) -> Progress:
+        return lambda done, _: None if progress is None else progress(before + done, total)
+
+    kept = [
+        _activations(model, chat, prompts, positions, layers, batch_size, told(before))
+        for prompts, before in ((harmful, 0), (harmless, len(harmful)))
+    ]
+    found = torch.zeros(positions, layers, hidden_size(model))
+    for layer in range(layers):
+        for place in range(positions):
+            pair = [part[:, layer, place].double() for part in kept]
+            found[place, layer] = _candidate(_METHODS[method][0], *pair)
+    return found
+
+
+def _candidate(fit: Fit, harmful: Tensor, harmless: Tensor) -> Tensor:
+    """Return the mean difference's component along what a method finds: float64 [hidden]."""
+    difference = harmful.mean(dim=0) - harmless.mean(dim=0)
+    every = torch.cat([harmful, harmless])
+    if not every.isfinite().all() or bool((every == every[0]).all()):
+        return torch.zeros_like(difference)
+    vector = fit(harmful, harmless)
+    norm = vector.norm()
+    if not norm > 0:
+        return torch.zeros_like(difference)
+    unit = vector / norm
+    return (unit @ difference) * unit
+
+
+def _activations(
+    model: Any,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    positions: int,
+    layers: int,
+    batch_size: int,
+    progress: Progress,
+) -> Tensor:
+    """Block inputs at the last tokens of every prompt: [prompts, layers, positions, hidden]."""
+    kept: Tensor | None = None
+    done = 0
+    for batch in chat.batches(prompts, batch_size):
+        if int(batch.attention_mask[:, -positions:].sum()) < len(batch.rows) * positions:
+            raise InputError(f"a prompt is shorter than the {positions} positions that are read")
+        inputs: dict[int, Tensor] = {}
+        read_inputs(model, batch, layers - 1, inputs.__setitem__)
+        last = torch.stack([stream[:, -positions:].cpu() for stream in inputs.values()], dim=1)
+        if kept is None:
+            kept = last.new_empty(len(prompts), *last.shape[1:])
+        kept[batch.rows] = last
+        progress(done := done + len(batch.rows), len(prompts))
+    assert kept is not None  # there is a prompt, or the chat format has refused
+    return kept

@@ -1,0 +1,311 @@
+"""Pictures of what was measured: to a file, written aside and renamed, or into a page as SVG."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import matplotlib
+import numpy as np
+
+from refusal_kernels.files.atomic import replacing
+from refusal_kernels.research.evaluation.outcomes import Outcome
+from refusal_kernels.timing import Speed
+
+matplotlib.use("Agg")  # no window, whatever the machine offers
+
+from matplotlib import pyplot as plt
+
+INK, GREY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
+OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GREY)
+Target = Path | IO[bytes]
+"""Where a picture goes: a file (its suffix says the format), or a stream, which gets SVG."""
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "refusal_kernels",  # the same picture is the same file
+}
+
+
+def _save(figure: Any, target: Target) -> None:
+    if isinstance(target, Path):
+        kind = target.suffix.removeprefix(".") or "png"
+        with replacing(target) as temporary:
+            figure.savefig(temporary, format=kind)
+    else:
+        figure.savefig(target, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def plot_projections(
+    path: Target, projections: Mapping[str, Sequence[Sequence[float]]], selected: int
+) -> None:
+    """Draw the prompts' projections on the direction, layer by layer: median, 5 to 95 %.
+
+    Parameters
+    ----------
+    projections
+        By category: for the input of every block and the output of the last, one a prompt.
+    selected
+        The layer that the direction was read from.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.8))
+        for (name, layers), color in zip(projections.items(), OTHERS, strict=False):
+            values = np.asarray(layers)  # [layers, prompts]
+            x = np.arange(len(values))
+            low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=1)
+            axes.plot(x, middle, color=color, marker="o", markersize=4, label=f"{name} prompts")
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.axvline(selected, color=GREY, linestyle=":", linewidth=1)
+        axes.annotate(
+            "selected", (selected, 1.0), xycoords=("data", "axes fraction"), ha="center",
+            va="bottom", color=GREY, fontsize=9,
+        )  # fmt: skip
+        every = max(1, len(x) // 16)
+        axes.set_xticks(x[::every], [*map(str, x[:-1]), "out"][::every])
+        axes.set_xlabel("input of layer")
+        axes.set_ylabel("projection on the direction")
+        axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def plot_refusals(path: Target, outcomes: Mapping[str, Outcome]) -> None:
+    """Draw the refusal rates of each intervention, with 95 % Wilson intervals."""
+    rates = {
+        name: {part: getattr(outcome, part).to_dict() for part in ("harmful", "harmless")}
+        for name, outcome in outcomes.items()
+    }
+    plot_rates(path, rates)
+
+
+def plot_rates(
+    path: Target, rates: Mapping[str, Mapping[str, Mapping[str, Any]]], counts: str = "refused"
+) -> None:
+    """Draw rates as bars with their 95 % Wilson intervals.
+
+    Parameters
+    ----------
+    rates
+        By condition, then by set of prompts: what `Rate.to_dict` gives.
+    counts
+        What a hit is.
+    """
+    parts = list(dict.fromkeys(part for found in rates.values() for part in found))
+    width = 0.8 / len(parts)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(max(6.4, 1.5 * len(rates)), 3.8))
+        x = np.arange(len(rates))
+        for k, (part, color) in enumerate(zip(parts, OTHERS * len(parts), strict=False)):
+            places = x + (k - (len(parts) - 1) / 2) * width
+            here = [
+                (at, r[part]) for at, r in zip(places, rates.values(), strict=True) if part in r
+            ]
+            at = np.array([place for place, _ in here])
+            values, errors = _percent([rate for _, rate in here])
+            axes.bar(at, values, 0.95 * width, color=color, label=f"{part} prompts")
+            axes.errorbar(at, values, errors, fmt="none", ecolor=INK, capsize=3, lw=1)
+            for position, value in zip(at, values, strict=True):
+                axes.annotate(
+                    f"{value:.0f}", (position, value), xytext=(0, 9), ha="center",
+                    textcoords="offset points", fontsize=9,
+                )  # fmt: skip
+        axes.set_xticks(x, list(rates))
+        axes.set_ylabel(f"{counts}, %")
+        axes.set_ylim(0, 112)
+        axes.legend(
+            frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(parts))
+        )
+        _save(figure, path)
+
+
+def _percent(rates: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and error bars of rates, in percent."""
+    values = np.array([100 * rate["value"] for rate in rates])
+    ends = np.array([[100 * end for end in rate["interval"]] for rate in rates]).T
+    return values, np.abs(ends - values)
+
+
+def plot_controls(
+    path: Target,
+    panels: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    counts: str = "refused",
+) -> None:
+    """Draw the direction beside its controls: a dot and its 95 % Wilson interval each.
+
+    Parameters
+    ----------
+    panels
+        By question: rates (`Rate.to_dict`) by label; the first is the unmodified model, the second
+        the direction itself, all others are controls.
+    counts
+        What a hit is.
+    """
+    most = max(len(rates) for rates in panels.values())
+    with plt.rc_context(STYLE):
+        figure, every = plt.subplots(
+            1, len(panels), figsize=(4.4 * len(panels), 0.9 + 0.3 * most), squeeze=False
+        )
+        for axes, (title, rates) in zip(every[0], panels.items(), strict=True):
+            values, errors = _percent(list(rates.values()))
+            for y, (value, error) in enumerate(zip(values, errors.T, strict=True)):
+                color = (GREY, RED)[y] if y < 2 else BLUE
+                axes.errorbar(
+                    value, y, xerr=error[:, None], fmt="o", color=color, capsize=3, lw=1.4,
+                    markersize=6, clip_on=False,
+                )  # fmt: skip
+            axes.set_yticks(range(len(rates)), list(rates))
+            axes.invert_yaxis()
+            axes.set_xlim(-2, 102)
+            axes.set_xlabel(f"{counts}, %")
+            axes.set_title(title, fontsize=11, loc="left")
+            axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
+        figure.tight_layout(w_pad=2)
+        _save(figure, path)
+
+
+def plot_dose(
+    path: Target,
+    dose: Mapping[str, Sequence[Mapping[str, Any]]],
+    counts: str = "refused",
+    text: str | None = None,
+) -> None:
+    """Draw what every strength does: hits with intervals, refusal score, KL and cross-entropy.
+
+    Parameters
+    ----------
+    dose
+        By kind ("ablation", "addition"): rows as `Dose.to_dict` gives them.
+    counts
+        What a hit is.
+    text
+        The name of the text of the cross-entropy.
+    """
+    rows = [row for found in dose.values() for row in found]
+    names = ["rate", "kl"]
+    names[1:1] = ["score"] if rows[0]["score_harmful"] is not None else []
+    names += ["loss"] if rows[0]["loss"] is not None else []
+    labels = {
+        "rate": f"{counts}, %", "score": "refusal score,\nnats",
+        "kl": "KL on harmless\nprompts, nats", "loss": f"cross-entropy,\n{text}, nats",
+    }  # fmt: skip
+    with plt.rc_context(STYLE):
+        figure, every = plt.subplots(
+            len(names), len(dose), figsize=(4.2 * len(dose), 1.9 * len(names)),
+            sharex="col", sharey="row", squeeze=False,
+        )  # fmt: skip
+        for column, (kind, found) in enumerate(dose.items()):
+            x = [row["strength"] for row in found]
+            for name, axes in zip(names, every[:, column], strict=True):
+                if name in ("rate", "score"):
+                    for part, color in (("harmful", RED), ("harmless", BLUE)):
+                        if name == "rate":
+                            y, error = _percent([row[part] for row in found])
+                            axes.fill_between(
+                                x, y - error[0], y + error[1], color=color, alpha=0.18, linewidth=0
+                            )
+                        else:
+                            y = np.array([row[f"score_{part}"] for row in found])
+                        axes.plot(x, y, "o-", color=color, markersize=4, label=f"{part} prompts")
+                else:
+                    y = np.array(
+                        [row["kl"] if name == "kl" else row["loss"]["nats"] for row in found]
+                    )
+                    axes.plot(x, y, "o-", color=GREEN, markersize=4)
+                for mark in (0, 1):
+                    axes.axvline(mark, color=GREY, linestyle=":", linewidth=1)
+                if column == 0:
+                    axes.set_ylabel(labels[name])
+            every[0, column].set_title(f"{kind}", fontsize=11, loc="left")
+            every[-1, column].set_xlabel("strength" if kind == "ablation" else "coefficient")
+        every[0, -1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        figure.align_ylabels(every[:, 0])
+        figure.tight_layout()
+        _save(figure, path)
+
+
+def plot_candidates(
+    path: Target, scores: Sequence[Any], selected: tuple[int, int] | None = None
+) -> None:
+    """Draw the three scores of every candidate, by position and layer.
+
+    Parameters
+    ----------
+    scores
+        Rows with position, layer, bypass, induce, kl and discarded: `Candidate`, or as dicts.
+    selected
+        Position and layer of the winner; by default the one kept with the lowest bypass.
+    """
+    rows = [asdict(row) if is_dataclass(row) else dict(row) for row in scores]  # type: ignore[arg-type]
+    positions = sorted({row["position"] for row in rows})
+    layers = sorted({row["layer"] for row in rows})
+    kept = [row for row in rows if row["discarded"] is None and row["bypass"] is not None]
+    if selected is None and kept:
+        best = min(kept, key=lambda row: row["bypass"])
+        selected = best["position"], best["layer"]
+    panels = {
+        "bypass": ("bypass: refusal score on harmful prompts, ablated (low is good)", "viridis_r"),
+        "induce": ("induce: refusal score on harmless prompts, added (high is good)", "viridis"),
+        "kl": ("kl: on harmless prompts, ablated (low is good)", "viridis_r"),
+    }
+    size = (max(6.4, 0.27 * len(layers)), 3 * (0.9 + 0.28 * len(positions)))
+    with plt.rc_context(STYLE):
+        figure, every = plt.subplots(3, 1, figsize=size, sharex=True)
+        for axes, (name, (title, colors)) in zip(every, panels.items(), strict=True):
+            table = np.full((len(positions), len(layers)), np.nan)
+            for row in rows:
+                y, x = positions.index(row["position"]), layers.index(row["layer"])
+                if row[name] is not None:
+                    table[y, x] = row[name]
+                if row["discarded"] is not None:
+                    axes.add_patch(
+                        plt.Rectangle(
+                            (x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", linewidth=0,
+                            edgecolor="white" if row[name] is not None else GREY,
+                        )
+                    )  # fmt: skip
+            image = axes.imshow(table, cmap=colors, aspect="auto", interpolation="nearest")
+            figure.colorbar(image, ax=axes, pad=0.01)
+            if selected is not None:
+                y, x = positions.index(selected[0]), layers.index(selected[1])
+                axes.add_patch(
+                    plt.Rectangle(
+                        (x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5, zorder=3
+                    )
+                )
+            axes.set_yticks(range(len(positions)), list(map(str, positions)))
+            axes.set_ylabel("position")
+            axes.set_title(title, fontsize=10, loc="left")
+            axes.spines[:].set_visible(False)
+        step = max(1, len(layers) // 16)
+        every[-1].set_xticks(range(0, len(layers), step), list(map(str, layers[::step])))
+        every[-1].set_xlabel("layer (hatched: discarded; framed: selected)")
+        figure.tight_layout()
+        _save(figure, path)
+
+
+def plot_speed(path: Target, speed: Mapping[str, Speed]) -> None:
+    """Draw tokens per second over the unmodified model's; every round is a dot."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 2.8))
+        names = list(speed)[::-1]
+        for y, name in enumerate(names):
+            own = speed[name]
+            axes.barh(y, own.median, color=GREEN if name == "fused" else GREY, height=0.6)
+            jitter = np.linspace(-0.2, 0.2, len(own.ratios))
+            axes.plot(own.ratios, y + jitter, ".", color=INK, markersize=3, alpha=0.5)
+            axes.annotate(
+                f"{own.median:.2f}", (0, y), xytext=(6, 0), textcoords="offset points",
+                va="center", color="white", fontweight="bold",
+            )  # fmt: skip
+        axes.axvline(1.0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel("tokens/s over the unmodified model's (dots: rounds)")
+        _save(figure, path)

@@ -1,0 +1,170 @@
+"""Prompts by the names that the command line takes, cut into the parts of an experiment."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from refusal_kernels import toy
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.load import load
+from refusal_kernels.research.demo import Material
+from refusal_kernels.research.extraction.collect import last_logits
+from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
+from refusal_kernels.research.sources import (
+    SEED,
+    SIZES,
+    keep_answered,
+    keep_refused,
+    read_prompts,
+    split_prompts,
+    split_sizes,
+)
+
+Source = str | os.PathLike[str]
+Parts = dict[str, Sequence[str]]
+_SPLITS: tuple[Any, ...] = tuple(SIZES)
+
+
+def prompts_for(
+    model: str,
+    split: str | None,
+    harmful: Source | None,
+    harmless: Source | None,
+    seed: int = SEED,
+) -> dict[str, Sequence[str]]:
+    """Read the prompts of both categories; for the toy model, its own of a split by default.
+
+    Parameters
+    ----------
+    model
+        As for `load`.
+    split
+        "train", "validation" or "test": what is given is cut into these three by the seed, so that
+        the same sources give disjoint parts to the steps of an experiment. None: all prompts, each
+        once.
+    harmful, harmless
+        As `read_prompts` takes them.
+    seed
+        Of the cut. The toy model's own splits are fixed.
+
+    Raises
+    ------
+    InputError
+        If a source is missing, by its option's name, can not be read, or is too small to be cut.
+    """
+    parts = _all_prompts(model, harmful, harmless, seed)
+    if split is None:
+        return {name: found["all"] for name, found in parts.items()}
+    return {name: _cut(name, found, seed)[split] for name, found in parts.items()}
+
+
+def _all_prompts(
+    model: str, harmful: Source | None, harmless: Source | None, seed: int
+) -> dict[str, Parts]:
+    """Read all prompts of both categories, under "all"; the toy model's own in their splits too."""
+    given: dict[Any, Source | None] = {"harmful": harmful, "harmless": harmless}
+    if model != "toy" and (missing := [name for name, source in given.items() if source is None]):
+        raise InputError(f"--{missing[0]} FILE is needed: only the toy model brings prompts")
+    found: dict[str, Parts] = {}
+    for name, source in given.items():
+        if source is None:
+            own = {split: toy.prompts(name, split) for split in _SPLITS}
+            found[name] = {**own, "all": [prompt for part in own.values() for prompt in part]}
+        else:
+            found[name] = {**split_prompts(read_prompts(source), {"all": None}, seed)}
+    return found
+
+
+def _cut(name: str, parts: Parts, seed: int) -> Parts:
+    """Cut what has no splits yet."""
+    if len(parts) > 1:
+        return parts
+    try:
+        return {**split_prompts(parts["all"], split_sizes(len(parts["all"])), seed)}
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def filtered(
+    model: Any,
+    tokenizer: Any,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    refusal_tokens: Sequence[int] | None = None,
+    batch_size: int = 32,
+) -> dict[str, Sequence[str]]:
+    """Keep the harmful prompts that the model refuses and the harmless ones that it answers.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The unmodified model, and its tokenizer or a `ChatFormat`.
+    prompts
+        "harmful" and "harmless", as `prompts_for` returns them.
+    refusal_tokens
+        What a refusal begins with; by default found as `find_refusal_tokens` does.
+    batch_size
+        Prompts at once.
+
+    Raises
+    ------
+    InputError
+        If there are no refusal tokens, or nothing is left of a category.
+
+    Notes
+    -----
+    Arditi et al. 2024, appendix A: refusal score above 0 and below 0.
+    """
+    chat = ChatFormat.of(tokenizer)
+    if refusal_tokens is None:
+        refusal_tokens = find_refusal_tokens(
+            model, chat, prompts["harmful"], prompts["harmless"], batch_size
+        )
+    kept: dict[str, Sequence[str]] = {}
+    for name, keep in (("harmful", keep_refused), ("harmless", keep_answered)):
+        scores = refusal_score(last_logits(model, chat, prompts[name], batch_size), refusal_tokens)
+        kept[name] = keep(prompts[name], scores)
+        if not kept[name]:
+            what = "refuses" if name == "harmful" else "answers"
+            raise InputError(
+                f"the model {what} none of the {len(scores)} {name} prompts, by its refusal score; "
+                "expected one at least"
+            )
+    return kept
+
+
+def demo_material(
+    model: str,
+    harmful: Source | None,
+    harmless: Source | None,
+    device: str,
+    dtype: str,
+    seed: int = SEED,
+) -> Material:
+    """Put together what the demo works on; prompts from files are cut into the three splits.
+
+    Raises
+    ------
+    InputError
+        As `load` and `prompts_for`; also if a category has fewer than 16 different prompts.
+    """
+    prompts = _all_prompts(model, harmful, harmless, seed)
+    for name, source in (("harmful", harmful), ("harmless", harmless)):
+        count = len(prompts[name]["all"])
+        if source is not None and count < 16:
+            raise InputError(f"{count} different {name} prompts; expected 16 or more")
+        prompts[name] = _cut(name, prompts[name], seed)
+        prompts[name]["train"] = prompts[name]["train"][: SIZES["train"]]  # also of the toy's own
+    splits = {split: {name: prompts[name][split] for name in prompts} for split in SIZES}
+    language_model, tokenizer = load(model, device, dtype)
+    ChatFormat.of(tokenizer)
+    return Material(
+        "the toy model" if model == "toy" else model,
+        language_model,
+        tokenizer,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        skills=toy.skills() if model == "toy" else {},
+    )

@@ -1,0 +1,1 @@
+"""Choose one direction among the candidates, as Arditi et al. 2024 do."""

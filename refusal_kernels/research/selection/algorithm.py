@@ -1,0 +1,288 @@
+"""Choose one direction among the candidates, by what it does to refusals.
+
+The algorithm is that of Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single
+Direction" (arXiv 2406.11717), section 2.3, with the constants of the paper's code.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.direction import MEAN_DIFFERENCE, Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.model import decoder_layers, hidden_size, text_config
+from refusal_kernels.research.extraction.collect import Progress, batch_logits
+from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
+from refusal_kernels.research.selection.scoring import (
+    check_tokens,
+    distinctive_tokens,
+    paper_refusal_tokens,
+    refusal_score,
+)
+
+AUTO, PAPER = "auto", "paper"
+NOT_FINITE = "not finite"
+# At the first layer the template's tokens have the same embedding whatever the instruction: the
+# difference is zero, or rounding, and rounding must not be scaled up to a unit vector.
+ZERO = 1e-6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table of scores.
+
+    Attributes
+    ----------
+    position, layer : int
+        Where the direction was read; the position counts from the end.
+    bypass : float or None
+        Mean refusal score on harmful prompts with the direction ablated: low is good.
+    induce : float or None
+        Mean refusal score on harmless prompts with the direction added: high is good.
+    kl : float or None
+        Mean KL(unmodified || ablated) at the last token of harmless prompts: low is good.
+    discarded : str or None
+        Why it was passed over. A score is None where that was known before any was measured, or
+        where it is not finite.
+    """
+
+    position: int
+    layer: int
+    bypass: float | None
+    induce: float | None
+    kl: float | None
+    discarded: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The direction that was chosen, and what it was chosen from.
+
+    Attributes
+    ----------
+    direction : Direction
+        The winner, with its raw norm.
+    layer, position : int
+        Where it was read; the position counts from the end.
+    bypass, induce, kl : float
+        Its scores, as in `Candidate`.
+    baseline, baseline_harmless : float
+        Mean refusal score of the unmodified model on the harmful and on the harmless prompts.
+    refusal_tokens : list of int
+        The tokens whose probability the scores are made of.
+    scores : list of Candidate
+        All candidates, by position and layer.
+    """
+
+    direction: Direction
+    layer: int
+    position: int
+    bypass: float
+    induce: float
+    kl: float
+    baseline: float
+    baseline_harmless: float
+    refusal_tokens: list[int]
+    scores: list[Candidate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the vector itself, ready for JSON."""
+        fields = {key: value for key, value in vars(self).items() if key != "direction"}
+        return {**fields, "scores": [asdict(row) for row in self.scores]}
+
+
+def select(
+    model: Any,
+    tokenizer: Any,
+    candidates: Tensor,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    refusal_tokens: Sequence[int] | str | None = None,
+    kl_threshold: float = 0.1,
+    induce_threshold: float = 0.0,
+    prune_last: float = 0.2,
+    batch_size: int = 64,
+    model_name: str | None = None,
+    method: str = MEAN_DIFFERENCE,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Selection:
+    """Choose the direction whose ablation best removes refusals and changes little else.
+
+    Of the candidates that read before the last layers, leave the harmless prompts' next token
+    alone when ablated, and bring refusals when added, take the one with the lowest bypass score.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model.
+    tokenizer
+        Its tokenizer, or a `ChatFormat`.
+    candidates
+        [position, layer, hidden], as `mean_difference` or `find_candidates` returns them; of the
+        first layers alone, if the others are left out.
+    harmful, harmless
+        Validation prompts, other than those that the candidates were read from.
+    refusal_tokens
+        Tokens that begin a refusal. None or "auto": found as `find_refusal_tokens` does; "paper":
+        those that the paper names for the model's family (`paper_refusal_tokens`).
+    kl_threshold
+        Discard a candidate with a larger KL.
+    induce_threshold
+        Discard a candidate with a lower induce score.
+    prune_last
+        Discard this share of the layers, the last ones: they are not measured.
+    batch_size
+        Rows at once: each is a prompt under one candidate. Of the unmodified stream, the inputs of
+        the candidates' layers are kept for so many prompts at most, and for no others.
+    model_name, method
+        Kept in the direction.
+    checkpoint
+        A file that always holds the scores so far. Where it is there, the run goes on from it, and
+        gives the same bits as one that was never disturbed. It stays; remove it when the selection
+        is kept elsewhere.
+    progress
+        Called with the number of rows done, and of all.
+
+    Returns
+    -------
+    Selection
+        The winner, and the scores of every candidate that was measured.
+
+    Raises
+    ------
+    InputError
+        If the candidates do not fit the model, there are no refusal tokens, the checkpoint is of
+        another run, or no candidate is left; the message names the closest one, and what discarded
+        it.
+    """
+    layers, hidden = len(decoder_layers(model)), hidden_size(model)
+    shape = list(candidates.shape)
+    if len(shape) != 3 or not 0 < shape[1] <= layers or shape[2] != hidden or not shape[0]:
+        raise InputError(
+            f"candidates {shape}; expected [position, {layers} layers or fewer, {hidden}]"
+        )
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}; expected 1 or more")
+    chat = ChatFormat.of(tokenizer)
+    given = _given_tokens(model, chat, refusal_tokens)
+    ids = chat.encode(harmful), chat.encode(harmless)
+
+    baseline = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
+    parts = baseline[: len(ids[0])], baseline[len(ids[0]) :]
+    tokens = distinctive_tokens(*parts) if given is None else given
+    vectors = candidates.detach().float().cpu()
+    unfit = _unfit(vectors, int(layers * (1.0 - prune_last)))
+    measured = {
+        (position, layer): Direction(vectors[position, layer], model_name, layer, position, method)
+        for (position, layer), reason in unfit.items()
+        if reason is None
+    }
+    found: dict[tuple[int, int], list[float]] = {}
+    if measured:
+        question = Question(*ids, baseline, tokens, batch_size)
+        scores = Measurement(model, question, list(measured.values())).run(
+            None if checkpoint is None else Path(checkpoint), progress
+        )
+        means = torch.stack([table.mean(dim=1) for table in scores], dim=1)
+        found = dict(zip(measured, means.tolist(), strict=True))
+
+    rows = [
+        Candidate(*at, None, None, None, reason)
+        if at not in found
+        else _judged(at, found[at], kl_threshold, induce_threshold)
+        for at, reason in unfit.items()
+    ]
+    winner = _best(rows, kl_threshold, induce_threshold)
+    assert winner.bypass is not None and winner.induce is not None and winner.kl is not None
+    return Selection(
+        direction=measured[winner.position, winner.layer],
+        layer=winner.layer,
+        position=winner.position,
+        bypass=winner.bypass,
+        induce=winner.induce,
+        kl=winner.kl,
+        baseline=float(refusal_score(parts[0], tokens).mean()),
+        baseline_harmless=float(refusal_score(parts[1], tokens).mean()),
+        refusal_tokens=tokens,
+        scores=rows,
+    )
+
+
+def _given_tokens(
+    model: Any, chat: ChatFormat, refusal_tokens: Sequence[int] | str | None
+) -> list[int] | None:
+    """Return the refusal tokens that are known before the model has run; None to find them."""
+    if refusal_tokens is None or refusal_tokens == AUTO:
+        return None
+    if refusal_tokens == PAPER:
+        return paper_refusal_tokens(model, chat)
+    if isinstance(refusal_tokens, str):
+        raise InputError(
+            f"the refusal tokens are {refusal_tokens!r}; expected {AUTO!r}, {PAPER!r} or token ids"
+        )
+    check_tokens(refusal_tokens, int(text_config(model).vocab_size))
+    return list(refusal_tokens)
+
+
+def _judged(
+    at: tuple[int, int], scores: Sequence[float], kl_threshold: float, induce_threshold: float
+) -> Candidate:
+    """A measured candidate's row: bypass, induce and kl as they are given."""
+    bypass, induce, kl = (s if math.isfinite(s) else None for s in scores)
+    reason = None
+    if bypass is None or induce is None or kl is None:
+        reason = NOT_FINITE
+    elif kl > kl_threshold:
+        reason = f"kl > {kl_threshold:g}"
+    elif induce < induce_threshold:
+        reason = f"induce < {induce_threshold:g}"
+    return Candidate(*at, bypass, induce, kl, reason)
+
+
+def _unfit(vectors: Tensor, limit: int) -> dict[tuple[int, int], str | None]:
+    """Why a candidate (position, layer) needs no measuring; None for those that do."""
+    norms = torch.linalg.vector_norm(vectors.double(), dim=-1)
+    finite = norms.isfinite()
+    smallest = ZERO * float(norms[finite].max()) if finite.any() else 0.0
+    reasons: dict[tuple[int, int], str | None] = {}
+    for position in range(-vectors.shape[0], 0):
+        for layer in range(vectors.shape[1]):
+            reason = None
+            if layer >= limit:
+                reason = f"layer >= {limit}"
+            elif not finite[position, layer]:
+                reason = NOT_FINITE
+            elif norms[position, layer] <= smallest:
+                reason = "zero"
+            reasons[position, layer] = reason
+    return reasons
+
+
+def _best(rows: list[Candidate], kl_threshold: float, induce_threshold: float) -> Candidate:
+    left = [row for row in rows if row.discarded is None]
+    if left:
+        return min(left, key=lambda row: row.bypass or 0.0)
+
+    def shortfall(row: Candidate) -> float:
+        # Both scores are in nats, so the larger miss says how far a candidate is from staying.
+        return max((row.kl or 0.0) - kl_threshold, induce_threshold - (row.induce or 0.0))
+
+    measured = [row for row in rows if row.kl is not None and row.discarded != NOT_FINITE]
+    if not measured:
+        reasons = sorted({str(row.discarded) for row in rows})
+        raise InputError(f"no candidate is left of {len(rows)}: {', '.join(reasons)}")
+    closest = min(measured, key=shortfall)
+    raise InputError(
+        f"no candidate is left of {len(rows)}: the closest, position {closest.position} layer "
+        f"{closest.layer}, was discarded for {closest.discarded} "
+        f"(kl {closest.kl:.4g}, induce {closest.induce:.4g}, bypass {closest.bypass:.4g})"
+    )

@@ -1,0 +1,388 @@
+"""Where prompts come from: files and public datasets; how they are split and filtered.
+
+No prompt of a public set is stored in this package. A preset only says where a set is published.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.atomic import parse_json, read_text
+
+# The columns that hold a prompt, as public sets name them, the best first: in JailbreakBench's
+# files "Behavior" is only a title of the "Goal". Upper and lower case are the same.
+FIELDS = (
+    *("prompt", "instruction", "text", "goal", "behavior"),
+    *("question", "query", "forbidden_prompt"),
+)
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv")
+LONGEST_PROMPT = 131_072  # characters; also what Python's csv module takes in a field
+MOST_LINES = 1_000_000
+# Arditi et al. 2024, appendix A: prompts per class
+SIZES: Mapping[str, int] = {"train": 128, "validation": 32, "test": 100}
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a set of prompts is published, and which of its rows are meant.
+
+    Attributes
+    ----------
+    name
+        What ``datasets.load_dataset`` takes: a hub id, or a local folder.
+    config, split
+        Which part of it.
+    column
+        The column with the prompts; None for the first of `FIELDS` that is there.
+    where
+        Only the rows whose columns have these values.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None
+    where: Mapping[str, str] | None = None
+
+
+PRESETS: Mapping[str, Dataset] = {
+    "advbench": Dataset("walledai/AdvBench", column="prompt"),
+    "malicious_instruct": Dataset("walledai/MaliciousInstruct", column="prompt"),
+    "tdc2023": Dataset("walledai/TDC23-RedTeaming", column="prompt"),
+    "harmbench": Dataset("walledai/HarmBench", "standard", column="prompt"),
+    "jailbreakbench": Dataset("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "Goal"),
+    "jailbreakbench_benign": Dataset("JailbreakBench/JBB-Behaviors", "behaviors", "benign", "Goal"),
+    "strongreject": Dataset("walledai/StrongREJECT", column="prompt"),
+    # as in the paper: instructions that need no further input
+    "alpaca": Dataset("tatsu-lab/alpaca", column="instruction", where={"input": ""}),
+    # over-refusal: what looks harmful and is not
+    "xstest": Dataset("Paul/XSTest", column="prompt", where={"label": "safe"}),
+}
+_SPEC = re.compile(
+    r"hf:(?P<name>[^:@#]+)(?::(?P<config>[^:@#]+))?(?:@(?P<split>[^@#]+))?(?:#(?P<column>[^#]+))?"
+)
+
+
+def read_prompts(source: str | os.PathLike[str]) -> list[str]:
+    """Read prompts from a file, or from a dataset by its name.
+
+    Parameters
+    ----------
+    source
+        One of, or several joined by "+":
+
+        - a UTF-8 file. ``.txt``: one prompt per line, blank lines are skipped. ``.jsonl``: per line
+          a string, or an object with one of the `FIELDS` (the first of them that it has).
+          ``.json``: a list of such strings or objects. ``.csv``: with a header that names one of
+          the `FIELDS`.
+        - the name of one of the `PRESETS`.
+        - ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]``, where NAME is a hub id (owner/name) or a local
+          folder that the datasets library reads. The split is "train" where none is named.
+
+    Returns
+    -------
+    list of str
+        In the order of the source, with repetitions.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, not of these forms, or holds no prompt; if the dataset cannot be
+        had, with the first line of the reason.
+    """
+    if isinstance(source, str) and not os.path.exists(source):
+        if "+" in source:
+            return [prompt for part in source.split("+") for prompt in read_prompts(part)]
+        if source.lower() in PRESETS:
+            return read_dataset(PRESETS[source.lower()])
+        if source.startswith("hf:"):
+            return read_dataset(_parsed_spec(source))
+    return _read_file(Path(source))
+
+
+def _parsed_spec(source: str) -> Dataset:
+    match = _SPEC.fullmatch(source)
+    if match is None:
+        raise InputError(
+            f"{source!r} names no dataset; expected hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN]"
+        )
+    return Dataset(
+        match["name"], match["config"], match["split"] or "train", match["column"] or None
+    )
+
+
+def read_dataset(dataset: Dataset) -> list[str]:
+    """Read the prompts of a dataset with the datasets library, from the hub or a local folder.
+
+    Raises
+    ------
+    InputError
+        If the library is missing, the dataset cannot be loaded (no network, no such name or part,
+        access not granted), or it has no such column or no such row.
+    """
+    table, name = _loaded(dataset)
+    column = dataset.column or _field_of(table.column_names)
+    found = [
+        _checked(prompt, f"the dataset {name}, row {i}")
+        for i, (prompt,) in _rows(table, dataset, name, [column])
+    ]
+    if not found:
+        raise InputError(f"the dataset {name} holds no prompt; expected one at least")
+    return found
+
+
+def read_columns(
+    dataset: Dataset, columns: Sequence[str], count: int, *, shuffle: int | None = None
+) -> list[tuple[str, ...]]:
+    """Read the first rows of a dataset.
+
+    Parameters
+    ----------
+    dataset
+        Of its ``column`` no use is made.
+    columns
+        What is wanted of each row; a row with something else than text there is left out.
+    count
+        How many rows.
+    shuffle
+        A seed: the rows are shuffled before, with the library's own generator. Without it the
+        dataset is streamed, and only what is needed is fetched.
+
+    Raises
+    ------
+    InputError
+        As `read_dataset`.
+    """
+    table, name = _loaded(dataset, stream=shuffle is None)
+    if shuffle is not None:
+        table = table.shuffle(seed=shuffle)
+    found: list[tuple[str, ...]] = []
+    try:
+        for _, row in _rows(table, dataset, name, columns):
+            if len(found) == count:
+                break
+            if all(isinstance(text, str) and text.strip() for text in row):
+                found.append(tuple(row))
+    except InputError:
+        raise
+    except Exception as error:  # a stream is fetched here
+        raise InputError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
+    return found
+
+
+def _loaded(dataset: Dataset, stream: bool = False) -> tuple[Any, str]:
+    """Load a dataset; return it and its name."""
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            "datasets by name need the datasets library; expected "
+            'pip install "refusal-kernels[research]"'
+        ) from None
+    datasets.disable_progress_bars()
+    name = dataset.name + (f" ({dataset.config})" if dataset.config else "")
+    options = {"streaming": True} if stream else {}
+    try:
+        table = datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, **options)
+    except Exception as error:  # whatever a network, a hub, or a damaged file can bring
+        raise InputError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
+    return table, name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _rows(
+    table: Any, dataset: Dataset, name: str, columns: Sequence[str | None]
+) -> Iterator[tuple[int, list[Any]]]:
+    """The rows that the dataset means, with their numbers: what stands in the columns."""
+    where = dataset.where or {}
+    there = table.column_names or list(next(iter(table), {}))  # a stream may not know them yet
+    for column in (*columns, *where):
+        if column not in there:
+            raise InputError(
+                f"the dataset {name} has no column {column or 'of prompts'}; "
+                f"it has {', '.join(there)}: name one with #COLUMN"
+            )
+    for i, row in enumerate(table.select_columns(list({*columns, *where}))):
+        if all(str(row[key] or "").strip() == value for key, value in where.items()):
+            yield i, [row[column] for column in columns]
+
+
+def _read_file(path: Path) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{path} is no prompt file; expected one of {', '.join(SUFFIXES)}, "
+            f"hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one of {', '.join(PRESETS)}"
+        )
+    text = read_text(path, "a prompt file")
+    if suffix != ".json" and max(map(text.count, "\n\r,")) > MOST_LINES:
+        raise InputError(f"{path} is too large; expected at most {MOST_LINES} lines")
+    if suffix == ".csv":
+        found = _from_csv(text, path)
+    elif suffix == ".json":
+        records = parse_json(text, str(path))
+        if not isinstance(records, list):
+            raise InputError(f"{path} holds a {type(records).__name__}; expected a list of prompts")
+        found = [_prompt_of(record, f"{path}, item {i}") for i, record in enumerate(records)]
+    else:
+        # Split at line feeds only: a JSON string may hold other separators, such as U+2028.
+        lines = ((i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+        if suffix == ".txt":
+            found = [_checked(line, f"{path}:{i}") for i, line in lines]
+        else:
+            found = [
+                _prompt_of(parse_json(line, f"{path}:{i}"), f"{path}:{i}") for i, line in lines
+            ]
+    if not found:
+        raise InputError(f"{path} holds no prompt; expected one at least")
+    return found
+
+
+def _from_csv(text: str, path: Path) -> list[str]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(rows, [])
+        field = _field_of([name.strip() for name in header])
+        if field is None:
+            raise InputError(f"{path} has no header with one of the columns {', '.join(FIELDS)}")
+        column = [name.strip() for name in header].index(field)
+        return [
+            _checked(row[column] if column < len(row) else "", f"{path}, line {rows.line_num}")
+            for row in rows
+            if any(row)
+        ]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}, is no CSV: {error}") from None
+
+
+def _field_of(names: Iterable[str]) -> str | None:
+    """Return the name that holds the prompts."""
+    found = {name.lower(): name for name in reversed(list(names))}
+    return next((found[field] for field in FIELDS if field in found), None)
+
+
+def _prompt_of(record: Any, where: str) -> str:
+    if isinstance(record, dict):
+        record = record.get(_field_of(record))
+    if record is None or not isinstance(record, str):
+        record = ""
+    return _checked(record, where)
+
+
+def _checked(prompt: Any, where: str) -> str:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(
+            f"{where} holds no prompt; expected a string or an object with one of the fields "
+            + ", ".join(FIELDS)
+        )
+    if len(prompt) > LONGEST_PROMPT:
+        raise InputError(
+            f"{where} holds a prompt of {len(prompt)} characters; expected {LONGEST_PROMPT} at most"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character, which no tokenizer takes
+        raise InputError(f"{where} holds a lone surrogate; expected Unicode text") from None
+    return prompt
+
+
+def split_prompts(
+    prompts: Sequence[str], sizes: Mapping[str, int | None], seed: int = SEED
+) -> dict[str, list[str]]:
+    """Cut prompts into disjoint parts that depend on the seed and on nothing else.
+
+    Repetitions are dropped first (white space around a prompt does not count). The order is that of
+    a hash of seed and prompt: the same on every machine and in every version of Python, and
+    whatever the order of the source.
+
+    Parameters
+    ----------
+    prompts
+        All of them.
+    sizes
+        How many prompts each part gets, by its name; None in the last place for all that are left.
+    seed
+        Another one gives other parts.
+
+    Raises
+    ------
+    InputError
+        If there are too few different prompts, or a size is negative.
+    """
+    different = list({prompt.strip(): prompt for prompt in reversed(prompts)}.values())
+    need = sum(size or 0 for size in sizes.values())
+    if len(different) < need or any((size or 0) < 0 for size in sizes.values()):
+        raise InputError(
+            f"{len(different)} different prompts; expected {need} or more, to be cut into "
+            + ", ".join(f"{name} {size}" for name, size in sizes.items())
+        )
+
+    def key(prompt: str) -> bytes:
+        return hashlib.sha256(f"{seed}\n{prompt.strip()}".encode()).digest()
+
+    ordered = sorted(different, key=key)
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        end = len(ordered) if size is None else start + size
+        parts[name] = ordered[start:end]
+        start = end
+    return parts
+
+
+def split_sizes(count: int) -> dict[str, int]:
+    """How a set of prompts is cut: `SIZES`, or half, a quarter and the rest of a smaller set.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than three prompts: every part needs one.
+    """
+    if count < 3:
+        raise InputError(
+            f"{count} different prompts; expected 3 or more, for train, validation and test"
+        )
+    train, validation = max(1, count // 2), max(1, count // 4)
+    train, validation = min(SIZES["train"], train), min(SIZES["validation"], validation)
+    test = min(SIZES["test"], count - train - validation)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def keep_refused(
+    prompts: Sequence[str], scores: Tensor | Sequence[float], threshold: float = 0.0
+) -> list[str]:
+    """The prompts that the model refuses: those whose refusal score is above the threshold.
+
+    Parameters
+    ----------
+    prompts
+        Harmful prompts.
+    scores
+        The refusal score of each, in nats (`refusal_kernels.research.selection.refusal_score`).
+    threshold
+        0 is a probability of one half that the answer begins with a refusal token.
+
+    Notes
+    -----
+    Arditi et al. 2024, appendix A. A score that is NaN keeps nothing.
+    """
+    return [p for p, score in zip(prompts, scores, strict=True) if float(score) > threshold]
+
+
+def keep_answered(
+    prompts: Sequence[str], scores: Tensor | Sequence[float], threshold: float = 0.0
+) -> list[str]:
+    """The prompts that the model answers: those below the threshold, as for `keep_refused`."""
+    return [p for p, score in zip(prompts, scores, strict=True) if float(score) < threshold]

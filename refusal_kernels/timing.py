@@ -1,0 +1,146 @@
+"""Measure what ways to ablate cost, as ratios to the unmodified model in the same run."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from refusal_kernels.research.extraction.collect import Progress
+
+Method = Callable[[], AbstractContextManager[Any]]
+"""Makes the context in which a method is timed."""
+
+ASK_EVERY = 5  # rounds
+FEWEST = 6  # values that have a 95 % interval
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median by order statistics: no distribution is assumed.
+
+    Between the k-th smallest and k-th largest of n values, k the largest for which a binomial of
+    n halves is below k with probability 2.5 % at most.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than `FEWEST` values.
+    """
+    if len(values) < FEWEST:
+        raise ValueError(f"{len(values)} values have no 95 % interval; expected {FEWEST} or more")
+    n, k, ways, below = len(values), 0, 1, 1  # of 2**n ways, those with k, and with k or fewer
+    while 40 * below <= 2**n:
+        k += 1
+        ways = ways * (n - k + 1) // k
+        below += ways
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one method, beside the first method of the same run.
+
+    Attributes
+    ----------
+    tokens_per_second
+        Median over the rounds.
+    ratios
+        For every round, this method's tokens per second over the first method's.
+    """
+
+    tokens_per_second: float
+    ratios: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median ratio."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and third quartile of the ratios: the spread."""
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the median ratio: how well it is known."""
+        return interval(self.ratios)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "median": self.median,
+            "quartiles": list(self.quartiles),
+            "rounds": len(self.ratios),
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def interleaved(
+    run: Callable[[str], int],
+    methods: Mapping[str, Method],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    progress: Progress | None = None,
+    enough: Callable[[dict[str, Speed]], bool] | None = None,
+) -> dict[str, Speed]:
+    """Time every method in every round, so that a change of the machine's load hits all of them.
+
+    Parameters
+    ----------
+    run
+        Does the work under the method of that name, and returns the number of tokens.
+    methods
+        By name; ratios are to the first.
+    rounds
+        How many rounds count, 2 or more. Every other round runs in reverse order.
+    warmup
+        How many rounds before them do not.
+    progress
+        Called with the number of rounds done, and of all.
+    enough
+        Asked after every `ASK_EVERY` rounds, with what is known by then: whether that will do. It
+        must look at the spread alone: one that looks at the ratio stops where chance favours it.
+
+    Returns
+    -------
+    dict of str to Speed
+        By the names of the methods.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(-warmup, rounds):
+        order = list(methods)
+        for name in order if number % 2 == 0 else order[::-1]:
+            with methods[name](), torch.inference_mode():
+                _synchronize()
+                start = time.perf_counter()
+                tokens = run(name)
+                _synchronize()
+                rate = tokens / (time.perf_counter() - start)
+            if number >= 0:
+                rates[name].append(rate)
+        if progress is not None:
+            progress(number + warmup + 1, rounds + warmup)
+        ask = number >= 0 and (number + 1) % ASK_EVERY == 0
+        if enough is not None and ask and enough(_speeds(rates)):
+            break
+    return _speeds(rates)
+
+
+def _speeds(rates: Mapping[str, Sequence[float]]) -> dict[str, Speed]:
+    first = next(iter(rates.values()))
+    return {
+        name: Speed(statistics.median(own), tuple(a / b for a, b in zip(own, first, strict=True)))
+        for name, own in rates.items()
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,304 @@
+"""The same edit as a LoRA adapter of PEFT: rank one for every weight, exactly.
+
+``W - r r^T W`` adds ``B A`` with ``B = -r`` and ``A = r^T W`` where rows of W lie along the stream,
+and ``B = -W r``, ``A = r^T`` where columns do. The model's own files stay as they are, and the
+edit can be switched off.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.weights.certificate import Ablated, Certificate
+from refusal_kernels.weights.folder import check_new, new_folder
+from refusal_kernels.weights.projection import project_, times, unit
+from refusal_kernels.weights.weights import check_model
+from refusal_kernels.weights.writers import evaluating, find_writers
+
+EDIT = "; use rk.orthogonalize, which edits the weights themselves"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was written.
+
+    Attributes
+    ----------
+    folder
+        Of the adapter: what `peft.PeftModel.from_pretrained` takes.
+    edited : list of str
+        The parameters that the adapter edits.
+    biases : list of str
+        Those of them that are biases. LoRA has no term for them: the adapter holds their new
+        values (PEFT's ``bias="lora_only"``), and switching it off does not bring the old ones back.
+    tied
+        Whether the output matrix is the embedding. The adapter leaves it unedited, as it should;
+        merged into the weights it would not: untie the two before.
+    certificate : Certificate
+        The model with the adapter against the ablated one.
+    unproved : list of str
+        As in `Orthogonalized`.
+    """
+
+    folder: Path
+    edited: list[str]
+    biases: list[str]
+    tied: bool
+    certificate: Certificate
+    unproved: list[str]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What PEFT is asked to adapt.
+
+    Attributes
+    ----------
+    modules
+        Names of modules whose weight is edited, with the weight's axis along the stream.
+    parameters
+        Parameters of no module that PEFT knows (fused experts), likewise.
+    biases
+        Parameters that the adapter holds whole.
+    """
+
+    modules: dict[str, int]
+    parameters: dict[str, int]
+    biases: list[str]
+
+
+@torch.no_grad()
+def orthogonalize_lora(
+    model: Any,
+    direction: Direction,
+    folder: str | os.PathLike[str],
+    *,
+    text_only: bool = False,
+) -> Adapter:
+    """Write what `orthogonalize` does as a PEFT adapter of rank one; the model stays as it is.
+
+    Parameters
+    ----------
+    model
+        As for `orthogonalize`. The adapter is put into it to be certified, and taken out again.
+    direction
+        The direction; its norm does not matter.
+    folder
+        The adapter's, to be made; it must not be there.
+    text_only
+        As for `orthogonalize`.
+
+    Returns
+    -------
+    Adapter
+
+    Raises
+    ------
+    InputError
+        As `orthogonalize`; also if PEFT is not installed, the folder is there, or a parameter that
+        writes is nothing that an adapter reaches. Nothing has been written then.
+
+    Notes
+    -----
+    In float32 (float64 for such a model), computed in float64. In half precision the base layer's
+    output is rounded before the adapter takes the direction out of it, so that about an epsilon of
+    it stays, as it does with weights that are rounded.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise InputError("an adapter needs PEFT: pip install 'refusal-kernels[research]'")
+    folder = Path(folder)
+    check_new(folder)
+    check_model(model, direction)
+    writers = find_writers(model, text_only=text_only)
+    parts = _as_taken(model, _parts(model, writers.axes))
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    expected = Ablated.of(model, direction)
+    with new_folder(folder) as temporary:
+        with _adapted(model, parts) as adapted:
+            _fill(model, parts, unit(direction))
+            adapted.save_pretrained(str(temporary), save_embedding_layers=False)
+        # What counts is what is loaded: PEFT renames some families' tensors on the way.
+        with _adapted(model, parts, temporary):
+            certificate = _certified(expected, model)
+    return Adapter(
+        folder,
+        list(writers.axes),
+        parts.biases,
+        output is not None and getattr(output, "weight", None) is embedding.weight,
+        certificate,
+        writers.unproved,
+    )
+
+
+# The weights that PEFT adapts as such, and their axis along the stream.
+_KNOWN = {nn.Linear: 0, nn.Embedding: 1, Conv1D: 1}
+
+
+def _certified(expected: Ablated, model: Any) -> Certificate:
+    try:
+        certificate = expected.certify(model)
+        problem = certificate.problem
+    except InputError as error:
+        problem = str(error)
+    if problem:
+        raise InputError(f"{type(model).__name__} with the adapter in it: {problem}{EDIT}")
+    return certificate
+
+
+def _parts(model: Any, axes: dict[str, int]) -> _Parts:
+    """Sort the parameters that write by how an adapter can reach them; refuse the others."""
+    parts = _Parts({}, {}, [])
+    for name, axis in axes.items():
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        known = next((_KNOWN[kind] for kind in _KNOWN if isinstance(module, kind)), None)
+        if own == "weight" and known == axis and _adaptable(module):
+            parts.modules[path] = axis
+        elif own == "bias" and path in parts.modules:
+            parts.biases.append(name)
+        elif known is None and _two_sided(model.get_parameter(name), axis):
+            parts.parameters[name] = axis
+        else:
+            shape = list(model.get_parameter(name).shape)
+            raise InputError(
+                f"{name} of {type(model).__name__} writes into the stream, and is nothing that an "
+                f"adapter reaches: {shape} of a {type(module).__name__}{EDIT}"
+            )
+    return parts
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether a layer looks up what it is given: PEFT looks the same up in its own."""
+    own = type(module).forward is not nn.Embedding.forward
+    return not (isinstance(module, nn.Embedding) and own and not hasattr(module, "embed_scale"))
+
+
+def _two_sided(parameter: Tensor, axis: int) -> bool:
+    """Whether a parameter is a matrix, or one for each expert."""
+    return parameter.ndim == 2 or (parameter.ndim == 3 and axis > 0)
+
+
+@contextmanager
+def _adapted(model: Any, parts: _Parts, folder: Path | None = None) -> Iterator[Any]:
+    """Put an adapter into a model, empty or from its folder; take it out, and leave no trace."""
+    import peft
+
+    paths = [*parts.modules, *(name.rpartition(".")[0] for name in parts.parameters)]
+    modules = {path: model.get_submodule(path) for path in paths}
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    biases = [(p, p.clone()) for p in map(model.get_parameter, parts.biases)]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=1,
+        lora_alpha=1,
+        target_modules=list(parts.modules),
+        target_parameters=list(parts.parameters) or None,
+        bias="lora_only" if parts.biases else "none",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
+    )
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied embeddings, and of what it puts right itself
+            yield _peft(model, config, folder)
+    finally:
+        for path, module in modules.items():
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, module)
+        model.__dict__.pop("peft_config", None)
+        for parameter, wants in wanted:
+            parameter.requires_grad = wants
+        for parameter, before in biases:
+            parameter.data.copy_(before)
+
+
+def _peft(model: Any, config: Any, folder: Path | None) -> Any:
+    import peft
+
+    try:
+        if folder is None:
+            return peft.get_peft_model(model, config)
+        return peft.PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # whatever a version of PEFT has against a family
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"PEFT {peft.__version__} does not adapt {type(model).__name__}: {first}{EDIT}"
+        ) from error
+
+
+def _layers(model: Any) -> dict[str, nn.Module]:
+    """Return PEFT's layers by what they adapt: names of modules, and of parameters."""
+    found: dict[str, nn.Module] = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_embedding_A"):
+            name = name.replace(".base_layer", "")  # those of one module stand in each other
+            own = getattr(layer, "parameter_name", None)
+            found[f"{name}.{own}" if own else name] = layer
+    return found
+
+
+def _as_taken(model: Any, parts: _Parts) -> _Parts:
+    """Name the weight where PEFT takes the name of a module for another.
+
+    In families whose experts became one parameter it takes every ``down_proj`` for an expert's, a
+    dense layer's too.
+    """
+    with _adapted(model, parts):
+        taken = _layers(model)
+    lost = [path for path in parts.modules if path not in taken]
+    for path in lost:
+        parts.parameters[f"{path}.weight"] = parts.modules.pop(path)
+    return parts
+
+
+def _fill(model: Any, parts: _Parts, r: Tensor) -> None:
+    """Write A [rank, in] and B [out, rank] into the adapter that is in a model, and the biases.
+
+    Raises
+    ------
+    InputError
+        If PEFT has adapted anything else.
+    """
+    layers: dict[str, Any] = _layers(model)
+    if other := sorted(layers.keys() ^ parts.modules.keys() ^ parts.parameters.keys()):
+        raise InputError(f"PEFT does not adapt what it was asked to ({other[0]}){EDIT}")
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        weight = getattr(base, getattr(layer, "parameter_name", "weight"))
+        if name in parts.modules:
+            a, b = times(weight, parts.modules[name], r)[None], -r[:, None]
+        else:
+            a, b = _of_parameter(weight, parts.parameters[name], base, r)
+        if layer.lora_embedding_A:
+            tensors = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        else:
+            tensors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        wide = weight.dtype is torch.float64
+        for tensor, value in zip(tensors, (a, b), strict=True):
+            tensor.data = value.to(tensor.device, torch.float64 if wide else torch.float32)
+    for name in parts.biases:
+        path, _, own = name.rpartition(".")
+        project_(model.get_parameter(f"{path}.base_layer.{own}"), 0, r)
+
+
+def _of_parameter(
+    parameter: Tensor, axis: int, module: nn.Module, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return A and B of a matrix, or of one for each expert: rank one for each."""
+    experts, writes_out = 1, axis == 0
+    if parameter.ndim == 3:  # [experts, out, in], or with this flag [experts, in, out]
+        experts, writes_out = len(parameter), axis == 1 + getattr(module, "is_transposed", False)
+    other = times(parameter, axis, r).reshape(experts, -1)
+    same = r.to(other).expand(experts, -1)
+    a, b = (other, -same.T) if writes_out else (same, -other.T)
+    return a.contiguous(), b.contiguous()

@@ -1,0 +1,330 @@
+"""Write a direction out of a checkpoint, tensor by tensor: the model is never loaded.
+
+The result is built in a hidden folder beside the target and renamed when all of it is on disk. A
+run that was killed leaves that folder; the next takes over what it can prove to be whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.atomic import read_json, write_json
+from refusal_kernels.weights.folder import check_new
+from refusal_kernels.weights.plan import (
+    Plan,
+    build_on_meta,
+    make_plan,
+    read_config,
+    untied_config,
+)
+from refusal_kernels.weights.projection import unit
+from refusal_kernels.weights.rewriting import CHUNK, Writer
+from refusal_kernels.weights.shards import (
+    INDEX,
+    Shard,
+    other_files,
+    read_shards,
+)
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two runs at once are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+VERSION = 1  # of what is computed: a change makes what an older version left useless
+STATE = ".state.json"
+Progress = Callable[[int, int], None]
+"""Called with how many bytes are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class OrthogonalizedCheckpoint:
+    """What was written.
+
+    Attributes
+    ----------
+    target
+        The folder.
+    edited : list of str
+        The names of the tensors that were edited; all others are the same bytes as before.
+    untied : bool
+        Whether the output matrix was the embedding, and is now a tensor of its own, unedited.
+    unread : list of str
+        Tensors that transformers does not read (extra prediction layers, for example), as before.
+    unproved : list of str
+        As in `Orthogonalized`.
+    left_out : list of str
+        Files with weights in another format, or beside the index: not copied, for they are
+        unedited.
+    resumed : int
+        How many files an interrupted run had finished.
+    """
+
+    target: Path
+    edited: list[str]
+    untied: bool
+    unread: list[str]
+    unproved: list[str]
+    left_out: list[str]
+    resumed: int
+
+
+@torch.no_grad()
+def orthogonalize_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    direction: Direction,
+    *,
+    text_only: bool = False,
+    progress: Progress | None = None,
+) -> OrthogonalizedCheckpoint:
+    """Write a copy of a checkpoint that cannot write along a direction.
+
+    The files hold what `orthogonalize` and ``save_pretrained`` would give, bit for bit where a
+    tensor is edited and where it is not. One tensor at most is in memory at a time; an embedding
+    only some rows of it. The source is only read.
+
+    Parameters
+    ----------
+    source
+        A folder with a transformers checkpoint in safetensors, in one file or many.
+    target
+        The folder to be made; it must not be there. Everything else that goes with the weights is
+        copied: tokenizer, chat template, configurations, code.
+    direction
+        The direction; its norm does not matter.
+    text_only
+        As for `orthogonalize`.
+    progress
+        Is told how far it is.
+
+    Returns
+    -------
+    OrthogonalizedCheckpoint
+
+    Raises
+    ------
+    InputError
+        If the target is there or cannot be written, the disk is too small, the checkpoint is
+        damaged, quantised or not what its configuration says, its family needs code of its own, or
+        the edit would not be ablation (as `orthogonalize`). Nothing has been written then.
+
+    Notes
+    -----
+    Interrupted, it leaves ``.NAME.partial`` beside the target. Called again with the same source
+    and direction it takes the files that are finished there, after comparing their SHA-256; with
+    anything else it begins anew. The result is the same, byte for byte.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise InputError(f"{source} is not there; expected a folder with a checkpoint")
+    _check_target(source, target)
+    shards = read_shards(source)
+    plan = make_plan(source, shards, direction, text_only)
+    if plan.head is not None:
+        _check_untied(source, len(plan.axes))
+    along, left_out = other_files(source)
+    named = {shard.name for shard in shards} | {INDEX}
+    partial = target.with_name(f".{target.name}.partial")
+    key = _key(source, shards, direction, plan)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target.parent, partial, shards)
+        partial.mkdir(exist_ok=True)
+        with _locked(partial):
+            resumed = _write_all(partial, source, shards, plan, direction, key, along, progress)
+            _finish(partial, target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}") from error
+    return OrthogonalizedCheckpoint(
+        target,
+        list(plan.axes),
+        plan.head is not None,
+        plan.unread,
+        plan.unproved,
+        [name for name in left_out if name not in named],
+        resumed,
+    )
+
+
+def _check_target(source: Path, target: Path) -> None:
+    check_new(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{target} lies in {source}, which is only read; expected another place")
+
+
+def _check_untied(source: Path, tensors: int) -> None:
+    """Make sure that the new configuration will not tie the two again when it is loaded."""
+    config = read_config(source, tensors)
+    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
+        part.tie_word_embeddings = False
+    model = build_on_meta(config)
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise InputError(f"{type(model).__name__} ties its embeddings whatever its config says")
+
+
+def _check_space(where: Path, partial: Path, shards: list[Shard]) -> None:
+    there = sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
+    largest = max(entry.size for shard in shards for entry in shard.entries)
+    needed = sum(shard.size for shard in shards) + largest - there
+    free = shutil.disk_usage(where).free
+    if needed > free:
+        raise InputError(f"{where} has {free >> 20} MiB free; expected {needed >> 20} MiB")
+
+
+def _key(source: Path, shards: list[Shard], direction: Direction, plan: Plan) -> str:
+    """Return what a run writes its files by: with another key they are of no use."""
+    said = [VERSION, str(source.resolve()), [shard.key() for shard in shards]]
+    said += [sorted(plan.axes.items()), plan.head]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    digest.update(unit(direction).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock of a process that was killed is gone with it."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is writing {folder}") from None
+        yield
+    finally:
+        os.close(number)
+
+
+def _write_all(
+    partial: Path,
+    source: Path,
+    shards: list[Shard],
+    plan: Plan,
+    direction: Direction,
+    key: str,
+    along: list[str],
+    progress: Progress | None,
+) -> int:
+    """Write everything; return how many shards were there."""
+    done = _taken_over(partial, key)
+    resumed = len(done)
+    home = next(
+        (s.name for s in shards if plan.head and any(e.name == plan.head[1] for e in s.entries)), ""
+    )
+    total, sofar = sum(shard.size for shard in shards), 0
+    for shard in shards:
+        if shard.name not in done:
+            added = plan.head if shard.name == home else None
+            with _whole(partial / shard.name) as file:
+                writer = Writer(file, shards, plan, unit(direction))
+                for size in writer.write(shard, added):
+                    sofar += size
+                    if progress is not None:
+                        progress(min(sofar, total), total)
+            done[shard.name] = writer.digest.hexdigest()
+            write_json(partial / STATE, {"key": key, "done": done})
+        else:
+            sofar += shard.size
+    for name in along:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(source / name, "rb") as read, _whole(partial / name) as file:
+            shutil.copyfileobj(read, file, CHUNK)
+    if (source / INDEX).exists():
+        document = read_json(source / INDEX)
+        _copy_json(source / INDEX, partial / INDEX, _with_head(document, plan, shards, home))
+    if plan.head is not None:
+        config = read_json(source / "config.json")
+        _copy_json(source / "config.json", partial / "config.json", untied_config(config))
+    return resumed
+
+
+def _taken_over(partial: Path, key: str) -> dict[str, str]:
+    """Return the finished files of an interrupted run with their digests; remove all others."""
+    state: Any = None
+    with contextlib.suppress(InputError):  # none, or half a one
+        state = read_json(partial / STATE)
+    state = state if isinstance(state, dict) and state.get("key") == key else {}
+    said = state.get("done") if isinstance(state.get("done"), dict) else {}
+    done = {
+        name: digest
+        for name, digest in (said or {}).items()
+        if Path(name).name == name and _digest(partial / name) == digest
+    }
+    for path in partial.iterdir():
+        if path.name in done or (done and path.name == STATE):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return done
+
+
+def _digest(path: Path) -> str | None:
+    if path.is_symlink() or not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name when all of it is on disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _finish(partial: Path, target: Path) -> None:
+    """Give the folder its name, with nothing of the making left in it."""
+    (partial / STATE).unlink()
+    _sync(partial)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _with_head(document: Any, plan: Plan, shards: list[Shard], home: str) -> Any:
+    """Return the index, with the output matrix where that is a new tensor."""
+    if plan.head is None or plan.head[0] in document["weight_map"]:
+        return document
+    (size,) = (e.size for s in shards for e in s.entries if e.name == plan.head[1])
+    metadata = document.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        document = {**document, "metadata": {**metadata}}
+        document["metadata"]["total_size"] += size
+    return {**document, "weight_map": {**document["weight_map"], plan.head[0]: home}}
+
+
+def _copy_json(source: Path, target: Path, document: Any) -> None:
+    """Write a document; if it is what the source says, the source's own bytes."""
+    if document == read_json(source):
+        text = source.read_bytes()
+    else:
+        text = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    with _whole(target) as file:
+        file.write(text)

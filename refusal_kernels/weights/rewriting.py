@@ -1,0 +1,110 @@
+"""Write one safetensors file anew, with some of its tensors edited, a piece at a time."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.weights.plan import Plan
+from refusal_kernels.weights.projection import BLOCK_NUMBERS, project_
+from refusal_kernels.weights.shards import DTYPES, Entry, Shard
+
+CHUNK = 4 << 20  # bytes copied at once
+
+
+class Writer:
+    """Writes one shard: its header, then tensor after tensor, edited or as they are.
+
+    Parameters
+    ----------
+    file
+        Where to.
+    shards
+        All of the checkpoint: the output matrix's bytes may be in another one.
+    plan
+        What is edited.
+    r
+        The unit vector, float64 [hidden].
+
+    Attributes
+    ----------
+    digest
+        SHA-256 of what has been written.
+    """
+
+    def __init__(self, file: IO[bytes], shards: list[Shard], plan: Plan, r: Tensor) -> None:
+        self._file, self._plan, self._unit = file, plan, r
+        self.digest = hashlib.sha256()
+        self._entries = {e.name: (s, e) for s in shards for e in s.entries}
+
+    def write(self, shard: Shard, added: tuple[str, str] | None) -> Iterator[int]:
+        """Write the shard; yield how many bytes, again and again."""
+        new = added is not None and added[0] not in self._entries
+        yield self._put(header_with(shard, added[0], self._entries[added[1]][1]) if added and new
+                        else shard.header)  # fmt: skip
+        for entry in shard.entries:
+            if self._plan.head is not None and entry.name == self._plan.head[0]:
+                yield from self._copied(*self._entries[self._plan.head[1]])
+            elif entry.name in self._plan.axes:
+                yield from self._edited(shard, entry)
+            else:
+                yield from self._copied(shard, entry)
+        if added and new:
+            yield from self._copied(*self._entries[added[1]])
+
+    def _put(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def _copied(self, shard: Shard, entry: Entry) -> Iterator[int]:
+        with open(shard.path, "rb") as read:
+            read.seek(entry.start)
+            left = entry.size
+            while left:
+                data = read.read(min(CHUNK, left))
+                if not data:
+                    raise OSError(f"{shard.path} became shorter while it was read")
+                left -= len(data)
+                yield self._put(data)
+
+    def _edited(self, shard: Shard, entry: Entry) -> Iterator[int]:
+        """Write a tensor without the direction, one matrix or some rows of it at a time.
+
+        The cuts are those of `project_`, so that not even a rounding differs.
+        """
+        axis, shape, dtype = self._plan.axes[entry.name], entry.shape, DTYPES[entry.dtype]
+        rows, width = (1, *shape)[-2:]
+        last = axis == len(shape) - 1
+        step = max(1, BLOCK_NUMBERS // width) if last else rows
+        parts = [
+            (min(step, rows - at), width)
+            for _ in range(math.prod(shape[:-2]))
+            for at in range(0, rows, step)
+        ]
+        with open(shard.path, "rb") as read:
+            read.seek(entry.start)
+            for part in parts:
+                block = torch.empty(part, dtype=dtype)
+                raw = block.view(torch.uint8).reshape(-1).numpy().data
+                if read.readinto(raw) != raw.nbytes:
+                    raise OSError(f"{shard.path} became shorter while it was read")
+                project_(block, int(last), self._unit)
+                yield self._put(raw)
+
+
+def header_with(shard: Shard, name: str, like: Entry) -> bytes:
+    """Return a shard's header with one more tensor, at the end of the others."""
+    document = json.loads(shard.header[8:])
+    end = shard.size - len(shard.header)
+    document[name] = {
+        "dtype": like.dtype,
+        "shape": list(like.shape),
+        "data_offsets": [end, end + like.size],
+    }
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

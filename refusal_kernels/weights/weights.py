@@ -1,0 +1,140 @@
+"""Write a direction out of a model's weights, for good and at no cost at run time.
+
+Every parameter that writes into the residual stream is projected: ``W - r r^T W``, with its bias.
+What the model computes then is what it computes under ablation at full strength.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.model import hidden_size
+from refusal_kernels.patching.handle import is_patched
+from refusal_kernels.weights.certificate import Certificate, prove
+from refusal_kernels.weights.projection import project_, unit
+from refusal_kernels.weights.writers import find_writers
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Orthogonalized:
+    """What was edited.
+
+    Attributes
+    ----------
+    edited : list of str
+        The names of the parameters.
+    untied : bool
+        Whether the output matrix shared its memory with the embedding and got its own, unedited.
+        The model is larger by one such matrix then.
+    certificate : Certificate
+        The edited model against the ablated one on a few random tokens, before the edit was made.
+    unproved : list of str
+        With ``text_only``: the parameters that may write into the stream when there are images or
+        audio, and were left as they are.
+    """
+
+    edited: list[str]
+    untied: bool
+    certificate: Certificate
+    unproved: list[str]
+
+
+@torch.no_grad()
+def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) -> Orthogonalized:
+    """Make a model unable to write along a direction, in place.
+
+    The model that is given is changed, and stays so: pass ``copy.deepcopy(model)`` to keep it.
+
+    What writes into the stream is found by following a forward pass over random tokens, whatever
+    the family: token and position embeddings, output projections, experts, their biases. Before
+    anything is changed a second pass reads every such weight as it will be, and must give what
+    ablation at run time gives.
+
+    Parameters
+    ----------
+    model
+        A decoder-only transformers model, with weights in float64, float32, bfloat16 or float16.
+    direction
+        The direction; its norm does not matter.
+    text_only
+        Also take a multimodal model. Its text path is edited; what images or audio write into the
+        stream is left as it is.
+
+    Returns
+    -------
+    Orthogonalized
+        The names of the parameters that were edited, whether the embedding was untied, and the
+        certificate.
+
+    Raises
+    ------
+    InputError
+        If the model is patched, quantised, offloaded, with adapters, of another hidden size, or of
+        a family where the edit is not ablation: a norm or a gain follows what writes (Gemma 2 and
+        3, OLMo 2, GLM 4), or the embedding (BLOOM). Nothing has been changed then.
+
+    Notes
+    -----
+    Arditi et al. 2024 (arXiv 2406.11717), section 4.1: the embedding, every attention output and
+    every MLP output, biases too. Computed in float64 and rounded once to the dtype of the weights.
+    """
+    check_model(model, direction)
+    writers = find_writers(model, text_only=text_only)
+    parameters = dict(model.named_parameters())
+    certificate = prove(model, writers, direction)
+    untied = _untie(model, writers.axes)
+    r = unit(direction)
+    for name, axis in writers.axes.items():
+        project_(parameters[name], axis, r)
+    return Orthogonalized(list(writers.axes), untied, certificate, writers.unproved)
+
+
+def check_model(model: Any, direction: Direction) -> None:
+    """Refuse a model that a direction does not fit, or whose weights are not plain numbers.
+
+    Raises
+    ------
+    InputError
+        If it has another hidden size, is patched or carries adapters, or a weight is quantised or
+        offloaded.
+    """
+    if direction.hidden != hidden_size(model):
+        raise InputError(
+            f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"
+        )
+    if is_patched(model):
+        raise InputError("the model is patched; remove the patch before its weights are edited")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise InputError(
+                f"{name} is a {type(module).__name__} of PEFT; merge or unload adapters first"
+            )
+    if getattr(model, "is_quantized", False):
+        raise InputError("the model is quantised; expected floating-point weights")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in DTYPES or parameter.device.type == "meta":
+            raise InputError(
+                f"{name} is {parameter.dtype} on {parameter.device}; expected "
+                "floating-point weights in memory, neither quantised nor offloaded"
+            )
+
+
+def _untie(model: Any, axes: dict[str, int]) -> bool:
+    """Give the output matrix its own memory: it reads the stream and must stay as it is."""
+    output = model.get_output_embeddings()
+    edited = {id(p) for name, p in model.named_parameters() if name in axes}
+    if output is None or id(getattr(output, "weight", None)) not in edited:
+        return False
+    weight = output.weight
+    output.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    # Saving and loading look here, and would tie the two again.
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    return True

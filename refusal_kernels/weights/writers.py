@@ -1,0 +1,185 @@
+"""Find the parameters that write into a model's residual stream, or say why that cannot be."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refusal_kernels.direction import Direction
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.model import hidden_size, text_config
+from refusal_kernels.interventions import Ablate
+from refusal_kernels.patching.patch import patch
+from refusal_kernels.weights.flow import Flow, Source, Value
+
+INSTEAD = "; ablate it while the model runs instead, with rk.patch(model, rk.Ablate(direction))"
+TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Writers:
+    """The parameters that write into the stream.
+
+    Attributes
+    ----------
+    axes
+        For every such parameter, by name in the order of the model: its axis along the stream.
+    unproved
+        Parameters with such an axis that no text reached, so that nothing is known of them: those
+        of an image encoder, for example.
+    """
+
+    axes: dict[str, int]
+    unproved: list[str]
+
+
+@torch.no_grad()
+def find_writers(model: Any, *, text_only: bool = False) -> Writers:
+    """Follow a forward pass over random tokens, and return what writes into the stream.
+
+    Parameters
+    ----------
+    model
+        A transformers model, as `refusal_kernels.patch` takes it; the weights may be on meta.
+    text_only
+        Accept parameters that no text reaches.
+
+    Raises
+    ------
+    InputError
+        If removing a direction from parameters would not be what ablating it at run time is: a norm
+        or gain stands between what writes and the stream, or a parameter has another use as well.
+    """
+    hidden = hidden_size(model)
+    # which direction it is does not matter, for none of its numbers are looked at
+    direction = Direction(torch.ones(hidden))
+    flow = Flow(model, hidden)
+    with evaluating(model), patch(model, Ablate(direction), fuse_norms=False) as handle:
+        expected = [site.name for site in handle.report().sites]
+        with flow.through(handle._sites), flow:
+            run(model, random_ids(model, 0))
+    reached = {site.name for site in flow.sites}
+    missing = [name for name in expected if name not in reached]
+    if missing and not text_only:
+        raise InputError(
+            f"{missing[0]} of {type(model).__name__} is not reached by text alone, so that what "
+            "writes there is not known; with text_only=True it is left as it is"
+        )
+    sources: set[Source] = set()
+    for site in flow.sites:
+        for value in (site.branch, site.stream):
+            if value.writes is None:
+                raise InputError(
+                    f"{site.name} of {type(model).__name__}: {_because(value)}{INSTEAD}"
+                )
+            sources |= value.writes
+    writers = _spread(model, sources, flow.touched)
+    for name in sorted({name for name, _ in sources}):
+        if name in flow.leaks:
+            raise InputError(
+                f"{name} of {type(model).__name__} writes into the stream, and is also used in "
+                f"{flow.leaks[name]}, where ablation would leave it as it is{INSTEAD}"
+            )
+    if writers.unproved and not text_only:
+        raise InputError(
+            f"{len(writers.unproved)} parameters of {type(model).__name__} may write into the "
+            f"stream, but not from text ({writers.unproved[0]}, ...); with text_only=True they "
+            "are left as they are, and images or audio still write the direction"
+        )
+    return writers
+
+
+def _because(value: Value) -> str:
+    reason = value.why or "an operation that is not known"
+    return (
+        f"what is written there goes through {reason}, so removing the direction from weights "
+        "before that is not ablation"
+    )
+
+
+def _spread(model: nn.Module, sources: set[Source], touched: set[str]) -> Writers:
+    """Add to the sources their like that no token reached: experts that were not chosen."""
+    patterns: dict[str, set[int]] = {}
+    for name, axis in sources:
+        patterns.setdefault(_pattern(name), set()).add(axis)
+    seen = {_pattern(name) for name in touched}
+    found = dict(sources)
+    if len(found) != len(sources):
+        raise InputError(
+            f"{type(model).__name__}: a parameter writes along two of its axes{INSTEAD}"
+        )
+    hidden = hidden_size(model)
+    axes: dict[str, int] = {}
+    unproved: list[str] = []
+    for name, parameter in model.named_parameters():
+        pattern = _pattern(name)
+        if name in found:
+            axes[name] = found[name]
+        elif name in touched or hidden not in parameter.shape:
+            continue
+        elif pattern in patterns:
+            (axes[name],) = patterns[pattern]
+        elif pattern not in seen:
+            unproved.append(name)
+    return Writers(axes, unproved)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, every part back as it was after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def random_ids(model: Any, seed: int, tokens: int = TOKENS) -> Tensor:
+    """Return token ids that stand for text, int64 [1, tokens]."""
+    config = text_config(model)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if embedding is None:
+        raise InputError(f"{type(model).__name__} has no single matrix of token embeddings")
+    rows = embedding.shape[0]
+    special = {
+        value
+        for part in {id(c): c for c in (model.config, config)}.values()
+        for key, value in part.to_dict().items()
+        if re.search("token_(id|index)$", key) and isinstance(value, int)
+    }
+    rows = min(rows, getattr(config, "vocab_size", None) or rows)
+    ids = torch.randint(rows, (64 * tokens,), generator=torch.Generator().manual_seed(seed))
+    plain = [i for i in ids.tolist() if i not in special]
+    device = embedding.device
+    return torch.tensor([plain[:tokens]], device="cpu" if device.type == "meta" else device)
+
+
+def run(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of a model, [1, tokens, vocabulary].
+
+    Raises
+    ------
+    InputError
+        If the model does not run on token ids alone.
+    """
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"{type(model).__name__} could not be run on token ids alone "
+            f"({type(error).__name__}: {first}), so what writes into its stream is not known"
+        ) from error
+    return logits

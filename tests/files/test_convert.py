@@ -1,0 +1,458 @@
+"""Other tools' formats: what they hold, where it acts, and what they can not say."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+
+import refusal_kernels as rk
+from refusal_kernels import cli, toy
+from refusal_kernels.direction import Direction, write_tensors
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.control_vector import SITE, ControlVector
+from refusal_kernels.files.convert import CANDIDATES, Candidates, convert, read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HIDDEN, LAYERS = 64, 5
+UNIT = {block: torch.eye(HIDDEN)[block] for block in range(8)}
+
+
+def random_direction(layer: int | None = 3, seed: int = 1, scale: float = 1.0) -> Direction:
+    generator = torch.Generator().manual_seed(seed)
+    vector = scale * torch.randn(HIDDEN, generator=generator)
+    return Direction(vector, "org/model[/b]", layer, -2)  # a name that rich would take for markup
+
+
+def write(path: Path, tensors: dict[str, Any], **keys: Any) -> Path:
+    """Write a GGUF file with the library, as any other tool would."""
+    writer = gguf.GGUFWriter(path, keys.pop("architecture", "controlvector"))
+    kinds = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
+    for key, value in keys.items():
+        name = key.replace("__", ".")
+        kinds.get(type(value), writer.add_uint32)(name, value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, np.asarray(tensor, dtype=getattr(tensor, "dtype", np.float32)))
+    for step in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
+        getattr(writer, f"write_{step}")()
+    writer.close()
+    return path
+
+
+def numpy(tensors: dict[int, torch.Tensor]) -> dict[str, Any]:
+    return {f"direction.{block}": row.numpy() for block, row in tensors.items()}
+
+
+def refused(match: str, call: Any, *arguments: Any, **options: Any) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+
+
+# What a runtime does, as hooks at the place where llama.cpp has build_cvec: the block's output.
+
+
+def logits_as_llama_cpp(model: Any, rows: dict[int, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Run with ``direction.N`` as rows[N] = function of the stream, after block N."""
+    hooks = [
+        model.get_decoder()
+        .layers[block]
+        .register_forward_hook(
+            lambda _, __, out, edit=edit: (
+                (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
+            )
+        )
+        for block, edit in rows.items()
+    ]
+    try:
+        return model(ids).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_addition_acts_where_llama_cpp_has_it(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family, num_hidden_layers=LAYERS)
+    ids = torch.arange(12).view(2, 6)
+    rows = {n: random_direction(seed=n, scale=0.3).vector for n in (1, 3, LAYERS - 1)}
+    path = write(
+        tmp_path / "a.gguf",
+        numpy(rows),
+        controlvector__model_hint=family,
+        controlvector__layer_count=3,
+    )
+    expected = logits_as_llama_cpp(model, {n: lambda h, v=v: h + v for n, v in rows.items()}, ids)
+    plain = model(ids).logits
+    vector = ControlVector.load(path)
+    assert vector.layers == [2, 4, 5] and vector.model_hint == family
+    with rk.patch(model, *vector.interventions(LAYERS)):
+        found = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1
+    # one layer earlier or later is another edit
+    for shift in (-1, 1):
+        moved = {n + shift: lambda h, v=v: h + v for n, v in rows.items() if n + shift < LAYERS}
+        assert (logits_as_llama_cpp(model, moved, ids) - found).abs().max() > 0.1
+
+
+def test_what_is_written_acts_as_the_addition_it_was_made_from(tmp_path: Path) -> None:
+    model, ids = tiny_model(num_hidden_layers=LAYERS), torch.arange(12).view(2, 6)
+    direction = random_direction(layer=3)
+    direction.save(tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", mode="add", scale=-0.5)
+    (tensor,) = gguf.GGUFReader(tmp_path / "a.gguf").tensors
+    assert tensor.name == "direction.2"  # the output of block 2 is the input of block 3
+    vector = torch.tensor(tensor.data)
+    with rk.patch(model, rk.Add(direction, coefficient=-0.5, layer=3)):
+        expected = model(ids).logits
+    found = logits_as_llama_cpp(model, {2: lambda h: h + vector}, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0])
+def test_a_projection_acts_where_glp_has_it(tmp_path: Path, alpha: float) -> None:
+    model, ids = tiny_model(num_hidden_layers=LAYERS), torch.arange(12).view(2, 6)
+    direction = random_direction(layer=None)
+    direction.save(tmp_path / "a.safetensors")
+    target = tmp_path / "a.glp.gguf"
+    convert(tmp_path / "a.safetensors", target, mode="ablate", layers=(2, 4, 5), scale=alpha)
+    reader = gguf.GGUFReader(target)
+    assert [tensor.name for tensor in reader.tensors] == [f"direction.{n}" for n in (1, 3, 4)]
+    d = torch.tensor(reader.tensors[0].data)
+    assert torch.equal(d, direction.unit)  # the strength is no part of the data
+
+    def project(h: torch.Tensor) -> torch.Tensor:
+        return h - alpha * (h @ d).unsqueeze(-1) * d
+
+    expected = logits_as_llama_cpp(model, dict.fromkeys((1, 3, 4), project), ids)
+    vector = ControlVector.load(target)
+    assert vector.mode == "ablate" and vector.strengths == (alpha,) * 3
+    with rk.patch(model, *vector.interventions(LAYERS)):
+        found = model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - model(ids).logits).abs().max() > 0.1
+
+
+def test_a_basis_with_its_own_strengths(tmp_path: Path) -> None:
+    basis = torch.linalg.qr(torch.randn(HIDDEN, 2))[0].T
+    rows = {"direction.1": basis[0], "direction.1.1": basis[1]}
+    rows |= {"direction.2": basis[1], "direction.2.1": basis[0]}
+    path = write(
+        tmp_path / "a.gguf",
+        {name: row.contiguous().numpy() for name, row in rows.items()},
+        **{"glp__mode": "project", "glp__spec_version": 2, "glp__rank": 2},
+        **{"glp__orthonormal": True, "glp__alpha_default": 2.0, "glp__hook_point": SITE},
+        **{"glp__dir_scales": "1.0, 0.5", "glp__layer_scales": "2:3"},
+    )
+    vector = ControlVector.load(path)
+    assert vector.layers == [2, 3] and vector.strengths == (2.0, 1.0, 6.0, 3.0)
+    model, ids = tiny_model(num_hidden_layers=LAYERS), torch.arange(12).view(2, 6)
+
+    def project(one: int, other: int, a: float, b: float) -> Any:
+        u, v = basis[one], basis[other]
+        return lambda h: h - a * (h @ u).unsqueeze(-1) * u - b * (h @ v).unsqueeze(-1) * v
+
+    edits = {1: project(0, 1, 2.0, 1.0), 2: project(1, 0, 6.0, 3.0)}
+    expected = logits_as_llama_cpp(model, edits, ids)
+    with rk.patch(model, *vector.interventions(LAYERS)):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    refused("not written", vector.save, tmp_path / "b.glp.gguf", glp=True)
+    refused("2 directions at layers", convert, path, tmp_path / "b.safetensors", layers=(2,))
+
+
+def test_glp_says_what_its_specification_asks_for(tmp_path: Path) -> None:
+    direction = random_direction()
+    direction.save(tmp_path / "a.safetensors")
+    convert(
+        tmp_path / "a.safetensors", tmp_path / "a.glp", mode="ablate", layers=(2, 3), model_hint="x"
+    )
+    reader = gguf.GGUFReader(tmp_path / "a.glp")
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    expected = {
+        "general.architecture": "controlvector",
+        "controlvector.model_hint": "x",
+        "controlvector.layer_count": 2,
+        "general.base_model.0.name": "org/model[/b]",
+        "glp.mode": "project",
+        "glp.spec_version": 1,
+        "glp.alpha_default": 1.0,
+        "glp.rank": 1,
+        "glp.orthonormal": True,
+        "glp.hook_point": "residual_stream_post_layer",
+        "glp.layer_ids_zero_based": "1,2",
+        "glp.content_sha256": hashlib.sha256(direction.unit.numpy().tobytes() * 2).hexdigest(),
+    }
+    assert expected.items() <= keys.items()
+    # written again, the same bytes
+    before = (tmp_path / "a.glp").read_bytes()
+    ControlVector.load(tmp_path / "a.glp").save(tmp_path / "b.glp", glp=True)
+    assert (tmp_path / "b.glp").read_bytes() == before
+
+
+def test_round_trips(tmp_path: Path) -> None:
+    direction = random_direction()
+    direction.save(tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", mode="add")
+    convert(tmp_path / "a.gguf", tmp_path / "b.glp.gguf")  # it says add, so GLP does too
+    back = convert(tmp_path / "b.glp.gguf", tmp_path / "b.safetensors")
+    assert isinstance(back, Direction) and torch.equal(back.vector, direction.vector)
+    loaded = Direction.load(tmp_path / "b.safetensors")
+    assert torch.equal(loaded.vector, direction.vector)
+    assert (loaded.layer, loaded.model) == (3, "org/model[/b]")
+    assert loaded.metadata == {"mode": "add", "strength": "1.0"}
+    # one of several
+    rows = {n: random_direction(seed=n).vector for n in (1, 2, 3)}
+    path = write(tmp_path / "c.gguf", numpy(rows))
+    one = convert(path, tmp_path / "c.safetensors", layers=(3,))
+    assert isinstance(one, Direction) and one.layer == 3 and torch.equal(one.vector, rows[2])
+    some = convert(path, tmp_path / "d.gguf", layers=(2, 4), scale=2.0)
+    assert isinstance(some, ControlVector) and some.layers == [2, 4]
+    again = ControlVector.load(tmp_path / "d.gguf")
+    for direction, block in zip(again.directions, (1, 3), strict=True):
+        assert torch.equal(direction.vector, 2 * rows[block])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    random_direction().save(source)
+    target = tmp_path / "b.gguf"
+    refused("can only add", convert, source, target, mode="ablate", layers=(3,))
+    refused("add or ablate", convert, source, target)
+    refused("at every residual add", convert, source, tmp_path / "b.glp", mode="ablate")
+    for layer in (0, 1):
+        refused("expected 2 or more", convert, source, target, mode="add", layers=(layer,))
+    random_direction(layer=None).save(tmp_path / "nowhere.safetensors")
+    refused("which blocks", convert, tmp_path / "nowhere.safetensors", target, mode="add")
+    refused("no known format|can not be written", convert, source, tmp_path / "b.pt")
+    refused("no known format", convert, tmp_path / "a.bin", target)
+    refused("for .gguf alone", convert, source, tmp_path / "b.safetensors", mode="add")
+    refused("layer 3, not at 5", convert, source, tmp_path / "b.safetensors", layers=(5,))
+    refused("no layer|at which position", convert, source, target, mode="add", position=-1)
+    for scale in (0.0, 1e300, float("nan")):
+        refused("finite", convert, source, target, mode="add", scale=scale)
+    convert(source, tmp_path / "p.glp.gguf", mode="ablate", layers=(2, 3))
+    refused("can only add", convert, tmp_path / "p.glp.gguf", target)
+    refused("to ablate, not to add", convert, tmp_path / "p.glp.gguf", target, mode="add")
+    refused("2 directions", convert, tmp_path / "p.glp.gguf", tmp_path / "b.safetensors")
+    refused("no layer 9", convert, tmp_path / "p.glp.gguf", tmp_path / "b.glp", layers=(9,))
+    vector = ControlVector.load(tmp_path / "p.glp.gguf")
+    refused("has 2 blocks", vector.interventions, 2)
+    assert not target.exists() and not (tmp_path / "b.safetensors").exists()
+
+
+PROJECT = {"glp__mode": "project", "glp__spec_version": 1, "glp__hook_point": SITE}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "keys", "message"),
+    [
+        ({}, {}, "behind the file"),
+        ({"direction.0": UNIT[0]}, {}, r"direction\.0"),
+        ({"direction.01": UNIT[0]}, {}, r"direction\.01"),
+        ({"direction.-1": UNIT[0]}, {}, "direction.-1"),
+        ({"blk.1.weight": UNIT[0]}, {}, "blk.1.weight"),
+        ({"direction.1": UNIT[0], "direction.1.1": UNIT[1]}, {}, "several directions per layer"),
+        ({"direction.1": UNIT[0], "direction.2": UNIT[1][:8]}, {}, "different hidden sizes"),
+        ({"direction.1": torch.zeros(8)}, {}, "one at least"),
+        ({"direction.1": torch.full((8,), torch.nan)}, {}, "NaN"),
+        ({"direction.1": np.ones(8, dtype=np.float16)}, {}, "expected float32"),
+        ({"direction.1": torch.ones(2, 4)}, {}, "2 dimensions"),
+        ({"direction.1": UNIT[0]}, {"architecture": "llama"}, "architecture is 'llama'"),
+        ({"direction.1": UNIT[0]}, {"dspark__mode": "project"}, "before GLP"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__mode": "ablate"}, "glp.mode is 'ablate'"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__mode": 1}, "glp.mode is 1"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__spec_version": 3}, "spec_version is 3"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__hook_point": "ffn_out_pre_residual"},
+         "ffn_out_pre_residual"),
+        ({"direction.1": 2 * UNIT[0]}, PROJECT, "not orthonormal"),
+        ({"direction.1": torch.zeros(8)}, PROJECT, "not orthonormal"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__alpha_default": float("inf")}, "finite"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__layer_ids_zero_based": "2"}, "zero_based"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__content_sha256": "0" * 64}, "damaged"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__rank": 2}, "glp.rank is 2"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__rank": 4_000_000_000}, "glp.rank is 4"),
+        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__dir_scales": "1"}, "spec_version 2"),
+        ({"direction.1": UNIT[0], "direction.1.1": UNIT[1]}, {**PROJECT, "glp__rank": 2},
+         "spec_version 2"),
+        ({"direction.1": UNIT[0], "direction.1.1": UNIT[1]},
+         {**PROJECT, "glp__rank": 2, "glp__spec_version": 2}, "without glp.orthonormal"),
+        ({"direction.1": UNIT[0], "direction.1.1": UNIT[0]},
+         {**PROJECT, "glp__rank": 2, "glp__spec_version": 2, "glp__orthonormal": True},
+         "not orthonormal"),
+        ({"direction.1": UNIT[0]},
+         {**PROJECT, "glp__spec_version": 2, "glp__layer_scales": "7:1"}, "layer_scales"),
+        ({"direction.1": UNIT[0]},
+         {**PROJECT, "glp__spec_version": 2, "glp__dir_scales": "1,1"}, "dir_scales"),
+        ({"direction.1": UNIT[0]}, {"glp__mode": "add", "glp__alpha_default": 4.0}, "its own"),
+    ],
+)  # fmt: skip
+def test_control_vectors_that_can_not_be_followed_are_refused(
+    tmp_path: Path, tensors: dict[str, Any], keys: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "a.gguf", {k: np.asarray(v) for k, v in tensors.items()}, **keys)
+    refused(message, ControlVector.load, path)
+    refused("a.gguf", ControlVector.load, path)
+
+
+# The paper's repository
+
+
+def test_the_papers_files_are_read(tmp_path: Path) -> None:
+    candidates = torch.randn(5, 8, HIDDEN, dtype=torch.float64)
+    torch.save(candidates, tmp_path / "mean_diffs.pt")
+    torch.save(candidates[-2, 3], tmp_path / "direction.pt")  # a view: its whole storage is saved
+    assert (tmp_path / "direction.pt").stat().st_size > candidates.nbytes
+    (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -2, "layer": 3}))
+    direction = read(tmp_path / "direction.pt")
+    assert isinstance(direction, Direction)
+    assert torch.equal(direction.vector, candidates[-2, 3].float())
+    assert (direction.layer, direction.position) == (3, -2)
+    direction.save(tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < 1000
+
+    found = read(tmp_path / "mean_diffs.pt")
+    assert isinstance(found, Candidates) and torch.equal(found.tensor, candidates.float())
+    convert(tmp_path / "mean_diffs.pt", tmp_path / "candidates.safetensors")
+    for source in ("mean_diffs.pt", "candidates.safetensors"):
+        target = tmp_path / f"{source}.safetensors"
+        convert(tmp_path / source, target, layers=(3,), position=-2)
+        again = Direction.load(target)
+        assert torch.equal(again.vector, direction.vector)
+        assert (again.layer, again.position) == (3, -2)
+    for wrong in ({"layers": (3,)}, {"position": -1}, {"layers": (3, 4), "position": -1},
+                  {"layers": (8,), "position": -1}, {"layers": (3,), "position": -6},
+                  {"layers": (3,), "position": 0}):  # fmt: skip
+        refused("layer", convert, tmp_path / "mean_diffs.pt", tmp_path / "no.safetensors", **wrong)
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_where_a_direction_was_read_can_be_said_if_the_file_does_not(tmp_path: Path) -> None:
+    torch.save(torch.randn(8), tmp_path / "direction.pt")
+    assert read(tmp_path / "direction.pt").layer is None  # type: ignore[union-attr]
+    named = convert(tmp_path / "direction.pt", tmp_path / "a.safetensors", layers=(4,), position=-1)
+    assert isinstance(named, Direction) and (named.layer, named.position) == (4, -1)
+    for text in ('{"pos": -2}', "[]", '{"pos": 0, "layer": 3}', '{"pos": -1, "layer": true}', "{"):
+        (tmp_path / "direction_metadata.json").write_text(text)
+        refused("direction", read, tmp_path / "direction.pt")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.tensor(1.0), torch.zeros(4), torch.ones(2, 2), torch.ones(0), torch.arange(3),
+     torch.full((3,), torch.nan), torch.ones(4).expand(3, 4), torch.ones(1).expand(1000)],
+)  # fmt: skip
+def test_other_tensors_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save(tensor, tmp_path / "direction.pt")
+    refused("direction.pt", read, tmp_path / "direction.pt")
+
+
+def test_candidates_of_another_shape_are_refused(tmp_path: Path) -> None:
+    for tensor in (torch.ones(3, 4), torch.ones(1, 0, 4), torch.ones(1, 2, 3).int()):
+        write_tensors(tmp_path / "a.safetensors", CANDIDATES, {"candidates": tensor}, {})
+        refused("expected floating point", read, tmp_path / "a.safetensors")
+
+
+# The command
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["refusal-kernels", "convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        code = exit_.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return call
+
+
+def test_convert(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    random_direction().save(source)
+    target, found = tmp_path / "new" / "a.glp.gguf", tmp_path / "found.json"
+    code, out, err = run(
+        source, target, "--as", "ablate", "--layers", "2-3,7", "--scale", "2", "--json", found
+    )
+    assert code == 0, err
+    assert "layers: [2, 3, 7]" in out and "written" in out
+    said = json.loads(found.read_text())
+    assert said["as"] == "ablate" and said["strengths"] == [2.0, 2.0, 2.0]
+    assert ControlVector.load(target).layers == [2, 3, 7]
+    code, _, err = run(target, tmp_path / "b.safetensors", "--layer", "3")
+    assert code == 0, err
+    assert Direction.load(tmp_path / "b.safetensors").layer == 3
+    torch.save(torch.randn(2, 4, 8), tmp_path / "mean_diffs.pt")
+    code, out, err = run(tmp_path / "mean_diffs.pt", tmp_path / "c.safetensors")
+    assert code == 0 and "[2, 4, 8]" in out, err
+
+
+def test_a_direction_from_another_place_is_told(run: Any, tmp_path: Path) -> None:
+    keys = {**PROJECT, "glp__derived_at": "ffn_out_pre_residual"}
+    source = write(tmp_path / "a.gguf", numpy({2: UNIT[0]}), **keys)
+    code, _, err = run(source, tmp_path / "a.safetensors", "--json", tmp_path / "found.json")
+    assert code == 0 and "warning" in err and "ffn_out_pre_residual" in err
+    assert json.loads((tmp_path / "found.json").read_text())["derived_at"] == "ffn_out_pre_residual"
+    metadata = Direction.load(tmp_path / "a.safetensors").metadata
+    assert metadata["derived_at"] == "ffn_out_pre_residual" and metadata["mode"] == "ablate"
+    same = write(tmp_path / "b.gguf", numpy({2: UNIT[0]}), **{**PROJECT, "glp__derived_at": SITE})
+    code, _, err = run(same, tmp_path / "b.safetensors")
+    assert code == 0 and "warning" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{f}/a.safetensors", "{f}/b.gguf"], "add or ablate"),
+        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "ablate", "--layers", "3"], "can only add"),
+        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "subtract"], "expected add or ablate"),
+        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "3-2"], "ranges such as"),
+        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "x"], "ranges such as"),
+        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "1-99999"], "ranges"),
+        (["{f}/none.gguf", "{f}/b.safetensors"], "is not there"),
+        (["{f}/a.safetensors", "{f}/b.pt"], "can not be written"),
+    ],
+)
+def test_convert_says_no_in_one_line(
+    run: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    random_direction().save(tmp_path / "a.safetensors")
+    code, _, err = run(*(argument.format(f=tmp_path) for argument in arguments))
+    assert code == 2 and message in " ".join(err.split()) and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+def test_the_commands_take_a_direction_of_any_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, tokenizer = toy.load()
+    vectors = rk.mean_difference(
+        model, tokenizer, *(toy.prompts(c, "train")[:32] for c in ("harmful", "harmless"))
+    )
+    torch.save(vectors[-1, 5], tmp_path / "direction.pt")
+    Candidates(vectors).save(tmp_path / "candidates.safetensors")
+    ControlVector.of(Direction(vectors[-1, 5]), "add", (5,)).save(tmp_path / "a.gguf")
+    (prompt,) = toy.prompts("harmful", "test")[:1]
+
+    def run(file: str) -> tuple[Any, str]:
+        arguments = ["generate", prompt, "--direction", str(tmp_path / file)]
+        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        shown = capsys.readouterr()
+        return exit_.value.code or 0, " ".join((shown.out + shown.err).split())
+
+    code, shown = run("direction.pt")
+    assert code == 0 and "unmodified: i am sorry" in shown and "ablate: sure" in shown
+    for file, what in (("candidates.safetensors", "candidates"), ("a.gguf", "a control vector")):
+        code, shown = run(file)
+        assert code == 2 and f"holds {what}; expected a direction" in shown

@@ -1,0 +1,72 @@
+"""The CUDA kernels as one more backend, on a CPU: compiled by g++ against `cuda_emulator/`.
+
+The kernels' sources and their launchers are the ones that nvcc compiles; only the CUDA runtime is
+another. What this shows is that the arithmetic, the indices, the launch plans and the barriers
+are right. It says nothing about speed, nor about what only a GPU does: memory ordering, traps.
+"""
+
+import hashlib
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from refusal_kernels.ops import autograd, registry
+
+NAME = "cuda_emulated"
+NAMESPACE = "refusal_kernels_cuda_emulated"
+ROOT = Path(__file__).parents[2]
+EMULATOR = Path(__file__).parent / "cuda_emulator"
+FLAGS = [
+    "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+    "-Wno-psabi", f"-I{EMULATOR}", *(f"-I{p}" for p in include_paths()),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-DRK_CUDA_EMULATED={NAMESPACE}",
+]  # fmt: skip
+# `make sanitize`: what memcheck does on a GPU
+SANITIZE = ["-fsanitize=address"] if os.environ.get("REFUSAL_KERNELS_SANITIZE") else []
+
+
+def build() -> Path:
+    """Compile, unless nothing has changed since the last time, and return the library."""
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATOR / "schemas.cpp"]
+    inputs = [p for d in (ROOT / "csrc", EMULATOR) for p in sorted(d.rglob("*.*"))]
+    digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS, *SANITIZE]).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / f"cuda_emulator-{digest.hexdigest()[:16]}"
+    library = folder / "library.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX", "c++")
+
+    # the checkers are preloaded for this process, not for the compiler
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+
+    def run(*arguments: str | Path) -> None:
+        command = [compiler, *SANITIZE, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+
+    objects = [folder / f"{source.name}.o" for source in sources]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda s, o: run(*FLAGS, "-x", "c++", "-c", s, "-o", o), sources, objects))
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    partial = folder / "library.partial"
+    run("-shared", "-o", partial, *objects, f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu",
+        "-lc10")  # fmt: skip
+    partial.rename(library)
+    return library
+
+
+def register() -> None:
+    """Add the backend to the registry, after all others: only `use_backend` reaches it."""
+    torch.ops.load_library(str(build()))
+    autograd.register(NAMESPACE)
+    ops = {op: getattr(getattr(torch.ops, NAMESPACE), op).default for op in autograd.OPS}
+    why_not = registry.BACKENDS["cpu"].why_not
+    registry.BACKENDS[NAME] = registry.Backend(NAME, MappingProxyType(ops), why_not)

@@ -1,0 +1,172 @@
+"""What the dispatcher and the compiler see, and which backend serves a call."""
+
+import importlib
+
+import emulated_cuda
+import pytest
+import torch
+from conftest import DEVICES
+from programs import ablation, random_program, rows, state
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from refusal_kernels import ops
+from refusal_kernels.errors import InputError
+from refusal_kernels.ops import registry
+
+NAMESPACES = {"cpu": "refusal_kernels", "cuda": "refusal_kernels"}
+NAMESPACES[emulated_cuda.NAME] = emulated_cuda.NAMESPACE
+if DEVICES["triton"] == "cuda":  # the interpreter can not be traced
+    NAMESPACES["triton"] = "refusal_kernels_triton"
+
+
+@pytest.mark.parametrize("backend_name", [b for b in DEVICES if b in NAMESPACES])
+def test_opcheck(backend_name):
+    namespace = getattr(torch.ops, NAMESPACES[backend_name])
+    check = torch.library.opcheck
+    with torch.device(DEVICES[backend_name]):
+        bank, params = random_program(24)
+        x, residual = rows(6, 24), rows(6, 24)
+        route = torch.tensor([0, 1, -1, 0, 1, 1], dtype=torch.int32)
+        weight, index = torch.randn(24), torch.randint(-1, 3, (2, 3), dtype=torch.int32)
+        group, moments = torch.tensor([0, 1], dtype=torch.int32), state(2, 3, 24)
+    for grad in (False, True):
+        x, residual, bank, params, weight = (
+            t.detach().clone().requires_grad_(grad) for t in (x, residual, bank, params, weight)
+        )
+        program = (bank, params, route)
+        check(namespace.add_steer.default, (x, residual, bank, params, None))
+        for op in ("add_steer", "add_steer_scores"):
+            check(getattr(namespace, op).default, (x, residual, *program))
+        for op in ("add_steer_rms_norm", "add_steer_rms_norm_scores"):
+            check(getattr(namespace, op).default, (x, residual, weight, 1e-6, *program, 1.0))
+        check(namespace.scores.default, (x, bank, route))
+        check(namespace.rms_norm.default, (x, weight, 1e-6, 1.0))
+    x, residual, bank, params, weight = (t.detach() for t in (x, residual, bank, params, weight))
+    program, t = (bank, params, route), x[:, :2].contiguous()
+    check(namespace.add_steer_backward.default, (x, t, *program))
+    for grad_h in (residual, None):
+        check(
+            namespace.add_steer_rms_norm_backward.default,
+            (x, grad_h, x, t, weight, 1e-6, *program, 1.0),
+        )
+    check(namespace.add_steer_.default, (x, residual, *program))
+    check(namespace.moments_.default, (*moments, x.view(2, 3, 24), index, group))
+    if backend_name != "triton":  # Triton's own namespace has no forms without a gradient
+        check(namespace.add_steer_inference.default, (x, residual, *program))
+        check(
+            namespace.add_steer_rms_norm_inference.default,
+            (x, residual, weight, 1e-6, *program, 1.0),
+        )
+
+
+@pytest.mark.parametrize("device", sorted({d for b, d in DEVICES.items() if b in NAMESPACES}))
+def test_compiled_without_a_graph_break_and_dials_stay_live(device):
+    with torch.device(device):
+        _, bank, params = ablation(32)
+        x, residual, weight = rows(4, 32), rows(4, 32), torch.ones(32)
+
+    def plain(x, residual, bank, params):
+        h, t = ops.add_steer(x * 2, residual, bank, params, return_scores=True)
+        normed, k = ops.add_steer_rms_norm(h, x, weight, 1e-6, bank, params)
+        return ops.rms_norm(h, weight, 1e-6) + ops.scores(h, bank) + normed + k + t
+
+    torch._dynamo.reset()
+    block = torch.compile(plain, fullgraph=True)
+    args = (x, residual, bank, params)
+    assert torch.allclose(block(*args), plain(*args), atol=1e-5)
+    params[..., 0] = -0.25  # what a compiled model must follow
+    assert torch.allclose(block(*args), plain(*args), atol=1e-5)
+
+    gradients = []
+    for function in (block, plain):
+        leaf = x.clone().requires_grad_()
+        function(leaf, residual, bank, params).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_captured_graph_follows_the_dials(name):
+    if name not in DEVICES:
+        pytest.skip("this build has no CUDA kernels")
+    with torch.device("cuda"), ops.use_backend(name):
+        bank, params = random_program(4096, slots=1)
+        x, residual = rows(16, 4096, torch.bfloat16), rows(16, 4096, torch.bfloat16)
+        weight, route = torch.randn(4096).bfloat16(), torch.zeros(16, dtype=torch.int32)
+        count, mean, m2 = state(1, 1, 4096)
+        index, group = torch.zeros(4, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+
+        def step():
+            args = (x, residual, weight, 1e-6, bank, params, route)
+            ops.moments_(count, mean, m2, x.view(4, 4, 4096), index, group)
+            return (*ops.add_steer_rms_norm(*args, return_scores=True), ops.scores(x, bank))
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for change in (lambda: params.mul_(0.5), lambda: route.fill_(-1), lambda: x.neg_()):
+            change()
+            count.zero_(), mean.zero_(), m2.zero_()
+            graph.replay()
+            moments = mean.clone()
+            count.zero_(), mean.zero_(), m2.zero_()
+            for got, want in zip((*captured, moments), (*step(), mean), strict=True):
+                assert torch.equal(got, want)
+
+
+def test_use_backend_and_explain(monkeypatch):
+    explanation = ops.explain(torch.empty(1))
+    assert explanation.chosen == "cpu" and "reference" in explanation.passed_over
+    assert ops.explain(dtype=torch.float64).chosen == "reference"
+    with ops.use_backend("reference"):
+        assert ops.explain().chosen == "reference"
+    with pytest.raises(InputError, match=r"no backend 'tritn'.*cpu, cuda, triton, reference"):
+        ops.use_backend("tritn").__enter__()
+    with ops.use_backend("cpu"), pytest.raises(InputError, match="float64"):
+        ops.explain(dtype=torch.float64)
+    monkeypatch.setenv("REFUSAL_KERNELS_BACKEND", "reference")
+    assert ops.explain().chosen == "reference"
+    monkeypatch.setenv("REFUSAL_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(InputError, match="REFUSAL_KERNELS_BACKEND"):
+        ops.explain()
+
+
+@pytest.fixture
+def nothing_found():
+    """What serves a call is kept from call to call; here the backends are exchanged."""
+    registry._found.cache_clear()
+    yield
+    registry._found.cache_clear()
+
+
+def test_use_backend_really_switches(monkeypatch, nothing_found):
+    calls = []
+    served = dict(ops.BACKENDS["reference"].ops)
+    original = served["add_steer_inference"]  # the form of a call that needs no gradient
+    served["add_steer_inference"] = lambda *a: calls.append(1) or original(*a)
+    monkeypatch.setattr(
+        "refusal_kernels.ops.registry.BACKENDS",
+        {**ops.BACKENDS, "reference": type(ops.BACKENDS["reference"])(
+            "reference", served, ops.BACKENDS["reference"].why_not)},
+    )  # fmt: skip
+    _, bank, params = ablation(8)
+    with ops.use_backend("reference"):
+        ops.add_steer(rows(1, 8), None, bank, params)
+    assert calls == [1]
+
+
+def test_triton_tells_copied_rows_of_a_tensor_without_an_address():
+    """What is traced has strides and no address; `add_steer_` has to copy back from copies."""
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    has_rows = importlib.import_module("refusal_kernels.ops.triton_ops")._has_rows
+    with FakeTensorMode():
+        t = torch.empty(4, 6, 8)
+        assert has_rows(t) and has_rows(t[:, :1]) and has_rows(t[..., :4])
+        assert not has_rows(t[:, :3]) and not has_rows(t.transpose(0, 1)) and not has_rows(t.mT)

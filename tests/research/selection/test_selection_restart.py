@@ -1,0 +1,264 @@
+"""A selection that is killed goes on where it was, and ends with the bits of an undisturbed one."""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from refusal_kernels import toy
+from refusal_kernels.direction import read_tensors, write_tensors
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.convert import CANDIDATES
+from refusal_kernels.hf.load import load
+from refusal_kernels.research.extraction.collect import mean_difference
+from refusal_kernels.research.selection import measurement
+from refusal_kernels.research.selection.algorithm import Selection, select
+from refusal_kernels.research.selection.measurement import CHECKPOINT
+
+HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
+HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Imports once, then runs every command line that it is given in a process of its own.
+SERVER = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from transformers import AutoTokenizer, LlamaForCausalLM
+from refusal_kernels import cli
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        sys.argv = ["refusal-kernels", *json.loads(line)]
+        try:
+            cli.main()
+        except SystemExit as exit:
+            os._exit(exit.code or 0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Server:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.read() == "ready"
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def start(self, arguments: list[str]) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.flush()
+        return int(self.read())
+
+    def run(self, arguments: list[str]) -> int:
+        self.start(arguments)
+        return int(self.read())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    found = Server()
+    yield found
+    assert found.process.stdin is not None
+    found.process.stdin.close()
+    assert found.process.wait(timeout=30) == 0
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: Any) -> Path:
+    """Candidates of the toy model, and some of its prompts: a tenth of them is for validation."""
+    path: Path = tmp_path_factory.mktemp("inputs")
+    model, tokenizer = load("toy", "cpu", "auto")
+    prompts = {name: list(toy.prompts(name, "train")[:80]) for name in ("harmful", "harmless")}
+    candidates = mean_difference(model, tokenizer, **prompts)
+    write_tensors(path / "candidates.safetensors", CANDIDATES, {"candidates": candidates}, {})
+    for name, some in prompts.items():
+        (path / f"{name}.txt").write_text("\n".join(some))
+    return path
+
+
+def command(inputs: Path, folder: Path) -> list[str]:
+    options = {
+        "candidates": inputs / "candidates.safetensors",
+        "harmful": inputs / "harmful.txt",
+        "harmless": inputs / "harmless.txt",
+        "batch-size": 8,
+        "out": folder / "direction.safetensors",
+        "json": folder / "selection.json",
+    }
+    return ["select", *(str(x) for key, value in options.items() for x in (f"--{key}", value))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_ten_kills(server: Server, inputs: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    begin = time.monotonic()
+    assert server.run(command(inputs, reference)) == 0
+    seconds = time.monotonic() - begin
+    whole = contents(reference)
+    assert set(whole) == {"direction.safetensors", "direction.png", "selection.json"}
+
+    chance, middle = random.Random(0), 0
+    for number in range(10):
+        folder = tmp_path / str(number)
+        part = folder / "direction.part.safetensors"
+        pid = server.start(command(inputs, folder))
+        if number % 2:  # at any moment at all; else at one after the first scores are there
+            time.sleep(chance.uniform(0.0, seconds))
+        else:
+            while not part.exists() and not (folder / "selection.json").exists():
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, seconds / 4))
+        with suppress(ProcessLookupError):  # it has ended already
+            os.kill(pid, signal.SIGKILL)
+        killed = int(server.read()) == -signal.SIGKILL
+        left = contents(folder) if folder.exists() else {}
+        for name in set(left) & set(whole):
+            assert left[name] == whole[name]  # whole, if it is there at all
+        if killed and part.exists():
+            done = read_tensors(part, CHECKPOINT, ("ablated", "added"))[1]["batches"]
+            middle += int(done) > 0 and "direction.safetensors" not in left
+
+        assert server.run(command(inputs, folder)) == 0
+        assert contents(folder) == whole  # and nothing beside it
+    assert middle >= 3
+
+
+# --- what a checkpoint holds, and whose it is
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("qwen3", num_hidden_layers=5)
+
+
+@pytest.fixture(scope="module")
+def candidates(model: Any) -> torch.Tensor:
+    return 3 * mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
+
+
+def run(model: Any, candidates: torch.Tensor, *prompts: list[str], **options: Any) -> Selection:
+    options = {
+        "refusal_tokens": [7, 9], "kl_threshold": 1e9, "induce_threshold": -1e9, "batch_size": 3,
+        **options,
+    }  # fmt: skip
+    return select(model, tiny_tokenizer(), candidates, *(prompts or (HARMFUL, HARMLESS)), **options)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(rows: int) -> Any:
+    def progress(done: int, total: int) -> None:
+        if done >= rows:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("rows", [3, 50, 96, 97, 120, 143])
+def test_nothing_is_measured_twice(
+    model: Any, candidates: torch.Tensor, tmp_path: Path, rows: int
+) -> None:
+    expected = run(model, candidates).to_dict()
+    file = tmp_path / "scores.safetensors"
+    with pytest.raises(Stopped):
+        run(model, candidates, checkpoint=file, progress=stop_after(rows))
+    calls: list[int] = []
+    found = run(
+        model, candidates, checkpoint=file, progress=lambda done, _: calls.append(done)
+    )  # fmt: skip
+    assert rows <= calls[0] < rows + 3 and calls[-1] == 144 and len(calls) == len(set(calls))
+    assert found.to_dict() == expected  # to the last bit
+    assert file.exists()  # it is the caller's
+    again: list[int] = []
+    assert run(
+        model, candidates, checkpoint=str(file), progress=lambda done, _: again.append(done)
+    ).to_dict() == expected  # fmt: skip
+    assert again == [144]
+
+
+def test_an_error_leaves_no_patch_behind(model: Any, candidates: torch.Tensor) -> None:
+    for rows in (3, 120):
+        with pytest.raises(Stopped):
+            run(model, candidates, progress=stop_after(rows))
+        run(model, candidates)  # a patched model would be refused
+
+
+def test_thresholds_are_no_part_of_the_scores(
+    model: Any, candidates: torch.Tensor, tmp_path: Path, monkeypatch: Any
+) -> None:
+    file = tmp_path / "scores.safetensors"
+    run(model, candidates, checkpoint=file)
+    monkeypatch.setattr(measurement.Measurement, "_logits", None)  # nothing is run again
+    run(model, candidates, checkpoint=file, kl_threshold=1e8)
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    model: Any, candidates: torch.Tensor, tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.safetensors"
+    run(model, candidates, checkpoint=file)
+    before = file.read_bytes()
+    other = copy.deepcopy(model)
+    other.model.layers[2].mlp.down_proj.weight.data[0, 0] += 0.1
+    cases: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("model, patch, machine or number of threads", (other, candidates), {}),
+        ("set of candidates", (model, candidates + 1e-3), {}),
+        ("set of prompts or chat format", (model, candidates, HARMFUL, HARMLESS[::-1]), {}),
+        ("set of refusal tokens", (model, candidates), {"refusal_tokens": [7]}),
+        ("batch size", (model, candidates), {"batch_size": 4}),
+    ]
+    for what, arguments, options in cases:
+        with pytest.raises(InputError, match=rf"another .*{what}.*; remove it to begin anew"):
+            run(*arguments, checkpoint=file, **options)
+        assert file.read_bytes() == before
+
+
+def test_what_is_no_checkpoint_is_refused(
+    model: Any, candidates: torch.Tensor, tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.safetensors"
+    run(model, candidates, checkpoint=file)
+    tensors, metadata = read_tensors(file, CHECKPOINT, ("ablated", "added"))
+    whole = file.read_bytes()
+    for wrong in ({"batches": "many"}, {"batches": "100000"}, {"batches": "-1"}):
+        write_tensors(file, CHECKPOINT, tensors, {**metadata, **wrong})
+        with pytest.raises(InputError, match="is no checkpoint of this run"):
+            run(model, candidates, checkpoint=file)
+    write_tensors(file, CHECKPOINT, {**tensors, "added": tensors["added"][:1].clone()}, metadata)
+    with pytest.raises(InputError, match="is no checkpoint of this run"):
+        run(model, candidates, checkpoint=file)
+    write_tensors(file, "refusal_kernels.direction", tensors, metadata)
+    with pytest.raises(InputError, match=f"expected {CHECKPOINT}"):
+        run(model, candidates, checkpoint=file)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        run(model, candidates, checkpoint=file)

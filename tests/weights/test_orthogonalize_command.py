@@ -1,0 +1,159 @@
+"""The command orthogonalize: what it writes, what it says, and how it says no."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import contents, direction, raw, save
+from tiny import plain_hooks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refusal_kernels import cli
+from refusal_kernels.cli import weights
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("command")
+    save(path / "model", tie_word_embeddings=True)
+    direction().save(path / "direction.safetensors")
+    direction(32).save(path / "short.safetensors")
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: Any, capsys: Any, folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Run the command; returns exit code, what was found, stdout and stderr."""
+
+    def call(*arguments: Any, vector: str = "direction") -> Any:
+        given = ["--direction", folder / f"{vector}.safetensors", "--json", tmp_path / "found.json"]
+        line = ["refusal-kernels", "orthogonalize", *given, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in line])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        found = tmp_path / "found.json"
+        said = json.loads(found.read_text()) if found.exists() else None
+        return exit_.value.code or 0, said, captured.out, captured.err
+
+    return call
+
+
+def ablated(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad(), plain_hooks(model, ablate=direction().vector):
+        logits: torch.Tensor = model(IDS).logits
+    return logits
+
+
+@pytest.mark.parametrize("way", ["shard by shard", "in memory"])
+def test_a_folder(way: str, folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "edited"
+    options = ["--in-memory"] if way == "in memory" else []
+    code, found, text, err = run("--model", folder / "model", "--out", out, *options)
+    assert code == 0 and "error" not in err
+    assert found["model"] == str(out) and found["way"] == way
+    assert len(found["edited"]) == 13 and found["untied"] is True
+    certificate = found["certificate"]
+    assert certificate["problem"] is None and certificate["component"] < 1e-6
+    assert list(certificate["components"])[:2] == ["embed", "layers.0.attn"]
+    assert certificate["logit_difference"] < 1e-3 < certificate["effect"]
+    for words in (f"13 tensors edited, {way}", "untied", "certificate: on 64 tokens: |r.h| <="):
+        assert words in text
+    assert "layers.2 " in text and f"written: {out}" in text
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = ablated(folder)
+    torch.testing.assert_close(
+        model(IDS).logits.detach(), expected, rtol=0, atol=2e-5 * float(expected.abs().max())
+    )
+    assert AutoTokenizer.from_pretrained(out)("tea").input_ids
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edited", "found.json"]
+
+
+def test_both_ways_write_the_same_tensors(
+    folder: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name, options in (("a", []), ("b", ["--in-memory", "--dtype", "float32"])):
+        assert run("--model", folder / "model", "--out", tmp_path / name, *options)[0] == 0
+    assert raw(tmp_path / "a") == raw(tmp_path / "b")
+
+
+def test_an_adapter(folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "adapter"
+    code, found, text, _ = run("--model", folder / "model", "--out", out, "--lora")
+    assert code == 0 and found["way"] == "adapter" and found["tied"] is True
+    assert len(found["biases"]) == 6 and found["certificate"]["problem"] is None
+    assert "untie it before a merge" in text and "6 biases" in text
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    loaded = peft.PeftModel.from_pretrained(model, out)
+    expected = ablated(folder)
+    torch.testing.assert_close(
+        loaded(input_ids=IDS).logits.detach(), expected, rtol=0, atol=2e-5 * float(expected.max())
+    )
+
+
+def test_a_certificate_where_both_models_fit(
+    folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("--model", folder / "model")
+    monkeypatch.setattr(weights, "_fits", lambda *_: False)
+    code, found, text, _ = run(*model, "--out", tmp_path / "a")
+    assert code == 0 and found["certificate"] is None and "may not fit" in text
+    assert run(*model, "--out", tmp_path / "b", "--certify")[1]["certificate"]["problem"] is None
+    monkeypatch.setattr(weights, "_fits", lambda *_: True)
+    found = run(*model, "--out", tmp_path / "c", "--no-certify")[1]
+    assert found["certificate"] is None and found["no_certificate"] == "--no-certify"
+    assert contents(tmp_path / "a") == contents(tmp_path / "c")
+
+
+def test_a_certificate_that_says_no_ends_in_an_error(
+    folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certify = weights.certify_checkpoint
+    monkeypatch.setattr(  # as if nothing had been edited
+        weights, "certify_checkpoint", lambda a, b, *rest: certify(a, a, *rest)
+    )
+    code, found, _, err = run("--model", folder / "model", "--out", tmp_path / "edited")
+    assert code == 1 and "is still written at embed" in found["certificate"]["problem"]
+    assert "is not the ablated model: the direction is still written at embed" in err
+
+
+def test_the_toy_model(run: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+    direction(128).save(tmp_path / "toy.safetensors")
+    code, found, *_ = run("--direction", tmp_path / "toy.safetensors", "--out", tmp_path / "edited")
+    assert code == 0 and found["way"] == "in memory"
+    assert found["certificate"]["problem"] is None and found["certificate"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{f}/model", "--out", "{f}"], "is there already"),
+        (["--model", "{f}/nowhere", "--out", "{t}/x"], "there is no such folder"),
+        (["--model", "{f}", "--out", "{t}/x"], "has neither model.safetensors"),
+        (["--model", "{f}/model", "--out", "{f}/model/x"], "which is only read"),
+        (["--model", "{f}/model", "--out", "{t}/x", "short"], "hidden size 32; the model has 64"),
+        (["--model", "{f}/model", "--out", "{t}/x", "--lora", "short"], "hidden size 32"),
+        (["--model", "{f}/model", "--out", "{t}/x", "missing"], "is not there"),
+        (["--model", "{f}/model", "--out", "{t}/x", "--dtype", "int8"], "dtype is 'int8'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, folder: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    vector = arguments[-1] if arguments[-1] in ("short", "missing") else "direction"
+    words = [word.format(f=folder, t=tmp_path) for word in arguments if word != vector]
+    before = contents(folder)
+    code, found, _, err = run(*words, vector=vector)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and message in lines[0], err
+    assert "Traceback" not in err and found is None
+    assert contents(folder) == before and not list(tmp_path.iterdir())

@@ -1,0 +1,334 @@
+"""Checkpoints from anyone: refused in one line, nothing written, nothing run, little memory."""
+
+import json
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import INDEX, contents, direction, save
+from safetensors.torch import load_file, save_file
+from test_hostile_files import mutated, safetensors_bytes
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good checkpoint in several files, and one in a single file."""
+    path = tmp_path_factory.mktemp("hostile")
+    save(path / "many", num_hidden_layers=2)
+    save(path / "one", num_hidden_layers=2, shard="5GB")
+    return path
+
+
+def header(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def reheaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Write the single file anew with another header."""
+
+    def damage(folder: Path) -> None:
+        document, data = header(folder / SINGLE)
+        changed = change(document)
+        document = document if changed is None else changed
+        (folder / SINGLE).write_bytes(safetensors_bytes(document, data))
+
+    return damage
+
+
+def offsets(begin: int, end: int) -> Callable[[Path], None]:
+    """Shift where the first tensor of the file begins and ends."""
+
+    def change(document: dict[str, Any]) -> None:
+        entries = [entry for name, entry in document.items() if name != "__metadata__"]
+        first = min(entries, key=lambda entry: entry["data_offsets"])
+        first["data_offsets"] = [first["data_offsets"][0] + begin, first["data_offsets"][1] + end]
+
+    return reheaded(change)
+
+
+def entry(**fields: Any) -> Callable[[Path], None]:
+    return reheaded(lambda document: document["model.norm.weight"].update(fields))
+
+
+def replaced(data: bytes | Callable[[bytes], bytes], name: str = SINGLE) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(data(path.read_bytes()) if callable(data) else data)
+
+    return damage
+
+
+def indexed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        document = json.loads((folder / INDEX).read_text())
+        changed = change(document)
+        (folder / INDEX).write_text(json.dumps(document if changed is None else changed))
+
+    return damage
+
+
+def elsewhere(name: str) -> Callable[[Path], None]:
+    """Let the index name a file of another place, where a good one lies."""
+
+    def damage(folder: Path) -> None:
+        document = json.loads((folder / INDEX).read_text())
+        moved = sorted(set(document["weight_map"].values()))[0]
+        outside = (folder / name.format(folder=folder)).resolve()
+        outside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / moved, outside)
+        weight_map = document["weight_map"]
+        for tensor, file in weight_map.items():
+            if file == moved:
+                weight_map[tensor] = name.format(folder=folder)
+        (folder / INDEX).write_text(json.dumps(document))
+
+    return damage
+
+
+def linked(name: str | None, content: str = "secret") -> Callable[[Path], None]:
+    """Make a file of the folder a link to one outside of it."""
+
+    def damage(folder: Path) -> None:
+        own = folder / (name or sorted(folder.glob("model-*"))[0].name)
+        outside = folder.parent / "outside.bin"
+        if own.exists():
+            shutil.move(own, outside)
+        else:
+            outside.write_text(content)
+        own.symlink_to(outside)
+
+    return damage
+
+
+def configured(**settings: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        document = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**document, **settings}))
+
+    return damage
+
+
+def own_code(folder: Path) -> None:
+    (folder / "model.py").write_text(f"open({str(folder.parent / 'executed')!r}, 'w')\n")
+    configured(
+        model_type="own", auto_map={"AutoConfig": "model.C", "AutoModelForCausalLM": "model.M"}
+    )(folder)
+
+
+def doubled(folder: Path) -> None:
+    first, second = sorted(folder.glob("model-*"))[:2]
+    name = next(n for n in header(first)[0] if n != "__metadata__")
+    held = load_file(second) | {name: load_file(first)[name]}
+    save_file(held, second)
+
+
+def retensored(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        save_file(load_file(folder / SINGLE) | {name: tensor}, folder / SINGLE)
+
+    return damage
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        held = load_file(folder / SINGLE)
+        del held[name]
+        save_file(held, folder / SINGLE)
+
+    return damage
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+# which checkpoint, what is done to it, and what the message says
+HOSTILE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    # headers
+    "empty": ("one", replaced(b""), "damaged or no safetensors file"),
+    "cut in the length": ("one", replaced(b"\x00\x01"), "damaged or no safetensors file"),
+    "cut in the header": ("one", replaced(lambda d: d[:500]), "a header of .* in a file of 500"),
+    "cut in the data": ("one", replaced(lambda d: d[:-100]), "its header says"),
+    "more than it says": ("one", replaced(lambda d: d + bytes(64)), "its header says"),
+    "a header of an exabyte": (
+        "one", replaced(lambda d: (1 << 60).to_bytes(8, "little") + d[8:]), "a header of"),
+    "a header of 200 MB": (
+        "one", lambda f: sparse(f / SINGLE, (200 << 20).to_bytes(8, "little"), 1 << 30),
+        "a header of"),
+    "a header of no JSON": ("one", reheaded(lambda _: b"{]"), "is not JSON"),
+    "a header of no text": ("one", reheaded(lambda _: b"\xff\xfe{}"), "not UTF-8"),
+    "a header that is a list": ("one", reheaded(lambda _: []), "no table of tensors"),
+    "a deep header": ("one", reheaded(lambda _: b"[" * 500_000), "nested too deeply"),
+    "a wide header": ("one", reheaded(lambda _: b"[" + b"1," * 3_000_000 + b"1]"), "too much"),
+    "metadata of numbers": (
+        "one", reheaded(lambda d: {**d, "__metadata__": {"a": 1}}), "metadata is not of strings"),
+    "overlapping": ("one", offsets(0, 4), "damaged"),
+    "a gap": ("one", offsets(0, -4), "damaged"),
+    "before the data": ("one", offsets(-8, -8), "damaged"),
+    "an end before its begin": ("one", entry(data_offsets=[256, 0]), "in -256 bytes"),
+    "beyond the file": ("one", entry(data_offsets=[1 << 40, (1 << 40) + 256]), "overlaps, or"),
+    "a shape that lies": ("one", entry(shape=[1 << 40]), "in 256 bytes"),
+    "a shape that overflows": ("one", entry(shape=[1 << 33, 1 << 33]), "in 256 bytes"),
+    "a negative shape": ("one", entry(shape=[-8, -8]), "no dtype, shape and offsets"),
+    "a shape of words": ("one", entry(shape=["64"]), "no dtype, shape and offsets"),
+    "a shape of truth": ("one", entry(shape=[True]), "no dtype, shape and offsets"),
+    "many dimensions": ("one", entry(shape=[1] * 100_000 + [64]), "damaged"),
+    "an unknown dtype": ("one", entry(dtype="F1"), "no dtype, shape and offsets"),
+    "a tensor that is none": (
+        "one", reheaded(lambda d: {**d, "a": None}), "no dtype, shape and offsets"),
+    # the index
+    "above": ("many", elsewhere("../outside.safetensors"), "expected the name of a .safetensors"),
+    "far above": ("many", elsewhere("a/../../outside.safetensors"), "expected the name of"),
+    "absolute": ("many", elsewhere("{folder}/../outside.safetensors"), "expected the name of"),
+    "below": ("many", elsewhere("inner/w.safetensors"), "expected the name of"),
+    "backslashes": ("many", elsewhere("..\\outside.safetensors"), "expected the name of"),
+    "hidden": ("many", elsewhere(".w.safetensors"), "expected the name of"),
+    "another kind": ("many", elsewhere("w.bin"), "expected the name of"),
+    "a file that is not there": (
+        "many", indexed(lambda d: d["weight_map"].update(a="z.safetensors")), "is not there"),
+    "a tensor that is not there": (
+        "many", indexed(lambda d: d["weight_map"].update(
+            a=next(iter(d["weight_map"].values())))), "says that 'a' is in"),
+    "a tensor that it does not name": (
+        "many", indexed(lambda d: d["weight_map"].popitem() and None), "is in None; it is in"),
+    "a tensor in two files": ("many", doubled, "is in .* and in"),
+    "no weight_map": ("many", indexed(lambda d: {"metadata": {}}), "has no weight_map"),
+    "an empty weight_map": ("many", indexed(lambda d: {"weight_map": {}}), "has no weight_map"),
+    "a weight_map of numbers": (
+        "many", indexed(lambda d: {"weight_map": {"a": 1}}), "has no weight_map"),
+    "an index that is a list": ("many", indexed(lambda d: []), "has no weight_map"),
+    "a deep index": ("many", replaced(b'{"a":' * 200_000, INDEX), "nested too deeply"),
+    "a wide index": ("many", replaced(b"[" + b"{}," * 3_000_000 + b"{}]", INDEX), "too much"),
+    "a large index": ("many", lambda f: sparse(f / INDEX, b"[", 1 << 36), "a JSON file of at most"),
+    # links, and what is no file
+    "a shard elsewhere": ("many", linked(None), "outside of its folder"),
+    "an index elsewhere": ("many", linked(INDEX), "outside of its folder"),
+    "a configuration elsewhere": ("many", linked("config.json"), "outside of its folder"),
+    "a page elsewhere": ("many", linked("passwords.txt"), "outside of its folder"),
+    "a link to nothing": (
+        "many", lambda f: (f / "a.txt").symlink_to(f / "nothing"), "is no file; expected"),
+    "a pipe": ("many", lambda f: os.mkfifo(f / "a.txt"), "is no file; expected"),
+    "a pipe for a shard": (
+        "one", lambda f: ((f / SINGLE).unlink(), os.mkfifo(f / SINGLE)), "is not there"),
+    "a folder for a shard": (
+        "one", lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()), "is not there"),
+    "no weights": ("one", lambda f: (f / SINGLE).unlink(), "has neither model.safetensors nor"),
+    # the configuration
+    "no configuration": ("one", lambda f: (f / "config.json").unlink(), "is not there"),
+    "a configuration of nothing": ("one", replaced(b"[]", "config.json"), "no table of settings"),
+    "a deep configuration": (
+        "one", replaced(b'{"a":' * 100_000, "config.json"), "nested too deeply"),
+    "a family of its own": ("one", own_code, "config.json cannot be used"),
+    "an unknown family": ("one", configured(model_type="none"), "config.json cannot be used"),
+    "an encoder": ("one", configured(model_type="clip"), "the model has 512"),
+    "quantised": (
+        "one", configured(quantization_config={"quant_method": "fp8"}), "is quantised"),
+    "a billion layers": ("one", configured(num_hidden_layers=10**9), "layers is 10"),
+    "more layers than tensors": ("one", configured(num_hidden_layers=60), "says 60 layers"),
+    "another number of layers": ("one", configured(num_hidden_layers=3), "has 0 tensors for"),
+    "a billion experts": (
+        "one", configured(model_type="mixtral", num_local_experts=10**9), "experts is 10"),
+    "a billion words": ("one", configured(vocab_size=10**9), "embed_tokens.weight would be"),
+    "a wide layer": ("one", configured(intermediate_size=10**8), "would be .* by the config"),
+    "a head of a billion": ("one", configured(head_dim=10**7), "would be .* by the config"),
+    "words for numbers": ("one", configured(hidden_size="many"), "config.json cannot be used"),
+    "another width": ("one", configured(hidden_size=32), "hidden size 64; the model has 32"),
+    "another shape": ("one", configured(intermediate_size=95), "is .64, 96.; the model of"),
+    # tensors
+    "a writer of integers": (
+        "one", retensored(DOWN, torch.ones(64, 96, dtype=torch.int8)), "is I8; expected one of"),
+    "a writer of another shape": (
+        "one", retensored(DOWN, torch.ones(96, 64)), "is .96, 64.; the model of"),
+    "a writer that is missing": ("one", without(DOWN), "has 0 tensors for"),
+}  # fmt: skip
+
+
+def sparse(path: Path, data: bytes, size: int) -> None:
+    """A file that says it is large, and takes no room on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_and_nothing_is_written(
+    case: str, whole: Path, tmp_path: Path
+) -> None:
+    which, damage, message = HOSTILE[case]
+    folder = tmp_path / "at" / "source"
+    shutil.copytree(whole / which, folder)
+    damage(folder)
+    before = sorted(tmp_path.rglob("*"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=message) as caught:
+        orthogonalize_checkpoint(folder, tmp_path / "target", direction())
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2100
+    assert sorted(tmp_path.rglob("*")) == before  # no target, nothing executed
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 600_000  # KiB
+
+
+def test_bad_places(whole: Path, tmp_path: Path) -> None:
+    def refused(source: Path, target: Path, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            orthogonalize_checkpoint(source, target, direction())
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    refused(tmp_path / "none", tmp_path / "target", "none is not there")
+    refused(tmp_path / "file", tmp_path / "target", "file is not there; expected a folder")
+    refused(whole / "one", tmp_path, "is there already")
+    refused(whole / "one", tmp_path / "link", "is there already")
+    refused(whole / "one", whole / "one" / "target", "which is only read")
+    refused(whole / "one", tmp_path / "file" / "target", "cannot be written")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+    assert "target" not in os.listdir(whole / "one")
+
+
+def test_links_into_the_hubs_cache_are_followed(whole: Path, tmp_path: Path) -> None:
+    """There, files are links into the folder blobs beside the snapshots."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted((whole / "many").iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    orthogonalize_checkpoint(snapshot, tmp_path / "target", direction())
+    orthogonalize_checkpoint(whole / "many", tmp_path / "plain", direction())
+    assert contents(tmp_path / "target") == contents(tmp_path / "plain")
+    assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_damaged_files_are_refused_or_give_a_whole_folder(
+    whole: Path, tmp_path: Path, name: str
+) -> None:
+    folder, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(whole / "one", folder)
+    good, refused = (folder / name).read_bytes(), 0
+    size = 8 + int.from_bytes(good[:8], "little") if name == SINGLE else len(good)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(60):
+        damaged = mutated(good[:size], random.Random(f"{name} {seed}")) + good[size:]
+        (folder / name).write_bytes(damaged)
+        try:
+            orthogonalize_checkpoint(folder, target, direction())
+        except InputError as error:
+            refused += 1
+            assert str(error).isprintable()
+            assert os.listdir(tmp_path) == ["source"], damaged[:2000]
+        else:
+            assert contents(target).keys() == contents(folder).keys()
+            shutil.rmtree(target)
+    assert refused > 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 600_000  # KiB
