@@ -13,7 +13,7 @@ from tiny import plain_hooks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_kernels import cli
-from refusal_kernels.cli import weights
+from refusal_kernels.cli import orthogonalize as command
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -104,11 +104,11 @@ def test_a_certificate_where_both_models_fit(
     folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ("--model", folder / "model")
-    monkeypatch.setattr(weights, "_fits", lambda *_: False)
+    monkeypatch.setattr(command, "_fits", lambda *_: False)
     code, found, text, _ = run(*model, "--out", tmp_path / "a")
     assert code == 0 and found["certificate"] is None and "may not fit" in text
     assert run(*model, "--out", tmp_path / "b", "--certify")[1]["certificate"]["problem"] is None
-    monkeypatch.setattr(weights, "_fits", lambda *_: True)
+    monkeypatch.setattr(command, "_fits", lambda *_: True)
     found = run(*model, "--out", tmp_path / "c", "--no-certify")[1]
     assert found["certificate"] is None and found["no_certificate"] == "--no-certify"
     assert contents(tmp_path / "a") == contents(tmp_path / "c")
@@ -117,9 +117,9 @@ def test_a_certificate_where_both_models_fit(
 def test_a_certificate_that_says_no_ends_in_an_error(
     folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    certify = weights.certify_checkpoint
+    certify = command.certify_checkpoint
     monkeypatch.setattr(  # as if nothing had been edited
-        weights, "certify_checkpoint", lambda a, b, *rest: certify(a, a, *rest)
+        command, "certify_checkpoint", lambda a, b, *rest: certify(a, a, *rest)
     )
     code, found, _, err = run("--model", folder / "model", "--out", tmp_path / "edited")
     assert code == 1 and "is still written at embed" in found["certificate"]["problem"]

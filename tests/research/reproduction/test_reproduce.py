@@ -17,10 +17,10 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.research import sources
 from refusal_kernels.research.evaluation.judges import is_refusal
 from refusal_kernels.research.evaluation.likelihood import cross_entropy
 from refusal_kernels.research.evaluation.outcomes import generate
-from refusal_kernels.research.extraction import sources
 from refusal_kernels.research.reproduction import paper
 from refusal_kernels.research.reproduction.rows import paper_rows, read_row
 
