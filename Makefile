@@ -44,7 +44,7 @@ setup: .venv/.ready
 demo: setup
 	@$(BIN)/refusal-kernels demo --out out/demo
 
-# only for a test of quantised models: importing it prints warnings, which a demo can do without
+# only for a test of quantized models: importing it prints warnings, which a demo can do without
 .venv/.torchao: .venv/.ready
 	@$(PIP) torchao==0.18.0
 	@touch $@

@@ -6,13 +6,13 @@ Over the same batches, all in every round, every other round in reverse order:
 
 bare     the whole forward pass of the decoder: no hook, every layer
 cut      the pass that collecting makes, which ends before the last layer, reading nothing
-collect  `rk.collect` as it is: the pass, the moments, the merging; prompts tokenised before
+collect  `rk.collect` as it is: the pass, the moments, the merging; prompts tokenized before
 kept     the same with a checkpoint: once the identity of the run, then a file after every batch
 save     the writing of these files alone
 
 Two models: the toy model with its own prompts, and a random Llama of hidden size 896 and 6 layers
 with prompts of about 64 tokens. A ratio is that of one round; medians and quartiles over the
-rounds. What tokenising costs stands beside it: it is no part of the passes.
+rounds. What tokenizing costs stands beside it: it is no part of the passes.
 
 Memory: a process of its own for every number of prompts, since a peak cannot be reset; VmHWM, the
 highest resident memory: once the model and the prompts, which the caller holds, are there and a
@@ -71,7 +71,7 @@ print(json.dumps({"loaded_bytes": loaded, "peak_bytes": peak(), "seconds": round
 
 
 class Ready(ChatFormat):
-    """The chat format of prompts that are tokenised already."""
+    """The chat format of prompts that are tokenized already."""
 
     def __init__(self, batches: Batches, positions: int) -> None:
         self.made, self.positions = batches, positions
@@ -173,11 +173,11 @@ def main() -> int:
     chat, prompts = ChatFormat(tokenizer), list(toy.prompts("harmful", "train"))
     start = time.perf_counter()
     batches = chat.stream(prompts, 32)
-    tokenising = time.perf_counter() - start
+    tokenizing = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         own = costs(model, batches, chat.positions, options.rounds, Path(folder))
         middle = costs(middle_model(), middle_batches(16, 8), 5, options.rounds // 2, Path(folder))
-    own["tokenising_ms_per_batch"] = round(1e3 * tokenising / len(batches), 3)
+    own["tokenizing_ms_per_batch"] = round(1e3 * tokenizing / len(batches), 3)
     peaks = {str(count): memory(count) for count in COUNTS}
     few, many = (p["peak_bytes"] - p["loaded_bytes"] for p in peaks.values())
     growth = many - few

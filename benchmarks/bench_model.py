@@ -39,7 +39,7 @@ from refusal_kernels.files.atomic import replacing, write_json
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, decoder_layers, hidden_size
 from refusal_kernels.patching.paper_hooks import paper_hooks
-from refusal_kernels.research.plots import BLUE, GREEN, GREY, INK, STYLE
+from refusal_kernels.research.plots import BLUE, GRAY, GREEN, INK, STYLE
 from refusal_kernels.timing import FEWEST, Speed, interleaved
 
 SHAPES = {name: shapes.SHAPES[name] for name in ("qwen2.5-0.5b", "llama-3.2-1b")}
@@ -437,7 +437,7 @@ def ratio_text(speed: Speed | None) -> str:
 def plot(path: Path, rows: Sequence[Row], device: str) -> None:
     """Draw the ratios of every cell, with their intervals."""
     cells = list(dict.fromkeys(row.cell for row in rows if row.speed is not None))[::-1]
-    looks = dict(zip((n for n in METHODS if n != BASE), (GREEN, BLUE, GREY), strict=False))
+    looks = dict(zip((n for n in METHODS if n != BASE), (GREEN, BLUE, GRAY), strict=False))
     with plt.rc_context({**STYLE, "font.size": 9}):
         figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(cells)))
         for number, (name, color) in enumerate(looks.items()):

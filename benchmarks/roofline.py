@@ -10,12 +10,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rows import Results
 
 from refusal_kernels.files.atomic import replacing
-from refusal_kernels.research.plots import BLUE, GREEN, GREY, INK, RED, STYLE
+from refusal_kernels.research.plots import BLUE, GRAY, GREEN, INK, RED, STYLE
 
 ORANGE, SAND, VIOLET, LILAC = "#d98324", "#e0c28c", "#6d4c9f", "#b59fd0"
 COLUMNS = 3
-# provider -> legend, colour, line style; those that share a legend never stand in one panel
-CEILING = ("copy of as many bytes: the ceiling", GREY, "-")
+# provider -> legend, color, line style; those that share a legend never stand in one panel
+CEILING = ("copy of as many bytes: the ceiling", GRAY, "-")
 PLAIN = ("plain PyTorch, no steering", INK, "-")
 LOOKS = {
     "copy": CEILING,
@@ -93,7 +93,7 @@ def plot_roofline(path: Path, results: Results, device: str) -> None:
             _draw(axes, points)
             axes.set_title(op, loc="left", fontweight="bold", fontsize=10.5)
             axes.tick_params(labelbottom=True, labelsize=8.5)
-            axes.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+            axes.grid(True, axis="y", color=GRAY, alpha=0.25, linewidth=0.6)
         first = grid[0, 0]  # all panels share its axes
         first.set_xscale("log")
         first.xaxis.set_major_locator(LogLocator(numticks=6))

@@ -96,7 +96,7 @@ class Direction:
 
     @property
     def unit(self) -> Tensor:
-        """The unit vector, float32 [hidden]: normalised in float64, then rounded once."""
+        """The unit vector, float32 [hidden]: normalized in float64, then rounded once."""
         return (self.vector.double() / self.norm).float()
 
     def save(self, path: str | os.PathLike[str]) -> None:

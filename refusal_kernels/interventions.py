@@ -331,7 +331,7 @@ def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tens
     if worst > 1e-4:
         raise InputError(
             "several directions at one place must be orthonormal; the largest cosine between "
-            f"two of them is {worst:.4g}; orthonormalise them first (torch.linalg.qr)"
+            f"two of them is {worst:.4g}; orthonormalize them first (torch.linalg.qr)"
         )
     bank = torch.stack([read, write]).unsqueeze(0).contiguous()
     params = torch.stack([i.params(i.strength) for i in interventions]).unsqueeze(0)

@@ -106,7 +106,7 @@ def interleaved(
         Called with the number of rounds done, and of all.
     enough
         Asked after every `ASK_EVERY` rounds, with what is known by then: whether that will do. It
-        must look at the spread alone: one that looks at the ratio stops where chance favours it.
+        must look at the spread alone: one that looks at the ratio stops where chance favors it.
 
     Returns
     -------

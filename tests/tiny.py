@@ -48,7 +48,7 @@ END_OF_INSTRUCTION = ["<|end|>", "<|assistant|>", "answer", ":"]
 def tiny_tokenizer() -> Any:
     """One token per word, unknown words to <unk>, BOS from the template *and* the post-processor.
 
-    So whoever tokenises a rendered chat with special tokens gets BOS twice. There is no pad token.
+    So whoever tokenizes a rendered chat with special tokens gets BOS twice. There is no pad token.
     """
     vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

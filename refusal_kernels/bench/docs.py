@@ -34,7 +34,7 @@ Each cell's methods take turns in every round, each beside an unmodified model i
 environment; a ratio is the median over the rounds and, in brackets, its 95 % interval by order
 statistics. 1 is no cost. Every method is checked against a float64 reference: *in part* means that
 it edits elsewhere than the paper does, and there exactly; **no** that it is wrong. Weights edited
-beforehand ("orthogonalised") are no way to steer at run time. The JSON beside this page has the
+beforehand ("orthogonalized") are no way to steer at run time. The JSON beside this page has the
 command that gives each row.
 """
 

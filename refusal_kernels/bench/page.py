@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from refusal_kernels.bench import plots, report
-from refusal_kernels.bench.catalogue import PACKAGE, RECORDED
+from refusal_kernels.bench.catalog import PACKAGE, RECORDED
 from refusal_kernels.bench.results import (
     LOGITS_TIMES,
     RESIDUAL_EPS,

@@ -7,19 +7,19 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from refusal_kernels.bench.catalogue import PACKAGE
+from refusal_kernels.bench.catalog import PACKAGE
 from refusal_kernels.bench.results import timed
 from refusal_kernels.bench.worker import BASE
-from refusal_kernels.research.plots import BLUE, GREEN, GREY, INK, RED, STYLE, Target, _save
+from refusal_kernels.research.plots import BLUE, GRAY, GREEN, INK, RED, STYLE, Target, _save
 
 COLUMNS = 3
 OWN_LOOKS = ((RED, "-", "o"), ("#e08a7b", "--", "o"), ("#f0b9ae", ":", "o"))
-LOOKS = {"hooks": (INK, "-", "s"), "orthogonalised": (GREY, ":", "D")}
+LOOKS = {"hooks": (INK, "-", "s"), "orthogonalized": (GRAY, ":", "D")}
 OTHERS = (BLUE, GREEN, "#8a5aa8", "#b8860b", "#3aa6a6", "#7a5230", "#d16ba5", "#5b7083")
 
 
 def looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, str]]:
-    """Return colour, line and marker of every method but the unmodified model."""
+    """Return color, line and marker of every method but the unmodified model."""
     names = [name for name in dict.fromkeys(row["method"] for row in rows) if name != BASE]
     own, others = itertools.cycle(OWN_LOOKS), itertools.cycle(OTHERS)
     return {
@@ -75,7 +75,7 @@ def plot_overhead(path: Target, document: Mapping[str, Any]) -> None:
             axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
             axes.set_xlim(-0.5, len(batches) - 0.5)
             axes.set_title(title, loc="left", fontsize=8.5)
-            axes.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+            axes.grid(True, axis="y", color=GRAY, alpha=0.25, linewidth=0.6)
         tops = [row["ratio_high"] for rows in panels.values() for row in rows]
         grid[0, 0].set_ylim(0, min(1.6, 1.05 * max(1.05, *tops)))
         for axes in grid[:, 0]:
@@ -125,6 +125,6 @@ def plot_memory(path: Target, document: Mapping[str, Any]) -> None:
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.grid(axis="both", color=GREY, alpha=0.2, linewidth=0.6)
+        axes.grid(axis="both", color=GRAY, alpha=0.2, linewidth=0.6)
         axes.set_xlabel("MiB above the unmodified model's peak")
         _save(figure, path)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal_kernels.bench.catalogue import BEFOREHAND, ENGINES, PACKAGE, PLUGIN
+from refusal_kernels.bench.catalog import BEFOREHAND, ENGINES, PACKAGE, PLUGIN
 from refusal_kernels.bench.worker import BASE, SITES
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json, replacing

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from refusal_kernels.bench import shapes
-from refusal_kernels.bench.catalogue import OWN, Method
+from refusal_kernels.bench.catalog import OWN, Method
 from refusal_kernels.bench.checks import compare
 from refusal_kernels.bench.grid import Cell
 from refusal_kernels.bench.process import Process, WorkerError

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refusal_kernels.bench.catalogue import Method
+from refusal_kernels.bench.catalog import Method
 from refusal_kernels.bench.grid import ALL, Cell, Grid
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError

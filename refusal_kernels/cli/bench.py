@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-from refusal_kernels.bench import catalogue, report
+from refusal_kernels.bench import catalog, report
 from refusal_kernels.bench.docs import write_document
 from refusal_kernels.bench.grid import ALL, PROFILES, grid_for
 from refusal_kernels.bench.page import write_page
@@ -50,9 +50,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Of torch; default: all cores.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("out/bench"),
-    peers: Annotated[
-        Path, typer.Option(help="Folder of the peers' method files.")
-    ] = catalogue.PEERS,
+    peers: Annotated[Path, typer.Option(help="Folder of the peers' method files.")] = catalog.PEERS,
     answer_s: Annotated[
         float, typer.Option("--answer-limit", help="Seconds that a method may take to answer.")
     ] = 240.0,
@@ -65,7 +63,7 @@ def bench(
     ] = None,
     recorded: Annotated[
         Path, typer.Option(help="The folder of the results that --document tells of.")
-    ] = catalogue.RECORDED,
+    ] = catalog.RECORDED,
     json_file: JsonOption = None,
 ) -> None:
     """Time every way to ablate beside the unmodified model, and check each.
@@ -102,7 +100,7 @@ def bench(
     settings = Settings(
         profile,
         grid_for(profile, device, given),
-        tuple(catalogue.find(_list("--methods", methods, str), device, peers)),
+        tuple(catalog.find(_list("--methods", methods, str), device, peers)),
         device,
         threads or os.cpu_count() or 1,
         out,

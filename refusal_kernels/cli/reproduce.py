@@ -121,7 +121,7 @@ def reproduce(
     """Run the paper's protocol, and set every number beside the paper's row, with tolerances.
 
     Extract, select, then refusals, cross-entropy and benchmarks under ablation, addition,
-    subtraction and with orthogonalised weights. A run that was cut short goes on where it stopped.
+    subtraction and with orthogonalized weights. A run that was cut short goes on where it stopped.
     The exit code is 0 if no number is outside its tolerance, 1 if one is. Without a hub the toy
     model is compared with the row that was recorded of it.
     """
@@ -233,7 +233,7 @@ def _write(
     with replacing(out / "table.md") as temporary:
         temporary.write_text(f"# {about['model']}\n\n{table}{notes}\n", encoding="utf-8")
     harness = {
-        "unmodified" if edit == "baseline" else "orthogonalised": tasks
+        "unmodified" if edit == "baseline" else "orthogonalized": tasks
         for edit, tasks in found.benchmarks.items()
     }
     page = {**found.evidence, **about, "selection": found.selection, "comparisons": rows}

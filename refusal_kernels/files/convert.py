@@ -266,12 +266,12 @@ def convert(
     layer = None if layers is None else _single(layers)
     if isinstance(found, ControlVector):
         found, layer = _only(found, layer, str(source)), None
-    direction = _labelled(found, layer, position, str(source))
+    direction = _labeled(found, layer, position, str(source))
     direction.save(target)
     return direction
 
 
-def _labelled(
+def _labeled(
     direction: Direction, layer: int | None, position: int | None, source: str
 ) -> Direction:
     """Say where a direction was read, if the file does not."""

@@ -157,7 +157,7 @@ def add_steer_rms_norm(
     *,
     return_scores: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """Add, steer, and normalise the steered row: what a pre-norm block does between two writers.
+    """Add, steer, and normalize the steered row: what a pre-norm block does between two writers.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
     Notes
     -----
     Zhang and Sennrich 2019. Computed in float32 and rounded once; Hugging Face rounds the
-    normalised row to the model's dtype before the weight, so half-precision bits differ from it.
+    normalized row to the model's dtype before the weight, so half-precision bits differ from it.
     """
     return serving("rms_norm", x)(x, weight, eps, weight_offset)
 

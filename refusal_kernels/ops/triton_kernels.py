@@ -340,7 +340,7 @@ def merge_moments_kernel(
     begin, end, share = _rows_of(offsets, slot, splits, ROWS)
     if begin < end:  # a slot without rows stays as it is, bit for bit
         state = slot * hidden + columns
-        centre = tl.load(mean + state, mask=mask, other=0.0)
+        center = tl.load(mean + state, mask=mask, other=0.0)
         squares = tl.load(m2 + state, mask=mask, other=0.0)
         before = tl.load(count + slot).to(tl.float64)
         from_mean = partial + slot * splits * hidden + columns
@@ -348,12 +348,12 @@ def merge_moments_kernel(
         for start in tl.range(begin, end, share, loop_unroll_factor=4):
             n = tl.minimum(share, end - start).to(tl.float64)
             after = before + n
-            delta = tl.load(from_mean, mask=mask, other=0.0) - centre
+            delta = tl.load(from_mean, mask=mask, other=0.0) - center
             squares += tl.load(from_squares, mask=mask, other=0.0)
             squares += delta * delta * (before * n / after)
-            centre += delta * (n / after)
+            center += delta * (n / after)
             before = after
             from_mean += hidden
             from_squares += hidden
-        tl.store(mean + state, centre, mask=mask)
+        tl.store(mean + state, center, mask=mask)
         tl.store(m2 + state, squares, mask=mask)

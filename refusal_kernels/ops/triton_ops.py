@@ -355,7 +355,7 @@ if triton is not None:
         read = (index >= 0) & (index < positions) & (group >= 0).unsqueeze(-1)
         slot = torch.where(read, group.unsqueeze(-1) * positions + index, slots).flatten()
         by_slot, order = torch.sort(slot, stable=True)
-        # where each slot's rows begin: no host synchronisation, unlike bincount
+        # where each slot's rows begin: no host synchronization, unlike bincount
         edges = torch.arange(slots + 1, device=slot.device, dtype=by_slot.dtype)
         offsets = torch.searchsorted(by_slot.contiguous(), edges)
         blocks, splits = plan_moments(batch * tokens, slots, hidden)

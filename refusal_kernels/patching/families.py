@@ -2,7 +2,7 @@
 
 The rules: the decoder's layers hold the adds in their own forward, the first parameter of that is
 the stream, and what enters the first layer is what the embedding wrote. Classes are named without
-their module, so that a family's copies (multimodal, quantised) share an entry.
+their module, so that a family's copies (multimodal, quantized) share an entry.
 """
 
 # Functions that add a residual themselves; `Site` has a method of each name.

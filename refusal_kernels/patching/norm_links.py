@@ -68,7 +68,7 @@ def version(x: Tensor) -> int | None:
 
 
 def is_plain(weight: Any, x: Tensor | None = None) -> TypeGuard[Tensor]:
-    """Whether a kernel can read a weight (no DTensor, nor quantised), here together with x."""
+    """Whether a kernel can read a weight (no DTensor, nor quantized), here together with x."""
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return False
     # of two dtypes a norm may return either

@@ -16,15 +16,15 @@ matplotlib.use("Agg")  # no window, whatever the machine offers
 
 from matplotlib import pyplot as plt
 
-INK, GREY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
-OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GREY)
+INK, GRAY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
+OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GRAY)
 Target = Path | IO[bytes]
 """Where a picture goes: a file (its suffix says the format), or a stream, which gets SVG."""
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -64,10 +64,10 @@ def plot_projections(
             low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=1)
             axes.plot(x, middle, color=color, marker="o", markersize=4, label=f"{name} prompts")
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.axvline(selected, color=GREY, linestyle=":", linewidth=1)
+        axes.axvline(selected, color=GRAY, linestyle=":", linewidth=1)
         axes.annotate(
             "selected", (selected, 1.0), xycoords=("data", "axes fraction"), ha="center",
-            va="bottom", color=GREY, fontsize=9,
+            va="bottom", color=GRAY, fontsize=9,
         )  # fmt: skip
         every = max(1, len(x) // 16)
         axes.set_xticks(x[::every], [*map(str, x[:-1]), "out"][::every])
@@ -156,7 +156,7 @@ def plot_controls(
         for axes, (title, rates) in zip(every[0], panels.items(), strict=True):
             values, errors = _percent(list(rates.values()))
             for y, (value, error) in enumerate(zip(values, errors.T, strict=True)):
-                color = (GREY, RED)[y] if y < 2 else BLUE
+                color = (GRAY, RED)[y] if y < 2 else BLUE
                 axes.errorbar(
                     value, y, xerr=error[:, None], fmt="o", color=color, capsize=3, lw=1.4,
                     markersize=6, clip_on=False,
@@ -166,7 +166,7 @@ def plot_controls(
             axes.set_xlim(-2, 102)
             axes.set_xlabel(f"{counts}, %")
             axes.set_title(title, fontsize=11, loc="left")
-            axes.grid(axis="y", color=GREY, alpha=0.2, linewidth=0.8)
+            axes.grid(axis="y", color=GRAY, alpha=0.2, linewidth=0.8)
         figure.tight_layout(w_pad=2)
         _save(figure, path)
 
@@ -220,7 +220,7 @@ def plot_dose(
                     )
                     axes.plot(x, y, "o-", color=GREEN, markersize=4)
                 for mark in (0, 1):
-                    axes.axvline(mark, color=GREY, linestyle=":", linewidth=1)
+                    axes.axvline(mark, color=GRAY, linestyle=":", linewidth=1)
                 if column == 0:
                     axes.set_ylabel(labels[name])
             every[0, column].set_title(f"{kind}", fontsize=11, loc="left")
@@ -268,7 +268,7 @@ def plot_candidates(
                     axes.add_patch(
                         plt.Rectangle(
                             (x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", linewidth=0,
-                            edgecolor="white" if row[name] is not None else GREY,
+                            edgecolor="white" if row[name] is not None else GRAY,
                         )
                     )  # fmt: skip
             image = axes.imshow(table, cmap=colors, aspect="auto", interpolation="nearest")
@@ -298,7 +298,7 @@ def plot_speed(path: Target, speed: Mapping[str, Speed]) -> None:
         names = list(speed)[::-1]
         for y, name in enumerate(names):
             own = speed[name]
-            axes.barh(y, own.median, color=GREEN if name == "fused" else GREY, height=0.6)
+            axes.barh(y, own.median, color=GREEN if name == "fused" else GRAY, height=0.6)
             jitter = np.linspace(-0.2, 0.2, len(own.ratios))
             axes.plot(own.ratios, y + jitter, ".", color=INK, markersize=3, alpha=0.5)
             axes.annotate(

@@ -116,7 +116,7 @@ def orthogonalize_checkpoint(
     ------
     InputError
         If the target is there or cannot be written, the disk is too small, the checkpoint is
-        damaged, quantised or not what its configuration says, its family needs code of its own, or
+        damaged, quantized or not what its configuration says, its family needs code of its own, or
         the edit would not be ablation (as `orthogonalize`). Nothing has been written then.
 
     Notes

@@ -56,7 +56,7 @@ def make_plan(folder: Path, shards: list[Shard], direction: Direction, text_only
     ------
     InputError
         If the configuration is of no family that transformers knows without code of the
-        checkpoint's own, the weights are quantised, the tensors are not those of the model, or the
+        checkpoint's own, the weights are quantized, the tensors are not those of the model, or the
         edit would not be ablation (as `orthogonalize`).
     """
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
@@ -114,7 +114,7 @@ def read_config(folder: Path, tensors: int) -> Any:
     Raises
     ------
     InputError
-        If transformers has no model for it, it is quantised, it has more layers than the checkpoint
+        If transformers has no model for it, it is quantized, it has more layers than the checkpoint
         has tensors, or a number of heads or experts that is absurd.
     """
     document = read_json(inside(folder, "config.json"))
@@ -124,7 +124,7 @@ def read_config(folder: Path, tensors: int) -> Any:
     for part in (document, nested if isinstance(nested, dict) else {}):
         if part.get("quantization_config"):
             raise InputError(
-                f"{folder} is quantised (quantization_config); expected a checkpoint in float32, "
+                f"{folder} is quantized (quantization_config); expected a checkpoint in float32, "
                 "bfloat16 or float16"
             )
     for name, value in _settings(document):
@@ -274,7 +274,7 @@ def _placed(
 def _check(entry: Entry, shape: tuple[int, ...], axis: int, hidden: int) -> None:
     if entry.dtype not in DTYPES:
         raise InputError(
-            f"{entry.name} is {entry.dtype}; expected one of {', '.join(DTYPES)}, not quantised"
+            f"{entry.name} is {entry.dtype}; expected one of {', '.join(DTYPES)}, not quantized"
         )
     if axis < len(shape) - 2:
         raise InputError(

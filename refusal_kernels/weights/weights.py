@@ -75,7 +75,7 @@ def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) 
     Raises
     ------
     InputError
-        If the model is patched, quantised, offloaded, with adapters, of another hidden size, or of
+        If the model is patched, quantized, offloaded, with adapters, of another hidden size, or of
         a family where the edit is not ablation: a norm or a gain follows what writes (Gemma 2 and
         3, OLMo 2, GLM 4), or the embedding (BLOOM). Nothing has been changed then.
 
@@ -101,7 +101,7 @@ def check_model(model: Any, direction: Direction) -> None:
     Raises
     ------
     InputError
-        If it has another hidden size, is patched or carries adapters, or a weight is quantised or
+        If it has another hidden size, is patched or carries adapters, or a weight is quantized or
         offloaded.
     """
     if direction.hidden != hidden_size(model):
@@ -116,12 +116,12 @@ def check_model(model: Any, direction: Direction) -> None:
                 f"{name} is a {type(module).__name__} of PEFT; merge or unload adapters first"
             )
     if getattr(model, "is_quantized", False):
-        raise InputError("the model is quantised; expected floating-point weights")
+        raise InputError("the model is quantized; expected floating-point weights")
     for name, parameter in model.named_parameters():
         if parameter.dtype not in DTYPES or parameter.device.type == "meta":
             raise InputError(
                 f"{name} is {parameter.dtype} on {parameter.device}; expected "
-                "floating-point weights in memory, neither quantised nor offloaded"
+                "floating-point weights in memory, neither quantized nor offloaded"
             )
 
 

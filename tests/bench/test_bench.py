@@ -99,7 +99,7 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     assert result.exit_code == 0, result.output
     rows = by_method(document)
     assert set(rows) == {
-        *("unmodified", "hooks", "orthogonalised", "refusal_kernels:cpu"),
+        *("unmodified", "hooks", "orthogonalized", "refusal_kernels:cpu"),
         "refusal_kernels:reference",
     }
     assert document["complete"] and document == json.loads((tmp_path / "copy.json").read_text())
@@ -201,13 +201,13 @@ def test_a_worker_that_hangs_or_does_not_start_says_so(tmp_path):
 
 def test_steered_layers_and_programs_are_right(bench):
     result, document = bench(
-        *("--methods", "refusal_kernels:cpu,hooks,orthogonalised"),
+        *("--methods", "refusal_kernels:cpu,hooks,orthogonalized"),
         *("--steered-layers", "2", "--programs", "2", "--phases", "prefill"),
     )
     assert result.exit_code == 0
     rows = by_method(document)
     assert rows["refusal_kernels:cpu"]["verdict"] == rows["hooks"]["verdict"] == "yes"
-    assert rows["orthogonalised"]["status"].startswith("cannot: ")
+    assert rows["orthogonalized"]["status"].startswith("cannot: ")
 
 
 def test_what_dies_of_one_model_is_tried_again_with_the_next(bench, method):

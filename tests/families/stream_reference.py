@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 Edit = Callable[[Tensor], Tensor]
 
-_POST_NORM = "post-norm: LayerNorm follows the add, so the stream is re-normalised"
+_POST_NORM = "post-norm: LayerNorm follows the add, so the stream is re-normalized"
 _HYPER = "hyper-connections: several streams side by side, mixed by learned matrices"
 _ALTUP = "altup: several predicted streams, of which a layer computes one and corrects the others"
 _TOWERS = "byte encoder, patch transformer and byte decoder, joined by cross-attention"

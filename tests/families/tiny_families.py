@@ -315,12 +315,12 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
         else:
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model = model.float().eval()
-    _randomise(model, seed)
+    _randomize(model, seed)
     return model
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
+def _randomize(model: nn.Module, seed: int) -> None:
     """Draw the weights so that every block contributes and nothing is zero or one by default."""
     generator = torch.Generator().manual_seed(seed)
 

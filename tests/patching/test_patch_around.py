@@ -164,7 +164,7 @@ def test_merging_and_unmerging_an_adapter(model, direction, tokens, first):
     assert not torch.allclose(base, want, atol=1e-2)
 
 
-# --- spread out, offloaded, quantised
+# --- spread out, offloaded, quantized
 
 
 def offload(model, how, folder):
@@ -210,24 +210,24 @@ def test_accelerate(model, direction, tokens, how, first, last, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", ["patch", "quantise"])
+@pytest.mark.parametrize("first", ["patch", "quantize"])
 @pytest.mark.parametrize("how", ["torchao", "dynamic"])
 @torch.no_grad()
-def test_quantised_linears(model, direction, tokens, how, first):
-    def quantised(model):
+def test_quantized_linears(model, direction, tokens, how, first):
+    def quantized(model):
         if how == "dynamic":
             return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
         torchao = pytest.importorskip("torchao.quantization")
         torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
         return model
 
-    other = quantised(copy.deepcopy(model))
+    other = quantized(copy.deepcopy(model))
     want = wanted(other, direction, tokens)
-    if first == "quantise":
-        model = quantised(model)
+    if first == "quantize":
+        model = quantized(model)
     patch(model, Ablate(direction))
     if first == "patch":
-        model = quantised(model)
+        model = quantized(model)
     close(model(tokens).logits, want)
     assert not torch.allclose(want, other(tokens).logits, atol=0.1)
     unpatch(model)

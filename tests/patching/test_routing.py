@@ -193,7 +193,7 @@ class _Called(TorchDispatchMode):
 
 
 # what makes the host wait for a device: a number, or a size, that is read back
-SYNCHRONISES = (
+SYNCHRONIZES = (
     "_local_scalar_dense",
     "item",
     "nonzero",
@@ -208,7 +208,7 @@ def test_steering_and_telemetry_ask_the_host_for_nothing(model, tokens, directio
     def called(run):
         with torch.no_grad(), _Called() as mode:
             run()
-        return [n for n in mode.names if any(f".{s}" in n for s in SYNCHRONISES)]
+        return [n for n in mode.names if any(f".{s}" in n for s in SYNCHRONIZES)]
 
     assert called(lambda: tokens.max().item())  # it would be seen
     mask = torch.ones_like(tokens)

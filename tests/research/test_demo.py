@@ -128,7 +128,7 @@ def test_without_the_kernel_the_demo_fails(out, tmp_path, monkeypatch, capsys):
         broken |= {f"add_steer{form}": plain_add, f"add_steer_rms_norm{form}": plain_norm}
     backend = type(ops.BACKENDS["cpu"])("cpu", broken, ops.BACKENDS["cpu"].why_not)
     monkeypatch.setitem(ops.BACKENDS, "cpu", backend)
-    # the ablation does nothing, which the certificate of the orthogonalised weights finds first
+    # the ablation does nothing, which the certificate of the orthogonalized weights finds first
     assert run("demo", "--out", tmp_path / "broken", "--rounds", 2) in (1, 2)
     error = capsys.readouterr().err
     assert "the logits differ from those under ablation" in error or "not as expected" in error

@@ -197,7 +197,7 @@ def test_soak(requests, server, wanted):
                 answer = await client.post(PROGRAMS, json=change)
                 if answer.status_code != 200:
                     mistakes.append(("change", answer.text))
-            elif kind < 0.25:  # cancelled after its first tokens
+            elif kind < 0.25:  # canceled after its first tokens
                 request = {**body(all_prompts[k], xargs), "stream": True}
                 async with client.stream("POST", "/v1/completions", json=request) as stream:
                     async for _ in stream.aiter_lines():

@@ -232,8 +232,8 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a family of its own": ("one", own_code, "config.json cannot be used"),
     "an unknown family": ("one", configured(model_type="none"), "config.json cannot be used"),
     "an encoder": ("one", configured(model_type="clip"), "the model has 512"),
-    "quantised": (
-        "one", configured(quantization_config={"quant_method": "fp8"}), "is quantised"),
+    "quantized": (
+        "one", configured(quantization_config={"quant_method": "fp8"}), "is quantized"),
     "a billion layers": ("one", configured(num_hidden_layers=10**9), "layers is 10"),
     "more layers than tensors": ("one", configured(num_hidden_layers=60), "says 60 layers"),
     "another number of layers": ("one", configured(num_hidden_layers=3), "has 0 tensors for"),

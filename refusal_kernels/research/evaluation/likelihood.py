@@ -130,7 +130,7 @@ def answers(tokenizer: Any, pairs: Sequence[tuple[str, str | Sequence[int]]]) ->
     tokenizer
         A transformers tokenizer with a chat template, or a `ChatFormat`.
     pairs
-        Prompt and answer; the answer as text, or as tokens (then no text is tokenised anew).
+        Prompt and answer; the answer as text, or as tokens (then no text is tokenized anew).
     """
     chat = ChatFormat.of(tokenizer)
     if not pairs:

@@ -12,7 +12,7 @@ from refusal_kernels.research.evaluation.evidence import (
     UNMODIFIED,
 )
 
-ORTHOGONALISED = "orthogonalised"
+ORTHOGONALIZED = "orthogonalized"
 Document = Mapping[str, Any]
 """What `Evidence.to_dict` gives; "lm_eval" may stand beside it."""
 
@@ -162,7 +162,7 @@ def _capability(document: Document) -> list[Statement]:
         for metric, own in list(metrics.items())[:1]:
             others = [
                 f", {edit} {lm_eval[edit][task][metric]['value']:.3f}"
-                for edit in (ABLATED, ORTHOGONALISED) if edit in lm_eval
+                for edit in (ABLATED, ORTHOGONALIZED) if edit in lm_eval
             ]  # fmt: skip
             parts.append(f"{task} {metric} {own['value']:.3f}{''.join(others)}")
     if not parts:

@@ -160,7 +160,7 @@ def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: 
 
 @torch.inference_mode()
 def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """`last_logits` of prompts that are tokenised already, in the order of the prompts."""
+    """`last_logits` of prompts that are tokenized already, in the order of the prompts."""
     rows, logits = [], []
     for batch in batches:
         inputs = model_inputs(batch, input_device(model))

@@ -109,7 +109,7 @@ def identity_of(
 def _checksum(tensor: Tensor) -> int | None:
     """One that every single number changes, at one pass where the tensor is; None if there is none.
 
-    That is so for an offloaded tensor, whose numbers are elsewhere, and for a quantised one of a
+    That is so for an offloaded tensor, whose numbers are elsewhere, and for a quantized one of a
     class that PyTorch cannot do this for.
     """
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()

@@ -177,7 +177,7 @@ class _Run:
         benchmarks = self.benchmarks("baseline", direction)
         orthogonal = kept.step("orthogonalized", lambda: self.ask_edited(direction))
         if why := orthogonal.get("refused"):
-            notes.append(f"orthogonalised weights are not measured: {why}")
+            notes.append(f"orthogonalized weights are not measured: {why}")
         else:
             benchmarks |= self.benchmarks("orthogonalized", direction)
         return Reproduction(
@@ -266,10 +266,10 @@ class _Run:
             return {"refused": str(error)}
         outcome = evaluate(
             self.model, self.chat, harmful=self.test["harmful"], harmless=self.test["harmless"],
-            interventions={"orthogonalised": None}, skills=self.material.skills,
+            interventions={"orthogonalized": None}, skills=self.material.skills,
             max_new_tokens=self.material.max_new_tokens, batch_size=self.size,
-            progress=self.step("Orthogonalised"),
-        )["orthogonalised"].to_dict()  # fmt: skip
+            progress=self.step("Orthogonalized"),
+        )["orthogonalized"].to_dict()  # fmt: skip
         return {key: outcome[key] for key in ("harmful", "harmless", "skills")}
 
     def edit(self, direction: Direction) -> None:

@@ -76,7 +76,7 @@ def find_refusal_tokens(
     harmless: Sequence[str],
     batch_size: int = 32,
 ) -> list[int]:
-    """Find the tokens with which the model begins a refusal, from its own behaviour.
+    """Find the tokens with which the model begins a refusal, from its own behavior.
 
     These are the next tokens whose mean probability is at least 0.05 on the harmful prompts, and
     at least 10 times that on the harmless ones.

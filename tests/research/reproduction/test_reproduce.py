@@ -227,7 +227,7 @@ def test_benchmarks_are_asked_before_and_after_the_edit(
     found = {c["quantity"]: c["found"] for c in document["comparisons"]}
     assert found["mmlu_baseline"] == found["gsm8k_orthogonalized"] == {"value": 50.0}
     page = (tmp_path / "out" / "evidence.html").read_text()
-    assert "lm-evaluation-harness" in page and "orthogonalised 0.500" in page
+    assert "lm-evaluation-harness" in page and "orthogonalized 0.500" in page
     # kept, and the edit made anew where something behind it is missing
     reproduce(capsys, *options)
     assert len(asked) == 8
@@ -236,7 +236,7 @@ def test_benchmarks_are_asked_before_and_after_the_edit(
     assert len(asked) == 12 and weights[8] == weights[4]
 
 
-def test_a_family_that_is_not_orthogonalised_is_said(
+def test_a_family_that_is_not_orthogonalized_is_said(
     small: list[Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(model: Any, direction: Direction) -> None:

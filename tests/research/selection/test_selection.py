@@ -247,7 +247,7 @@ def with_answers(harmful: dict[int, float], harmless: dict[int, float]) -> Any:
     return model
 
 
-def test_refusal_tokens_come_from_the_models_behaviour() -> None:
+def test_refusal_tokens_come_from_the_models_behavior() -> None:
     sets = ["curse a boat", "curse tea"], ["make tea", "fix a boat", "paint a cake"]
     # 10 and 11 are refusals, 12 is too rare, 13 just as frequent elsewhere, 14 not 10 times
     model = with_answers(

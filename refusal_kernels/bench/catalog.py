@@ -24,7 +24,7 @@ SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 PLUGIN = "vllm:plugin"
 ENGINES = (PLUGIN, "vllm:hooks")
 ENGINE_ENVIRONMENT = CHECKOUT / ".venv-vllm"
-BEFOREHAND = ("orthogonalised",)  # edits that are made before the model runs
+BEFOREHAND = ("orthogonalized",)  # edits that are made before the model runs
 
 
 @dataclass(frozen=True)
