@@ -1,7 +1,7 @@
 """Builds the extension `refusal_kernels._C` against libtorch's stable ABI.
 
 Everything else stands in pyproject.toml. The kernels are compiled for several instruction sets and
-chosen at load, so a wheel built here runs on any processor of the same architecture.
+chosen when it is loaded, so a wheel built here runs on any processor of the same architecture.
 """
 
 import os
@@ -14,21 +14,24 @@ from setuptools import setup
 from setuptools.extension import Extension
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-TORCH_TARGET = "0x020a000000000000"  # torch 2.10: the oldest release whose stable ABI has it all
+TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all we call
 
-# `make sanitize` builds a second copy, never installed, with the compiler's own checkers; at -O3 it
-# would spend minutes on the checks
+# `make sanitize` builds a second copy, never installed, with the compiler's own checkers. At -O3 the
+# checks would take minutes to compile.
 CHECKERS = (
     "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 )
 SANITIZE = CHECKERS.split() if os.environ.get("REFUSAL_KERNELS_SANITIZE") else []
+
+# Python's own flags ask for debug information, which takes a quarter of the compiler's time
+DEBUG_INFORMATION = "-g" if SANITIZE else "-g0"
 
 # H100 and A100 by name, and PTX that later GPUs compile for themselves
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0a 10.0+PTX"
 
 
 def why_no_cuda() -> str | None:
-    """Return the reason why the CUDA kernels can not be built, or None."""
+    """Return the reason why the CUDA kernels cannot be built, or None."""
     if os.environ.get("REFUSAL_KERNELS_CUDA") == "0":
         return "REFUSAL_KERNELS_CUDA=0"
     if SANITIZE:
@@ -45,7 +48,7 @@ def extension(cuda: bool) -> Extension:
     suffixes = "cpp|cu" if cuda else "cpp"
     common = [
         "-O3",
-        "-std=c++20",  # said, since older releases of PyTorch would say c++17
+        "-std=c++20",  # older releases of PyTorch would choose c++17
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         '-DRK_TORCH_TARGET="2.10"',
         f'-DRK_CUDA_ARCHITECTURES="{ARCHITECTURES if cuda else ""}"',
@@ -57,12 +60,14 @@ def extension(cuda: bool) -> Extension:
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-psabi",
+        DEBUG_INFORMATION,
         *SANITIZE,
     ]
     sources = (p for p in Path("csrc").rglob("*") if re.fullmatch(rf".*\.({suffixes})", p.name))
+    longest_first = sorted(sources, key=lambda p: (not p.name.startswith(("rows_", "steer_")), p))
     return (CUDAExtension if cuda else CppExtension)(
         "refusal_kernels._C",
-        sources=sorted(map(str, sources)),
+        sources=[str(path) for path in longest_first],
         depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
         py_limited_api=False,  # pybind11 needs the full Python API; torch's side is ABI-stable
         extra_compile_args={"cxx": cxx, "nvcc": [*common, "-DUSE_CUDA"]},
