@@ -13,8 +13,8 @@ from torch import Tensor
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import compile_program
-from refusal_kernels.vllm.families import Place
-from refusal_kernels.vllm.programs import Program
+from refusal_kernels.vllm.families import EnginePlace
+from refusal_kernels.vllm.programs import NamedProgram
 from refusal_kernels.vllm.requests import Steering
 
 PLAIN = -1
@@ -43,13 +43,13 @@ class Bank:
 
     def __init__(
         self,
-        places: Sequence[Place],
+        places: Sequence[EnginePlace],
         hidden: int,
         rows: int,
         slots: int,
         tokens: int,
         device: str,
-        whole: Sequence[Place] | None = None,
+        whole: Sequence[EnginePlace] | None = None,
     ) -> None:
         self.places = tuple(places)
         self.whole = self.places if whole is None else tuple(whole)
@@ -69,7 +69,7 @@ class Bank:
         """The versions that requests may ask for."""
         return tuple(self._programs)
 
-    def add(self, program: Program) -> None:
+    def add(self, program: NamedProgram) -> None:
         """Make a program available.
 
         Raises

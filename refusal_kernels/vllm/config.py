@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.programs import Program, parse_directions, parse_programs
+from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
 
 KEY = "refusal_kernels"
 GRAPH = "graph"  # written by the plugin itself, for vLLM's compile cache: see worker.py
@@ -29,7 +29,7 @@ class Monitor:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineSettings:
     """The plugin's part of an engine's configuration.
 
     Attributes
@@ -53,7 +53,7 @@ class Settings:
     """
 
     directions: dict[str, Any]
-    programs: dict[str, Program]
+    programs: dict[str, NamedProgram]
     default: str | None
     slots: int
     fuse_norms: bool
@@ -65,7 +65,7 @@ class Settings:
         return next((d.hidden for d in self.directions.values()), None)
 
 
-def read_settings(vllm_config: Any) -> Settings | None:
+def read_settings(vllm_config: Any) -> EngineSettings | None:
     """Return the plugin's settings, or None for an engine that does not ask for it.
 
     Raises
@@ -80,7 +80,7 @@ def read_settings(vllm_config: Any) -> Settings | None:
     return parse_settings(additional[KEY])
 
 
-def parse_settings(given: Any) -> Settings:
+def parse_settings(given: Any) -> EngineSettings:
     """Read the settings from their JSON form."""
     if not isinstance(given, dict):
         raise InputError(f"additional_config[{KEY!r}] is {given!r}; expected an object")
@@ -106,7 +106,7 @@ def parse_settings(given: Any) -> Settings:
     if not isinstance(fuse_norms, bool):
         raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
     monitor = _monitor(given, directions)
-    return Settings(directions, programs, default, slots, fuse_norms, monitor)
+    return EngineSettings(directions, programs, default, slots, fuse_norms, monitor)
 
 
 def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | None:

@@ -37,7 +37,7 @@ START, ADD, NORM = "start", "add", "norm"
 
 
 @dataclass
-class Place:
+class EnginePlace:
     """One place where the stream is written.
 
     Attributes
@@ -63,7 +63,7 @@ class Place:
     add: int = 0
 
 
-def find_places(model: nn.Module, architecture: str) -> list[Place]:
+def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
     """Return the places of a model, or of this rank's part of it, in the order of the forward.
 
     Raises
@@ -83,13 +83,13 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
     local = [(k, la) for k, la in enumerate(layers) if type(la).__name__ != "PPMissingLayer"]
     if not local:
         return []
-    places = [Place("embed", START, local[0][1], feeds=0)] if local[0][0] == 0 else []
+    places = [EnginePlace("embed", START, local[0][1], feeds=0)] if local[0][0] == 0 else []
     if architecture in ADDING:
         for number, layer in local:
             for k, add in enumerate(steered(base_class(layer)).adds):
                 if add.live(layer):
                     name = f"layers.{number}.{'+'.join(sorted(add.writers)) or 'add'}"
-                    places.append(Place(name, ADD, layer, number, add.writers, None, k))
+                    places.append(EnginePlace(name, ADD, layer, number, add.writers, None, k))
             places[-1].feeds = number + 1 if number + 1 < len(layers) else None
         return places
     for number, layer in local:
@@ -101,7 +101,9 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
             )
         if number > 0:  # the first layer's input norm has nothing to add
             places.append(_after_mlp(number - 1, norms[0], number))
-        places.append(Place(f"layers.{number}.attn", NORM, norms[1], number, frozenset({"attn"})))
+        places.append(
+            EnginePlace(f"layers.{number}.attn", NORM, norms[1], number, frozenset({"attn"}))
+        )
     if local[-1][0] == len(layers) - 1:
         parent = model.get_submodule(path.rpartition(".")[0])
         final = _fused_norms(parent)
@@ -111,20 +113,20 @@ def find_places(model: nn.Module, architecture: str) -> list[Place]:
     return places
 
 
-def whole_model(places: list[Place], layers: int) -> list[Place]:
+def whole_model(places: list[EnginePlace], layers: int) -> list[EnginePlace]:
     """Return the places of all ranks of a pipeline, from those of one: without their modules."""
     kinds = list(dict.fromkeys(p.writers for p in places if p.kind == ADD))
     kinds = kinds or [frozenset({"attn"}), frozenset({"mlp"})]
     nothing = nn.Identity()
-    found = [Place("embed", START, nothing, feeds=0)]
+    found = [EnginePlace("embed", START, nothing, feeds=0)]
     for block in range(layers):
-        found += [Place(f"layers.{block}", ADD, nothing, block, writers) for writers in kinds]
+        found += [EnginePlace(f"layers.{block}", ADD, nothing, block, writers) for writers in kinds]
         found[-1].feeds = block + 1 if block + 1 < layers else None
     return found
 
 
-def _after_mlp(block: int, norm: nn.Module, feeds: int | None) -> Place:
-    return Place(f"layers.{block}.mlp", NORM, norm, block, frozenset({"mlp"}), feeds)
+def _after_mlp(block: int, norm: nn.Module, feeds: int | None) -> EnginePlace:
+    return EnginePlace(f"layers.{block}.mlp", NORM, norm, block, frozenset({"mlp"}), feeds)
 
 
 def _fused_norms(module: nn.Module) -> list[nn.Module]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.config import KEY, Settings, read_settings
-from refusal_kernels.vllm.programs import Program, check_name, parse_program
+from refusal_kernels.vllm.config import KEY, EngineSettings, read_settings
+from refusal_kernels.vllm.programs import NamedProgram, check_name, parse_program
 from refusal_kernels.vllm.requests import RESOLVED, Steering, cache_salt, read_steering
 
 UPDATE, MONITOR = "refusal_kernels_update", "refusal_kernels_monitor"
@@ -27,7 +27,7 @@ class Change:
     """
 
     directions: dict[str, Direction]
-    programs: dict[str, Program]
+    programs: dict[str, NamedProgram]
     vectors: dict[str, list[float]]
     specifications: dict[str, Any]
 
@@ -41,7 +41,7 @@ class Change:
 class Catalog:
     """The programs that requests can name."""
 
-    def __init__(self, settings: Settings, servers: int) -> None:
+    def __init__(self, settings: EngineSettings, servers: int) -> None:
         self.programs = dict(settings.programs)
         self.directions = dict(settings.directions)
         self.default = settings.default

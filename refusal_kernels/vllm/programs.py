@@ -33,7 +33,7 @@ LONGEST_NAME = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class NamedProgram:
     """A named list of interventions.
 
     Attributes
@@ -54,7 +54,7 @@ class Program:
         return self.interventions[0].hidden
 
 
-def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) -> Program:
+def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) -> NamedProgram:
     """Read one program from its JSON form: an intervention, or a list of them.
 
     ``{"ablate": "refusal", "strength": 0.8, "layers": [10, 11], "sites": ["mlp"]}`` and the like:
@@ -76,10 +76,10 @@ def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) ->
     sizes = sorted({i.hidden for i in interventions})
     if len(sizes) > 1:
         raise InputError(f"{where} has directions of different hidden sizes: {sizes}")
-    return Program(interventions, _version(interventions))
+    return NamedProgram(interventions, _version(interventions))
 
 
-def parse_programs(given: Any, directions: Mapping[str, Direction]) -> dict[str, Program]:
+def parse_programs(given: Any, directions: Mapping[str, Direction]) -> dict[str, NamedProgram]:
     """Read programs by name."""
     if not isinstance(given, dict):
         raise InputError(f"programs is {_kind(given)}; expected an object, program by name")

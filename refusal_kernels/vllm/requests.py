@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.programs import NONE, Program, number
+from refusal_kernels.vllm.programs import NONE, NamedProgram, number
 
 STEER, STRENGTH = "steer", "steer_strength"
 RESOLVED = "refusal_kernels.steer"  # what the front end hands to the workers
@@ -20,7 +20,7 @@ class Steering(NamedTuple):
 
 
 def read_steering(
-    extra_args: Mapping[str, Any] | None, programs: Mapping[str, Program], default: str | None
+    extra_args: Mapping[str, Any] | None, programs: Mapping[str, NamedProgram], default: str | None
 ) -> Steering | None:
     """Return what a request asks for; None: it is left alone.
 

@@ -15,11 +15,11 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.patching.places import base_class
 from refusal_kernels.patching.rewrite import SITES, steered
 from refusal_kernels.vllm.bank import Bank
-from refusal_kernels.vllm.families import ADD, NORM, Place
+from refusal_kernels.vllm.families import ADD, NORM, EnginePlace
 from refusal_kernels.vllm.monitor import Meter
 
 
-class Site(nn.Module):
+class SteeredAdd(nn.Module):
     """The steered add: it stands where ``residual + x`` stood in a layer's forward."""
 
     bank: Tensor
@@ -53,7 +53,7 @@ class Site(nn.Module):
         return torch.where(steered, h, x), torch.where(steered, 0.0, residual)
 
 
-class NormSite(Site):
+class SteeredAddNorm(SteeredAdd):
     """The steered add with the RMSNorm that reads it."""
 
     def forward(  # type: ignore[override]
@@ -71,13 +71,13 @@ class NormSite(Site):
 class SteeredRMSNorm(RMSNorm):
     """vLLM's RMSNorm, at a residual add. `forward` itself, not a platform's form, is replaced."""
 
-    rk_site: Site
+    rk_site: SteeredAdd
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """As `RMSNorm.forward`."""
         if residual is None:
             return super().forward(x)
-        if isinstance(self.rk_site, NormSite):
+        if isinstance(self.rk_site, SteeredAddNorm):
             return self.rk_site(x, residual, self.weight, self.variance_epsilon, 0.0)
         return super().forward(*self.rk_site.before_norm(x, residual))
 
@@ -85,13 +85,13 @@ class SteeredRMSNorm(RMSNorm):
 class SteeredGemmaRMSNorm(GemmaRMSNorm):
     """The same for Gemma, whose norms multiply by (1 + weight)."""
 
-    rk_site: Site
+    rk_site: SteeredAdd
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """As `GemmaRMSNorm.forward`."""
         if residual is None:
             return super().forward(x)
-        if isinstance(self.rk_site, NormSite):
+        if isinstance(self.rk_site, SteeredAddNorm):
             return self.rk_site(x, residual, self.weight, self.variance_epsilon, 1.0)
         return super().forward(*self.rk_site.before_norm(x, residual))
 
@@ -102,31 +102,31 @@ STEERED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def claim(places: list[Place], bank: Bank, fuse_norms: bool) -> list[Site]:
+def claim(places: list[EnginePlace], bank: Bank, fuse_norms: bool) -> list[SteeredAdd]:
     """Put a site at every place of a loaded model; return them, in the order of the forward.
 
     Norms and layers keep everything but their class: weights, hooks and names stay.
     """
-    sites: list[Site] = []
-    site: Site
+    sites: list[SteeredAdd] = []
+    site: SteeredAdd
     for number, place in enumerate(places):
         module = place.module
         if place.kind == NORM:
-            site = NormSite(bank, number) if fuse_norms else Site(bank, number)
+            site = SteeredAddNorm(bank, number) if fuse_norms else SteeredAdd(bank, number)
             module.rk_site = site
             module.__class__ = STEERED_NORMS[type(module)]
         elif place.kind == ADD:
-            site = Site(bank, number)
+            site = SteeredAdd(bank, number)
             _at_add(module, place.add, site)
         else:
-            site = Site(bank, number)
+            site = SteeredAdd(bank, number)
             module.rk_start = site
             module.register_forward_pre_hook(_steer_input, with_kwargs=True)
         sites.append(site)
     return sites
 
 
-def _at_add(layer: nn.Module, number: int, site: Site) -> None:
+def _at_add(layer: nn.Module, number: int, site: SteeredAdd) -> None:
     """Put a site at an add of a layer whose forward is rewritten."""
     if not hasattr(layer, SITES):
         rewritten = steered(base_class(layer))

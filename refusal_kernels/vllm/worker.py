@@ -12,12 +12,12 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops import inductor
 from refusal_kernels.vllm.bank import Bank
-from refusal_kernels.vllm.config import GRAPH, KEY, Settings, read_settings
+from refusal_kernels.vllm.config import GRAPH, KEY, EngineSettings, read_settings
 from refusal_kernels.vllm.families import find_places, whole_model
 from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import RESOLVED, Steering
-from refusal_kernels.vllm.sites import Site, claim
+from refusal_kernels.vllm.sites import SteeredAdd, claim
 
 logger = logging.getLogger("vllm.refusal_kernels")  # so that vLLM's handlers print it
 STATE = "refusal_kernels_state"
@@ -27,7 +27,7 @@ MOST_VERSIONS = 1024  # of programs: 64 kB each at hidden size 8192
 class WorkerState:
     """What one model runner knows of steering."""
 
-    def __init__(self, runner: Any, settings: Settings) -> None:
+    def __init__(self, runner: Any, settings: EngineSettings) -> None:
         config = runner.vllm_config
         scheduler = config.scheduler_config
         architecture = config.model_config.architecture
@@ -46,7 +46,7 @@ class WorkerState:
         )
         for program in settings.programs.values():
             self.bank.add(program)
-        self.sites: list[Site] = claim(places, self.bank, settings.fuse_norms)
+        self.sites: list[SteeredAdd] = claim(places, self.bank, settings.fuse_norms)
         inductor.register()  # tracing does it too, but a cache may spare that
         self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
         self.monitor = self._watch(config, settings)
@@ -102,7 +102,7 @@ class WorkerState:
             self.monitor.count(self._tokens)
         self._tokens = 0
 
-    def _watch(self, config: Any, settings: Settings) -> Histogram | None:
+    def _watch(self, config: Any, settings: EngineSettings) -> Histogram | None:
         """Put a meter at the place that is watched, if it is on this rank."""
         if settings.monitor is None:
             return None

@@ -261,7 +261,7 @@ def test_a_compiled_graph_that_does_not_steer_is_noticed(
 ):
     from refusal_kernels.vllm import sites
 
-    kind = sites.Site if place == "embed" else sites.NormSite
+    kind = sites.SteeredAdd if place == "embed" else sites.SteeredAddNorm
     own = kind.forward
 
     def forward(self, *args):

@@ -7,7 +7,7 @@ import torch
 from refusal_kernels import Ablate, Add, Clamp, Direction, Erase, InputError, Set
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import parse_settings
-from refusal_kernels.vllm.families import ADD, START, Place, find_places
+from refusal_kernels.vllm.families import ADD, START, EnginePlace, find_places
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import RESOLVED, Steering, cache_salt, read_steering
 
@@ -209,9 +209,9 @@ def test_prefixes_are_salted_by_program_and_strength():
 def bank(rows=3, slots=2, tokens=16):
     layer = torch.nn.Identity()
     places = [
-        Place("embed", START, layer, feeds=0),
-        Place("layers.0.attn", ADD, layer, 0, frozenset({"attn"})),
-        Place("layers.0.mlp", ADD, layer, 0, frozenset({"mlp"}), 1),
+        EnginePlace("embed", START, layer, feeds=0),
+        EnginePlace("layers.0.attn", ADD, layer, 0, frozenset({"attn"})),
+        EnginePlace("layers.0.mlp", ADD, layer, 0, frozenset({"mlp"}), 1),
     ]
     return Bank(places, HIDDEN, rows, slots, tokens, "cpu")
 
