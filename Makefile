@@ -1,56 +1,79 @@
-# The whole developer interface: make setup, demo, test, lint, bench.
+# The developer interface; `make help` lists it.
 #
 # Everything lives in .venv inside the checkout; nothing else is touched. PYTHON chooses another
-# interpreter, TORCH another PyTorch (for example TORCH=torch to take the newest).
+# interpreter, TORCH another PyTorch (for example TORCH=torch to take the newest). .venv is filled in
+# three parts: `make setup` installs what the package and the demo need, `make test` adds what the
+# quick tests need, `make setup-full` adds the rest.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# Python compiles the modules that it imports; pip would compile all of them
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-vllm soak-vllm bench-vllm lint bench bench-models bench-experiment \
-	bench-overhead sanitize cuda clean
+.PHONY: help setup setup-test setup-full demo test test-full coverage mutants test-vllm soak-vllm \
+	bench-vllm lint bench bench-models bench-experiment bench-overhead sanitize cuda clean
 
-help:
-	@echo "make demo    set up, then show the paper's finding on the toy model (a few minutes)"
-	@echo "make test    set up, then run the tests"
-	@echo "make test-vllm  the tests of the vLLM plugin, in .venv-vllm (3.4 GB, a few minutes)"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make cuda    compile the CUDA kernels for three GPU generations, without a GPU"
-	@echo "make sanitize  the C++ kernels under AddressSanitizer and UBSan"
-	@echo "make bench   the benchmarks; results go to benchmarks/results/"
-	@echo "make setup   only the environment and the compiled extension, in .venv"
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@echo "== making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 
-# PyTorch first and alone: whatever else asks for torch is then satisfied by this one
+# PyTorch first: whatever else asks for torch is then satisfied by this one
 .venv/.torch: $(BIN)/python
 	@echo "== installing $(TORCH) (the largest download)"
-	@$(PIP) "$(TORCH)" numpy
-	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@touch $@
 
+# The compiler and pip work side by side. A rebuild compiles only what changed.
 .venv/.ready: .venv/.torch pyproject.toml setup.py $(SOURCES)
-	@echo "== building the kernels and installing the rest"
-	@$(PIP) --no-build-isolation -e ".[triton,nvcc,research,test,lint]"
+	@echo "== compiling the kernels and installing the package"
+	@mkdir -p build
+	@REFUSAL_KERNELS_EXTENSION=0 $(PIP) --no-build-isolation -e . & pip=$$!; \
+	$(BIN)/python setup.py --quiet build_ext --inplace > build/build.log 2>&1 \
+		|| { cat build/build.log; wait $$pip; exit 1; }; wait $$pip
 	@$(BIN)/python -c "from refusal_kernels import _C; print('== ready:', _C.build_summary())"
 	@touch $@
 
-setup: .venv/.ready
-
-demo: setup
-	@$(BIN)/refusal-kernels demo --out out/demo
-
-# only for a test of quantized models: importing it prints warnings, which a demo can do without
-.venv/.torchao: .venv/.ready
-	@$(PIP) torchao==0.18.0
+# the package is installed: pip adds only what the extras name
+.venv/.test: .venv/.ready
+	@echo "== installing what the tests need"
+	@$(PIP) "refusal-kernels[triton,research,test]"
 	@touch $@
 
-test: setup .venv/.torchao
-	@$(BIN)/python -m pytest
+# torchao serves one test of quantized models; importing it prints warnings
+.venv/.full: .venv/.test
+	@echo "== installing the linters and the CUDA compiler"
+	@$(PIP) "refusal-kernels[nvcc,lint]" torchao==0.18.0
+	@touch $@
+
+setup: .venv/.ready  ## the environment: what the package and the demo need
+
+setup-test: .venv/.test  ## the environment for the quick tests
+
+setup-full: .venv/.full  ## the environment with everything
+
+demo: setup  ## set up, then show the paper's finding on the toy model
+	@$(BIN)/refusal-kernels demo --out out/demo
+
+# Two processes of one thread each; tests of one group share a process. -m "not full" leaves out
+# what takes minutes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test: setup-test  ## set up, then run the quick tests (minutes)
+	@$(PYTEST) -m "not full"
+
+test-full: setup-full  ## set up, then run all tests
+	@$(PYTEST)
+
+coverage: setup-test  ## the quick tests; prints which part of the package they run
+	@$(PYTEST) -m "not full" --cov --cov-report=term:skip-covered
+
+mutants: setup-test  ## break the package in many places; the quick tests must notice each
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
 # vLLM pins its own versions, so it has an environment of its own. torch first, as above; what vLLM
 # brings of torch's family is built for CUDA and does not load beside a CPU build.
@@ -70,18 +93,19 @@ VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 	@$(VLLM_PIP) --no-build-isolation -e .
 	@touch $@
 
-test-vllm: .venv-vllm/.ready
+test-vllm: .venv-vllm/.ready  ## the tests of the vLLM plugin, in .venv-vllm (3.4 GB)
 	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm
 
 # 4,000 requests with changes and cancellations, memory watched: two minutes
-soak-vllm: .venv-vllm/.ready
+soak-vllm: .venv-vllm/.ready  ## the vLLM server under load for two minutes
 	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm/test_server.py -m soak
 
-bench-vllm: .venv-vllm/.ready
+bench-vllm: .venv-vllm/.ready  ## the benchmark of the vLLM plugin
 	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.json
 
-lint: setup
+lint: setup-full  ## ruff, mypy, import contracts, clang-format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --cache-dir .mypy_cache/imports
 	@$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/ops/cuda_emulator -type f)
 	@echo "lint: clean"
 
@@ -89,7 +113,7 @@ lint: setup
 # this processor runs, and the CUDA kernels in the tests' emulator
 SANITIZED := tests/ops/test_ops.py tests/ops/test_accuracy.py tests/ops/test_moments_op.py tests/ops/test_gradients.py \
 	tests/ops/test_cpu_caches.py
-sanitize: setup
+sanitize: setup-test  ## the C++ kernels under AddressSanitizer and UBSan
 	@mkdir -p build/sanitize && REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize > build/sanitize/build.log 2>&1 \
 		|| { cat build/sanitize/build.log; exit 1; }
@@ -103,10 +127,10 @@ sanitize: setup
 		|| { cat $$log; exit 1; }; done
 
 # compiled, inspected and thrown away; registers per kernel, and a failure where one spills
-cuda: setup
+cuda: setup-full  ## compile the CUDA kernels for three GPU generations, without a GPU
 	@$(BIN)/python tools/compile_cuda.py
 
-bench: setup
+bench: setup-test  ## the benchmarks of the ops; results go to benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks/bench_ops.py \
 		--benchmark-columns=median,iqr,rounds --benchmark-json=benchmarks/results/ops-cpu.json
 	@# the same without the clearing of fresh pages: the allocator keeps what it has
@@ -117,21 +141,21 @@ bench: setup
 
 # whole models; 6 layers of each, so that it ends in about half an hour; and an edit in a compiled
 # graph, called and as a formula
-bench-models: setup
+bench-models: setup  ## whole models, half an hour
 	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
 	@$(BIN)/python benchmarks/bench_compiled.py --json benchmarks/results/compiled-cpu.json
 
 # the experiment: what collecting adds to the passes, what selecting and asking for the last logits by
 # position save, a checkpoint of 3 GB
-bench-experiment: setup
+bench-experiment: setup  ## extraction, selection, checkpoints
 	@for part in collect select last checkpoint; do \
 		$(BIN)/python benchmarks/bench_$$part.py --json benchmarks/results/$$part-cpu.json || exit 1; done
 
 # what steering costs, side by side with other packages, each in its own environment; 15 minutes
-bench-overhead: setup
+bench-overhead: setup  ## what steering costs beside other packages, 15 minutes
 	@$(BIN)/python benchmarks/overhead/setup_peers.py
 	@$(BIN)/refusal-kernels bench --profile quick --out benchmarks/results
 	@$(BIN)/refusal-kernels bench --document docs/benchmarks.md
 
-clean:
+clean:  ## remove all that make made
 	rm -rf .venv .venv-vllm .venv-peers build out *.egg-info refusal_kernels/*.so

@@ -16,8 +16,8 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all we call
 
-# `make sanitize` builds a second copy, never installed, with the compiler's own checkers. At -O3 the
-# checks would take minutes to compile.
+# `make sanitize` builds a second copy, never installed, with the compiler's own checkers. At -O3
+# the checks would take minutes to compile.
 CHECKERS = (
     "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 )
@@ -81,4 +81,8 @@ if WHY is None:
     print(f"refusal_kernels: building the CPU and the CUDA kernels ({ARCHITECTURES})")
 else:
     print(f"refusal_kernels: building the CPU kernels only ({WHY})")
-setup(ext_modules=[extension(WHY is None)], cmdclass={"build_ext": BuildExtension})
+wanted = os.environ.get("REFUSAL_KERNELS_EXTENSION") != "0"  # `make setup` compiles beside pip
+setup(
+    ext_modules=[extension(WHY is None)] if wanted else [],
+    cmdclass={"build_ext": BuildExtension},
+)
