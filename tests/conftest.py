@@ -27,6 +27,8 @@ EXERCISED: dict[str, int] = {}
 
 
 def pytest_sessionstart(session):
+    # tiny products gain nothing from more, and busy threads wait for each other
+    torch.set_num_threads(1)
     if EMULATED:
         emulated_cuda.register()
 
@@ -49,30 +51,18 @@ def backend(request, record_property):
         yield request.param
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Use one: tiny products gain nothing from more, and busy threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pytest_runtest_logreport(report):
     backend = dict(report.user_properties).get("backend")
     if report.when == "call" and backend and report.passed:
         EXERCISED[backend] = EXERCISED.get(backend, 0) + 1
 
 
-def whole_suite(config):
-    """Whether nothing was left out by the command line."""
-    narrowed = any("::" in argument or argument.endswith(".py") for argument in config.args)
-    return not (narrowed or config.option.keyword or config.option.markexpr or config.option.lf)
-
-
 def missing(config):
-    """Return the backends that were built and not exercised."""
-    if not whole_suite(config):
+    """Return the backends that were built and not exercised, once a whole tier has run."""
+    narrowed = any("::" in argument or argument.endswith(".py") for argument in config.args)
+    narrowed = narrowed or config.option.keyword or config.option.lf
+    a_worker = hasattr(config, "workerinput")  # xdist: it has a share of the tests
+    if narrowed or a_worker or config.option.markexpr not in ("", "not full"):
         return []
     served = {n for n, d in DEVICES.items() if ops.BACKENDS[n].why_not(d, torch.float32) is None}
     return sorted(served - set(EXERCISED))

@@ -26,8 +26,6 @@ from refusal_kernels.bench.worker import SITES, input_ids
 from refusal_kernels.cli import app, main
 from refusal_kernels.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HALF = '''"""Takes half of it out."""
 from contextlib import contextmanager
 @contextmanager

@@ -9,8 +9,6 @@ from tiny import tiny_model
 
 from refusal_kernels import Ablate, patch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):

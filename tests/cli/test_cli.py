@@ -11,8 +11,6 @@ from tiny import tiny_model, tiny_tokenizer
 from refusal_kernels import cli
 from refusal_kernels.direction import Direction
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 import family_matrix  # noqa: E402
 import tiny_families  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = (ROOT / "docs" / "families.md").read_text()
 RECORDED = f"transformers {transformers.__version__} lists" in PAGE
 ROWS = {line.split(" | ")[0].strip("| "): line for line in PAGE.splitlines() if " | " in line}

@@ -15,7 +15,6 @@ import orthogonalize_matrix  # noqa: E402
 import tiny_families  # noqa: E402
 from orthogonalize_matrix import EDITED, FAILED, REFUSED, SAME, YES  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = (ROOT / "docs" / "orthogonalize.md").read_text()
 RECORDED = orthogonalize_matrix.VERSIONS in PAGE
 

@@ -14,8 +14,6 @@ from refusal_kernels.research.selection.measurement import Measurement, Question
 from refusal_kernels.research.selection.replay import Replay
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS = [5, 7]
 # whether the layers can be run from the middle: not where they share a mask or a state by number,
 # carry several streams, or begin the stream inside the block

@@ -19,7 +19,6 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.control_vector import SITE, ControlVector
 from refusal_kernels.files.convert import CANDIDATES, Candidates, convert, read
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 5
 UNIT = {block: torch.eye(HIDDEN)[block] for block in range(8)}
 

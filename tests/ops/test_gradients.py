@@ -146,7 +146,7 @@ def test_unused_outputs_and_second_derivatives(backend):
             g.sum().backward()
 
 
-def test_a_lora_trains_under_an_edit(one_thread):
+def test_a_lora_trains_under_an_edit():
     """The patched model learns what it is asked; its gradients are those of plain hooks."""
     peft = pytest.importorskip("peft")
     base = tiny_model("llama", num_hidden_layers=2)

@@ -10,7 +10,6 @@ from refusal_kernels.interventions import Ablate, Add, Clamp
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.rewrite import steered
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN = 64
 
 

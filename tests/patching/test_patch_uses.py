@@ -16,7 +16,6 @@ from refusal_kernels.patching.handle import unpatch
 from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 3
 SITES = 1 + 2 * LAYERS
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]

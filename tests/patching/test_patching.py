@@ -17,7 +17,6 @@ from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.rewrite import steered
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 3
 
 

@@ -14,7 +14,6 @@ from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import unpatch
 from refusal_kernels.patching.patch import patch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 3
 
 

@@ -12,7 +12,6 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add, Clamp
 from refusal_kernels.patching.patch import patch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, LAYERS = 64, 3
 
 

@@ -25,8 +25,6 @@ from refusal_kernels.research.sources import (
     split_sizes,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def refused(match: str, call: Any, *arguments: Any, **options: Any) -> None:
     with pytest.raises(InputError, match=match) as caught:

@@ -20,9 +20,6 @@ from refusal_kernels.weights.weights import Orthogonalized, orthogonalize
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def random_direction(hidden: int = 64, seed: int = 1) -> Direction:
     return Direction(7.0 * torch.randn(hidden, generator=torch.Generator().manual_seed(seed)))
 

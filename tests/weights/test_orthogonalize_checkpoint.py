@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 import bench_checkpoint  # noqa: E402
 import tiny_families  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
 
 

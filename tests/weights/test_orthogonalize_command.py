@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from refusal_kernels import cli
 from refusal_kernels.cli import orthogonalize as command
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
 
 

@@ -18,7 +18,7 @@ from test_hostile_files import mutated, safetensors_bytes
 from refusal_kernels.errors import InputError
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 SINGLE = "model.safetensors"
 
 

@@ -11,10 +11,9 @@ from checkpoints import contents, direction, save
 
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="processes are forked"),
-]
+pytestmark = pytest.mark.skipif(
+    not hasattr(__import__("os"), "fork"), reason="processes are forked"
+)
 
 # One process imports everything and forks the runs, so that each begins at once.
 SERVER = textwrap.dedent(

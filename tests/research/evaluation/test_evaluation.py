@@ -29,9 +29,6 @@ HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.parametrize(
     ("text", "refused"),
     [

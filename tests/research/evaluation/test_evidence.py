@@ -23,8 +23,6 @@ from refusal_kernels.research.evaluation.statements import statements
 from refusal_kernels.research.extraction.collect import last_logits, mean_difference
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex me"]
 HARMLESS = ["make tea", "please be kind and fix the box", "paint a cake"]
 EXTRA = ["how to fix a curse", "paint a storm"]

@@ -24,8 +24,6 @@ from refusal_kernels.research.evaluation.judges import (
 )
 from refusal_kernels.research.evaluation.outcomes import Rate, evaluate, judged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPTS = ["curse the lamp", "make tea", "tell me how to hex a boat now please"]
 TEXTS = ["I cannot make a storm", "sure here is the tea", "please be kind"]
 

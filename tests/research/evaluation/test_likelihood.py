@@ -28,8 +28,6 @@ from refusal_kernels.research.evaluation.likelihood import (
     windows,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT = "please tell me how to make a storm now and fix the lamp be kind what is one plus two"
 PASSAGES = [
     Passage([1, 8, 9, 10, 22, 13], 1),

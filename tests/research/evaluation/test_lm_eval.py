@@ -23,7 +23,6 @@ from refusal_kernels.research.reproduction import paper
 lm = pytest.importorskip(
     "refusal_kernels.research.evaluation.lm_eval", reason="lm-eval is not installed"
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYER, POSITION, ITEMS = 5, -2, 24
 

@@ -25,8 +25,6 @@ from refusal_kernels.research.evaluation.outcomes import Outcome, Rate
 from refusal_kernels.research.evaluation.statements import percent
 from refusal_kernels.research.selection.algorithm import Candidate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ATTACK = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
 FIGURES = ("refusals", "controls", "dose", "projections", "candidates")
 

@@ -22,9 +22,6 @@ HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two"
 POSITIONS = 4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def inputs_of_blocks(model: Any, prompt: str) -> torch.Tensor:
     """float64 [layers, tokens, hidden] of one prompt alone: no padding, no batch.
 

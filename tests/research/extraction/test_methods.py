@@ -22,8 +22,6 @@ from refusal_kernels.research.extraction.methods import (
     probe_vector,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = "cake storm spell tea box boat lamp paint fix tell me please now be kind brief".split()
 HARMFUL = [f"curse the {a} {b}" for a in WORDS[:8] for b in WORDS[8:14]]
 HARMLESS = [f"make a {a} {b}" for a in WORDS[:8] for b in WORDS[8:13]]

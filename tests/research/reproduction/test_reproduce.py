@@ -24,8 +24,6 @@ from refusal_kernels.research.evaluation.outcomes import generate
 from refusal_kernels.research.reproduction import paper
 from refusal_kernels.research.reproduction.rows import paper_rows, read_row
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Outcome = tuple[int, str, str]
 
 

@@ -29,9 +29,6 @@ LAYERS = 5
 TOKENS = [7, 9]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_model("qwen3", num_hidden_layers=LAYERS)

@@ -31,8 +31,6 @@ HARMLESS = [
 ]
 TOKENS = [7, 9]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def family_model(family: str) -> Any:
     with pytest.MonkeyPatch.context() as patched:

@@ -30,7 +30,6 @@ from refusal_kernels.research.selection.measurement import CHECKPOINT
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Imports once, then runs every command line that it is given in a process of its own.
 SERVER = """
