@@ -1,8 +1,8 @@
-"""The tensors that the kernels read, and who owns which row of them.
+"""The tensors that the kernels read.
 
-A row holds one program at one strength. There are as many rows as requests can run at once, so a
-batch always finds room, whatever its requests ask for; rows that no request of the batch uses keep
-what they hold until another pair needs the room, the longest unused first.
+A row holds one program at one strength. There is a row for every request that can run at once, so a
+batch always has room. A row that the batch does not use keeps its program until the row is needed;
+the one that was unused the longest goes first.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,23 +22,23 @@ NUMBERS = 5  # a, c, b, low, high
 
 
 class Bank:
-    """Static tensors: they are written in place, so a compiled graph or a CUDA graph follows.
+    """Static tensors, written in place, so that compiled graphs and CUDA graphs read every change.
 
     Attributes
     ----------
     places
-        Those of this rank, in the order of the forward.
+        The places of this rank, in the order of the forward.
     whole
-        Those of all ranks of a pipeline.
+        The places of all ranks of a pipeline.
     vectors
-        float32 [rows, 2, slots, hidden]: what each row reads and writes, the same at all places.
+        float32 [rows, 2, slots, hidden]: the vectors that each row reads and writes.
     params
         float32 [places, rows, slots, 5]: zeros where a row's program does not act at a place.
     route
         int32 [tokens]: the row of every token of the batch, -1 for the plain add.
     routed
-        Whether route holds the last batch still: the steps of a decoding batch are all alike, and
-        the second one finds it written.
+        Whether route still holds the last batch. Decoding steps repeat the same batch, so only the
+        first of them writes it.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Bank:
         Parameters
         ----------
         asked
-            What is done to each request.
+            The steering of each request.
         counts
             int [requests]: how many tokens of each are in the batch, in this order.
         """
@@ -138,7 +138,7 @@ class Bank:
         self.routed = True
 
     def rows_of(self, asked: Sequence[Steering | None]) -> tuple[int, ...]:
-        """Return the row of each request, writing those that are not there yet."""
+        """Return the row of each request; write the rows that the bank does not have."""
         wanted = {s for s in asked if s is not None}
         for steering in wanted & self._row_of.keys():
             self._row_of[steering] = self._row_of.pop(steering)  # used last
@@ -149,8 +149,8 @@ class Bank:
     def _write(self, steering: Steering, wanted: set[Steering]) -> int:
         if steering.version not in self._programs:
             raise RuntimeError(
-                f"a request asks for program version {steering.version}, which this worker has "
-                "not: are the direction files the same on all nodes?"
+                f"a request asks for program version {steering.version}, which this worker does "
+                "not have: are the direction files the same on all nodes?"
             )
         vectors, params = self._programs[steering.version]
         if not self._free:

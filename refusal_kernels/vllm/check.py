@@ -1,14 +1,13 @@
-"""The start-up check: two dummy passes through the loaded model, before any request.
+"""The start-up check: dummy passes through the loaded model, before any request.
 
-Unknown code fails silently: an add that no site sees, or a compiled graph from another engine's
-cache, leaves the model unsteered and nothing else shows it. So it is demanded
+A residual add that no site replaces, or a compiled graph from another engine's cache, would leave
+the model unsteered without an error. Two things are checked.
 
-- of an eager pass: that every site is called exactly once, in order; that the first steers the
-  embedding, each of the others adds to the very tensor that the one before it returned, and what
-  the last returned is handed on, so that nothing else writes to the stream; and that a projection
-  leaves nothing along its direction;
-- of a compiled model: that it says what the eager one says, where token k is pushed far along a
-  direction at place k alone. A graph without one of the sites gives another row.
+- An eager pass: every site is called once, in order. The first steers the embedding, each later one
+  adds to the tensor that the one before it returned, and the last one's output is returned by the
+  model: nothing else writes to the stream. After a projection nothing is left along its direction.
+- A compiled model agrees with its eager code when token k is pushed far along a direction at place
+  k alone. A graph without that site returns another row.
 """
 
 import contextlib
@@ -29,15 +28,15 @@ from refusal_kernels.vllm.worker import WorkerState
 
 logger = logging.getLogger("vllm.refusal_kernels")
 TOKENS = 8
-# |h.r| / |h| after a projection whose result is rounded to the dtype of h: every channel is off by
-# at most eps/2 of itself, so the component along r, of norm 1, by at most eps/2 of |h|; another
-# eps/2 is left for the float32 sums of the projection and of the measurement.
+# A bound on |h.r| / |h| after a projection, in eps of h's dtype. Rounding changes every channel by
+# at most eps/2 of itself, so the component along r by at most eps/2 of |h|; another eps/2 covers
+# the float32 sums of the projection and of the measurement.
 ROUNDINGS = 1.0
-# Far compared with a residual stream, whose largest channels are some thousands, and spread over
-# all channels still within float16.
+# Larger than a residual stream, whose largest channels are some thousands; spread over all channels
+# it is within float16.
 PUSH = 1e4
-# The rows of an eager and a compiled pass differ by roundings, which the push dwarfs; a row whose
-# push is missing points elsewhere, at a distance of about sqrt(2).
+# Distances of two rows as directions. Eager and compiled rows differ by roundings, far less than
+# NEAR; rows with and without the push are about sqrt(2) apart.
 NEAR, FAR = 0.1, 0.5
 
 
@@ -47,19 +46,19 @@ def check(runner: Any, state: WorkerState) -> None:
     Raises
     ------
     InputError
-        With what the model does that its family's entry does not say.
+        If the model's code is not as `refusal_kernels.vllm.families` describes it.
     """
     if not state.sites:
         return
     model = runner.get_model()
-    with kept(state.bank), _noise_in(runner.kv_caches):
+    with lent(state.bank), _noise_in(runner.kv_caches):
         r = _direction(state.bank)
         watch = _watched_pass(runner, state, r)
         faults = watch.all_faults(ROUNDINGS * torch.finfo(runner.model_config.dtype).eps)
         if not faults and any(_compiled(model)):
             faults = _compiled_faults(runner, state.bank, r)
     if faults:
-        raise InputError(f"{type(model).__name__} can not be steered: {'; '.join(faults[:4])}")
+        raise InputError(f"{type(model).__name__} can't be steered: {'; '.join(faults[:4])}")
     logger.info(
         "refusal_kernels: all %d places called, each once; |h.r| / |h| at most %.2g",
         *(len(watch.calls), max(watch.left.values())),
@@ -67,7 +66,7 @@ def check(runner: Any, state: WorkerState) -> None:
 
 
 class Watch:
-    """What the sites did in one eager pass."""
+    """A record of one eager pass."""
 
     def __init__(self, bank: Bank, direction: Tensor) -> None:
         self.places = bank.places
@@ -78,15 +77,15 @@ class Watch:
         self._stream: Tensor | None = None
         self._returned: tuple[Tensor, ...] = ()
 
-    def seen(self, number: int, _: nn.Module, args: Any, output: Any) -> None:
-        """Take note of a call: a forward hook of a site, or of the norm that it stands in."""
+    def record(self, number: int, _: nn.Module, args: Any, output: Any) -> None:
+        """Record a call: a forward hook of a site, or of the norm that holds it."""
         name, residual = self.places[number].name, args[1]
         h = output[1] if isinstance(output, tuple) else output
         position = len(self.calls)
         if position >= len(self.places) or self.places[position].name != name:
             self.faults.append(f"{name} was called as number {position + 1}")
         if self._stream is not None and not _same(residual, self._stream):
-            self.faults.append(f"{name} adds to something else than the place before it left")
+            self.faults.append(f"{name} adds to another tensor than the place before it returned")
         self.calls.append(name)
         self._stream = h.clone()
         outputs = output if isinstance(output, tuple) else (output,)
@@ -95,15 +94,15 @@ class Watch:
         along = (rows @ self.direction).abs() / rows.norm(dim=-1).clamp(min=1e-30)
         self.left[name] = float(along.max())
 
-    def handed_on(self, output: Any) -> None:
-        """Take note of what follows the last site: what the model or the last layer returns."""
+    def record_end(self, output: Any) -> None:
+        """Record what the model, or its last layer, returns after the last site."""
         tensors = list(output.values()) if isinstance(output, dict) else output
         tensors = tensors if isinstance(tensors, list | tuple) else [tensors]
-        if not any(_same(t, own) for t in tensors for own in self._returned):
-            self.faults.append(f"what {self.places[-1].name} leaves is not what is handed on")
+        if not any(_same(t, returned) for t in tensors for returned in self._returned):
+            self.faults.append(f"the output of {self.places[-1].name} is not the model's output")
 
     def all_faults(self, limit: float) -> list[str]:
-        """Return all that was wrong; nothing but `limit` may be left along the direction."""
+        """Return all faults; `limit` is the most that may be left along the direction."""
         missing = [p.name for p in self.places if p.name not in self.calls]
         faults = [f"never called: {', '.join(missing)}"] if missing else []
         faults += self.faults
@@ -125,16 +124,17 @@ def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
     """Ablate r from dummy tokens in an eager pass, with every site watched."""
     bank = state.bank
     watch = Watch(bank, r)
-    hooks = [  # a norm may be vLLM's own, behind the site: what counts is what it leaves
+    hooks = [  # with unfused norms the site is inside the norm, whose output has the stream
         (place.module if place.kind == NORM else site).register_forward_hook(
-            functools.partial(watch.seen, number)
+            functools.partial(watch.record, number)
         )
         for number, (place, site) in enumerate(zip(bank.places, state.sites, strict=True))
     ]
     last = bank.places[-1]
     if last.kind == ADD:
-        follows = last.module.register_forward_hook(lambda _, __, output: watch.handed_on(output))
-        hooks.append(follows)
+        hooks.append(
+            last.module.register_forward_hook(lambda _, __, output: watch.record_end(output))
+        )
     if get_pp_group().is_first_rank and bank.places[0].kind != START:
         watch.faults.append("the embedding is not steered")
     bank.vectors[0, :, 0] = r
@@ -144,7 +144,7 @@ def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
         with _eager(runner.get_model()):
             output = _output(runner, TOKENS)
         if last.kind != ADD:
-            watch.handed_on(getattr(output, "tensors", output))
+            watch.record_end(getattr(output, "tensors", output))
     finally:
         for hook in hooks:
             hook.remove()
@@ -152,7 +152,7 @@ def _watched_pass(runner: Any, state: WorkerState, r: Tensor) -> Watch:
 
 
 def _compiled_faults(runner: Any, bank: Bank, r: Tensor) -> list[str]:
-    """Compare the compiled model with its own code, at each place alone."""
+    """Compare the compiled model with its eager code, at each place alone."""
     rows, faults = bank.vectors.shape[0], []
     for first in range(0, len(bank.places), rows):
         places = bank.places[first : first + rows]
@@ -168,10 +168,10 @@ def _compiled_faults(runner: Any, bank: Bank, r: Tensor) -> list[str]:
             expected = _outputs(runner, len(places))
             bank.route.fill_(PLAIN)
             plain = _outputs(runner, len(places))
-        for place, got, want, without in zip(places, compiled, expected, plain, strict=True):
-            if _distance(without, want) < FAR:
-                continue  # nothing can be told here: attention alone hands the push to all rows
-            if not _distance(got, want) < NEAR:
+        for place, row, wanted, without in zip(places, compiled, expected, plain, strict=True):
+            if _distance(without, wanted) < FAR:
+                continue  # attention spreads the push over all rows: there is no difference to see
+            if not _distance(row, wanted) < NEAR:
                 faults.append(f"the compiled graph does not steer at {place.name}")
     return faults
 
@@ -182,7 +182,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _outputs(runner: Any, tokens: int) -> Tensor:
-    """Run dummy tokens; return the stream that this rank hands on, float32 [tokens, hidden]."""
+    """Run dummy tokens; return this rank's output, float32 [tokens, hidden]."""
     output = _output(runner, tokens)
     if not isinstance(output, Tensor):  # a pipeline stage: (hidden, residual), or their sum
         output = sum(output.tensors.values())
@@ -190,9 +190,9 @@ def _outputs(runner: Any, tokens: int) -> Tensor:
 
 
 def _output(runner: Any, tokens: int) -> Any:
-    """Run dummy tokens; return what the model of this rank returns."""
-    taken: list[Any] = []
-    hook = runner.get_model().register_forward_hook(lambda _, __, output: taken.append(output))
+    """Run dummy tokens; return the output of this rank's model."""
+    outputs: list[Any] = []
+    hook = runner.get_model().register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
         with torch.inference_mode():
             runner._dummy_run(
@@ -203,7 +203,8 @@ def _output(runner: Any, tokens: int) -> Any:
             )
     finally:
         hook.remove()
-    return taken[-1][0] if isinstance(taken[-1], tuple) else taken[-1]  # beside: for a drafter
+    output = outputs[-1]
+    return output[0] if isinstance(output, tuple) else output  # the others are for a drafter
 
 
 def _direction(bank: Bank) -> Tensor:
@@ -212,8 +213,8 @@ def _direction(bank: Bank) -> Tensor:
 
 
 @contextlib.contextmanager
-def kept(bank: Bank) -> Iterator[None]:
-    """Lend the bank's tensors out, zeroed; they are as before afterwards."""
+def lent(bank: Bank) -> Iterator[None]:
+    """Zero the bank's tensors for the time of a ``with``, and restore them after it."""
     before = bank.vectors.clone(), bank.params.clone()
     bank.vectors.zero_()
     bank.params.zero_()
@@ -228,22 +229,22 @@ def kept(bank: Bank) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noise_in(caches: Any) -> Iterator[None]:
-    """Fill the KV cache, which dummy tokens only read: of an empty one attention writes zeros.
+    """Fill the KV cache with bytes that are positive numbers up to about 1 in any format.
 
-    The bytes make positive numbers up to about 1 in any floating-point format.
+    Dummy tokens only read it, and of an empty cache attention would make zeros.
     """
     tensors = [cache for cache in caches if isinstance(cache, Tensor)]
-    stored = [  # whatever their strides
+    storages = [  # contiguous, whatever the caches' strides
         torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage())
         for cache in tensors
     ]
-    for held in stored:
-        held.random_(0, 64)
+    for storage in storages:
+        storage.random_(0, 64)
     try:
         yield
     finally:
-        for held in stored:
-            held.zero_()
+        for storage in storages:
+            storage.zero_()
 
 
 def _compiled(model: nn.Module) -> Iterator[Any]:
@@ -253,7 +254,7 @@ def _compiled(model: nn.Module) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """Call the compiled parts of a model by their own forward."""
+    """Run the compiled parts of a model eagerly."""
     compiled = list(_compiled(model))
     for module in compiled:
         module.do_not_compile = True

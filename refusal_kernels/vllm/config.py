@@ -1,13 +1,12 @@
-"""What ``additional_config={"refusal_kernels": {...}}`` says, checked before anything is loaded."""
+"""The engine's settings, ``additional_config={"refusal_kernels": {...}}``: parsed and checked."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.names import GRAPH, KEY
 from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
 
-KEY = "refusal_kernels"
-GRAPH = "graph"  # written by the plugin itself, for vLLM's compile cache: see worker.py
 KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor")
 MOST_SLOTS = 16
 
@@ -39,15 +38,14 @@ class EngineSettings:
     programs
         By name.
     default
-        The program of requests that name none; None: they are left alone.
+        The program of requests that name none; None leaves them unsteered.
     slots
-        How many interventions a program may have: fixed for the life of the engine, because the
-        compiled graph depends on it.
+        The most interventions of a program. The compiled graph depends on it, so it is fixed while
+        the engine lives.
     fuse_norms
-        Whether an add takes the norm that reads it along. Then nothing is read or written twice,
-        but the norm rounds once, where vLLM's own rounds twice: in half precision a request that is
-        left alone may differ in the last bit from an engine without the plugin. False: it has
-        vLLM's bits, at a further pass.
+        Whether one kernel computes an add and the norm that follows it. The fused norm rounds once,
+        vLLM's twice: in half precision an unsteered request may differ in the last bit from an
+        engine without the plugin. False keeps vLLM's bits, at the cost of one more pass.
     monitor
         What is watched, or None.
     """
@@ -59,25 +57,17 @@ class EngineSettings:
     fuse_norms: bool
     monitor: Monitor | None
 
-    @property
-    def hidden(self) -> int | None:
-        """The hidden size of the directions, None where there are none."""
-        return next((d.hidden for d in self.directions.values()), None)
 
-
-def read_settings(vllm_config: Any) -> EngineSettings | None:
-    """Return the plugin's settings, or None for an engine that does not ask for it.
+def read_settings(vllm_config: Any) -> EngineSettings:
+    """Return the settings of an engine that asks for steering.
 
     Raises
     ------
     InputError
-        If they are not as described in docs/serving.md.
+        If they are not as described in docs/serving.md, or the engine can't be steered.
     """
-    additional = vllm_config.additional_config
-    if not isinstance(additional, dict) or KEY not in additional:
-        return None
     refuse_unsupported(vllm_config)
-    return parse_settings(additional[KEY])
+    return parse_settings(vllm_config.additional_config[KEY])
 
 
 def parse_settings(given: Any) -> EngineSettings:
@@ -126,12 +116,12 @@ def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | Non
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Refuse what would steer the wrong tokens, or none.
+    """Refuse an engine in which the wrong tokens would be steered, or none.
 
     Raises
     ------
     InputError
-        With the setting that is in the way.
+        With the setting that prevents steering.
     """
     if config.use_v2_model_runner:
         raise InputError("steering needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
@@ -143,4 +133,4 @@ def refuse_unsupported(config: Any) -> None:
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
     ):
         if wrong:
-            raise InputError(f"{name} splits the tokens of a batch, which steering can not follow")
+            raise InputError(f"steering does not support {name}: it splits the tokens of a batch")

@@ -1,8 +1,8 @@
 """Which architectures are steered, and where the residual adds of a vLLM model are.
 
-Two kinds of code: most families hand every add to the norm that follows it, ``hidden, residual =
-self.norm(hidden, residual)``; others add by themselves. What the tables say is checked at start-up
-(`refusal_kernels.vllm.check`); an architecture on neither is refused.
+Most families let the norm that follows an add do it, ``hidden, residual = self.norm(hidden,
+residual)``; others add in the layer. `refusal_kernels.vllm.check` checks the tables at start-up; an
+architecture in neither is refused.
 """
 
 import ast
@@ -18,8 +18,8 @@ from refusal_kernels.hf.model import layer_list
 from refusal_kernels.patching.places import base_class
 from refusal_kernels.patching.rewrite import steered
 
-# Every add is fused into a norm: vLLM's own code. The first ones are compared, token by token, with
-# Hugging Face in tests/vllm; the second ones have code of the same shape.
+# vLLM's code fuses every add into a norm. tests/vllm compares the tokens of the first with Hugging
+# Face's; the second have code of the same shape.
 COMPARED = """
     Gemma2ForCausalLM Gemma3ForCausalLM GemmaForCausalLM LlamaForCausalLM MistralForCausalLM
     MixtralForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM
@@ -30,7 +30,7 @@ ALIKE = """
     OlmoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM
 """
 FUSED = frozenset((COMPARED + ALIKE).split())
-# The layer's forward adds: vLLM's own code, or through its Transformers backend.
+# The layer's forward adds: vLLM's code, or its Transformers backend.
 ADDING = frozenset("GPT2LMHeadModel GPTNeoXForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM".split())
 
 START, ADD, NORM = "start", "add", "norm"
@@ -69,17 +69,17 @@ def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
     Raises
     ------
     InputError
-        If the architecture is on no list, or its code is not as the list says.
+        If the architecture is in no table, or its code is not as the table says.
     """
     if architecture not in FUSED | ADDING:
         raise InputError(
-            f"the architecture {architecture} is not among those that can be steered here: "
+            f"vLLM's {architecture} can't be steered; the architectures that can: "
             f"{', '.join(sorted(FUSED | ADDING))}"
         )
-    found = layer_list(model)
-    if found is None:
-        raise InputError(f"{architecture} holds no list of decoder layers")
-    path, layers = found
+    layers_at = layer_list(model)
+    if layers_at is None:
+        raise InputError(f"{architecture} has no list of decoder layers")
+    path, layers = layers_at
     local = [(k, la) for k, la in enumerate(layers) if type(la).__name__ != "PPMissingLayer"]
     if not local:
         return []
@@ -96,8 +96,8 @@ def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
         norms = _fused_norms(layer)
         if len(norms) != 2:
             raise InputError(
-                f"{type(layer).__name__} has {len(norms)} norms that add; expected 2, of what "
-                "attention and MLP write"
+                f"{type(layer).__name__} has {len(norms)} norms that add; expected 2, one after "
+                "attention and one after the MLP"
             )
         if number > 0:  # the first layer's input norm has nothing to add
             places.append(_after_mlp(number - 1, norms[0], number))
@@ -115,14 +115,14 @@ def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
 
 def whole_model(places: list[EnginePlace], layers: int) -> list[EnginePlace]:
     """Return the places of all ranks of a pipeline, from those of one: without their modules."""
-    kinds = list(dict.fromkeys(p.writers for p in places if p.kind == ADD))
-    kinds = kinds or [frozenset({"attn"}), frozenset({"mlp"})]
+    adds = list(dict.fromkeys(p.writers for p in places if p.kind == ADD))
+    adds = adds or [frozenset({"attn"}), frozenset({"mlp"})]
     nothing = nn.Identity()
-    found = [EnginePlace("embed", START, nothing, feeds=0)]
+    all_places = [EnginePlace("embed", START, nothing, feeds=0)]
     for block in range(layers):
-        found += [EnginePlace(f"layers.{block}", ADD, nothing, block, writers) for writers in kinds]
-        found[-1].feeds = block + 1 if block + 1 < layers else None
-    return found
+        all_places += [EnginePlace(f"layers.{block}", ADD, nothing, block, w) for w in adds]
+        all_places[-1].feeds = block + 1 if block + 1 < layers else None
+    return all_places
 
 
 def _after_mlp(block: int, norm: nn.Module, feeds: int | None) -> EnginePlace:
@@ -130,9 +130,9 @@ def _after_mlp(block: int, norm: nn.Module, feeds: int | None) -> EnginePlace:
 
 
 def _fused_norms(module: nn.Module) -> list[nn.Module]:
-    """Return the norms that a module's forward calls with a residual, in the order of its source.
+    """Return the norms that a module's forward calls as ``a, b = self.norm(a, b)``, in its order.
 
-    These are ``a, b = self.norm(a, b)``: two in, two out. Some forwards only call their parent's.
+    A forward without such a call may call that of its parent class, which is read then.
     """
     for cls in type(module).__mro__:
         if "forward" in cls.__dict__ and (names := _called_with_residual(cls, module)):

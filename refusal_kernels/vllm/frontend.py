@@ -1,4 +1,4 @@
-"""The front end's side: programs by name, and what every request asks for, before it is queued."""
+"""The front end: programs by name, and the program of each request before it is queued."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,24 +6,22 @@ from typing import Any
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.config import KEY, EngineSettings, read_settings
+from refusal_kernels.vllm.config import EngineSettings
+from refusal_kernels.vllm.names import CATALOG, KEY, MONITOR, RESOLVED, UPDATE
 from refusal_kernels.vllm.programs import NamedProgram, check_name, parse_program
-from refusal_kernels.vllm.requests import RESOLVED, Steering, cache_salt, read_steering
-
-UPDATE, MONITOR = "refusal_kernels_update", "refusal_kernels_monitor"
+from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the programs that was found good, and is not made yet.
+    """A change of the programs that has been checked and not been made.
 
     Attributes
     ----------
     directions, programs
-        All of them, as they will be.
+        All of them, after the change.
     vectors, specifications
-        What the workers need for the programs that are new: directions by name, programs in their
-        JSON form by name.
+        For the workers, all directions by name and the new programs in their JSON form by name.
     """
 
     directions: dict[str, Direction]
@@ -33,7 +31,7 @@ class Change:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What the workers' method is called with."""
+        """The arguments of the workers' method `UPDATE`."""
         named = sorted({program.version for program in self.programs.values()})
         return self.vectors, self.specifications, named
 
@@ -49,25 +47,17 @@ class Catalog:
         self.monitor = settings.monitor
         self._servers = servers
 
-    @classmethod
-    def of(cls, vllm_config: Any) -> "Catalog | None":
-        """Return the catalog of an engine that asks for steering."""
-        settings = read_settings(vllm_config)
-        if settings is None:
-            return None
-        return cls(settings, vllm_config.parallel_config._api_process_count)
-
     def read(self, extra_args: Mapping[str, Any] | None) -> Steering | None:
-        """Return what a request asks for, as `read_steering`."""
+        """Return the steering that a request asks for, as `read_steering`."""
         return read_steering(extra_args, self.programs, self.default)
 
     def resolve(self, request: Any) -> None:
-        """Write into an ``EngineCoreRequest`` what is done to it, and salt its prefixes.
+        """Write a request's steering into an ``EngineCoreRequest``, and salt its prefixes.
 
         Raises
         ------
         InputError
-            If it asks for what is not there.
+            If its arguments are malformed or name no program.
         """
         sampling, pooling = request.sampling_params, request.pooling_params
         extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
@@ -84,12 +74,12 @@ class Catalog:
     # --- changes while the engine runs
 
     def plan(self, programs: Mapping[str, Any], directions: Mapping[str, Direction]) -> Change:
-        """Check a change: programs in their JSON form by name, None for one that goes.
+        """Check a change: programs in their JSON form by name, None to remove one.
 
         Raises
         ------
         InputError
-            If it is malformed, or a program that goes is the default.
+            If it is malformed or removes the default program.
         """
         if self._servers > 1:
             raise InputError(
@@ -111,12 +101,12 @@ class Catalog:
         return Change(known, after, vectors, new)
 
     def commit(self, change: Change, answers: list[str | None]) -> None:
-        """Make a change, after all workers have taken it.
+        """Make a change that all workers have made.
 
         Raises
         ------
         InputError
-            With the reason of a worker that could not; nothing has changed then.
+            With the reason of a worker that refused; nothing has changed then.
         """
         if refused := [answer for answer in answers if answer is not None]:
             raise InputError(refused[0])
@@ -132,7 +122,7 @@ def catalog_of(engine: Any) -> Catalog:
         If the engine was started without steering.
     """
     processor = getattr(engine, "llm_engine", engine).input_processor
-    catalog: Catalog | None = getattr(processor, "refusal_kernels", None)
+    catalog: Catalog | None = getattr(processor, CATALOG, None)
     if catalog is None:
         raise InputError(f"this engine was started without additional_config[{KEY!r}]")
     return catalog
@@ -141,9 +131,9 @@ def catalog_of(engine: Any) -> Catalog:
 def set_programs(
     llm: Any, programs: Mapping[str, Any], directions: Mapping[str, Direction] | None = None
 ) -> None:
-    """Add, change and remove programs of a running engine; nothing is compiled anew.
+    """Add, change and remove programs of a running engine, without compiling again.
 
-    Running requests keep the program that they began with.
+    Running requests keep the program with which they began.
 
     Parameters
     ----------
@@ -157,7 +147,7 @@ def set_programs(
     Raises
     ------
     InputError
-        If it can not be done; nothing has changed then.
+        If the change is refused; nothing has changed then.
     """
     catalog = catalog_of(llm)
     change = catalog.plan(programs, directions or {})
@@ -174,7 +164,7 @@ async def set_programs_async(
 
 
 def read_monitor(llm: Any) -> dict[str, Any]:
-    """Return what the monitor of a ``vllm.LLM`` counted since it started.
+    """Return the counts of the monitor of a ``vllm.LLM`` since it started.
 
     Returns
     -------
@@ -191,8 +181,8 @@ def read_monitor(llm: Any) -> dict[str, Any]:
 
 
 def first_answer(catalog: Catalog, answers: list[Any]) -> dict[str, Any]:
-    """Return what the first rank that holds the watched block counted; the others hold the same."""
-    found: dict[str, Any] | None = next((a for a in answers if a is not None), None)
-    if catalog.monitor is None or found is None:
-        raise InputError("this engine was started without a monitor, or has no such block")
-    return found
+    """Return the counts of the first rank that has the watched block; all that have it agree."""
+    counts: dict[str, Any] | None = next((a for a in answers if a is not None), None)
+    if catalog.monitor is None or counts is None:
+        raise InputError("this engine was started without a monitor")
+    return counts

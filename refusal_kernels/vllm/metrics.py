@@ -1,20 +1,21 @@
 """The monitor's histogram, among the metrics of vLLM's own server.
 
-The workers count on the device, and are asked when somebody scrapes: a step waits for nothing.
+The workers count on the device; they are asked when the metrics are read, so no step waits.
 """
 
 from typing import Any
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.frontend import MONITOR, catalog_of, first_answer
+from refusal_kernels.vllm.frontend import catalog_of, first_answer
+from refusal_kernels.vllm.names import MONITOR
 
 PATH = "/metrics"
 NAME = "refusal_kernels:direction_share"
 ABOUT = "Component of each token along the direction, as a share of its length."
 
 
-def export(app: Any, *_: Any) -> None:
-    """Let vLLM's ``/metrics`` show the monitor too: what follows its own ``attach_router(app)``."""
+def export(app: Any) -> None:
+    """Serve vLLM's ``/metrics`` with the monitor's histogram."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
     from starlette.requests import Request
     from starlette.responses import Response
@@ -27,33 +28,33 @@ def export(app: Any, *_: Any) -> None:
         engine = request.app.state.engine_client
         try:
             catalog = catalog_of(engine)
-            found = first_answer(catalog, await engine.collective_rpc(MONITOR))
-            text += generate_latest(Snapshot(found, catalog.monitor))
+            counts = first_answer(catalog, await engine.collective_rpc(MONITOR))
+            text += generate_latest(Snapshot(counts, catalog.monitor))
         except (EngineDeadError, InputError):
-            pass  # what vLLM says of itself is wanted all the same
+            pass  # vLLM's own metrics are still served
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     app.router.routes.insert(0, Route(PATH, scrape, include_in_schema=False))
 
 
 class Snapshot:
-    """What `Histogram.read` returned, for ``prometheus_client.generate_latest``."""
+    """A result of `Histogram.read`, for ``prometheus_client.generate_latest``."""
 
-    def __init__(self, found: dict[str, Any], monitor: Any) -> None:
-        self.found, self.monitor = found, monitor
+    def __init__(self, histogram: dict[str, Any], monitor: Any) -> None:
+        self.histogram, self.monitor = histogram, monitor
 
     def collect(self) -> list[Any]:
-        """Return the metrics: one."""
+        """Return one metric."""
         from prometheus_client.core import Metric
 
-        # by hand: HistogramMetricFamily leaves out the count and the sum where an edge is negative
+        # HistogramMetricFamily leaves out the count and the sum where an edge is negative
         family = Metric(NAME, ABOUT, "histogram")
         labels = {"direction": self.monitor.direction, "layer": str(self.monitor.layer)}
         below = 0
-        for edge, count in zip(self.found["edges"], self.found["counts"], strict=True):
+        for edge, count in zip(self.histogram["edges"], self.histogram["counts"], strict=True):
             below += count
             family.add_sample(f"{NAME}_bucket", {**labels, "le": str(edge)}, below)
         family.add_sample(f"{NAME}_bucket", {**labels, "le": "+Inf"}, below)
         family.add_sample(f"{NAME}_count", labels, below)
-        family.add_sample(f"{NAME}_sum", labels, self.found["sum"])
+        family.add_sample(f"{NAME}_sum", labels, self.histogram["sum"])
         return [family]

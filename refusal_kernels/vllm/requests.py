@@ -1,19 +1,18 @@
-"""What a request asks for: a program and a strength, from its ``extra_args``."""
+"""The steering of a request: a program and a strength, from its ``extra_args``."""
 
 import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.names import RESOLVED, STEER, STRENGTH
 from refusal_kernels.vllm.programs import NONE, NamedProgram, number
 
-STEER, STRENGTH = "steer", "steer_strength"
-RESOLVED = "refusal_kernels.steer"  # what the front end hands to the workers
 FIELDS = ("program", "strength")
 
 
 class Steering(NamedTuple):
-    """What is done to one request. A request that is left alone has none."""
+    """The program and the strength of one request; an unsteered request has none."""
 
     version: str
     strength: float
@@ -22,17 +21,16 @@ class Steering(NamedTuple):
 def read_steering(
     extra_args: Mapping[str, Any] | None, programs: Mapping[str, NamedProgram], default: str | None
 ) -> Steering | None:
-    """Return what a request asks for; None: it is left alone.
+    """Return the steering that a request asks for; None leaves it unsteered.
 
-    Two forms mean the same: ``{"steer": {"program": NAME, "strength": 0.7}}``, and for HTTP, where
+    Two forms mean the same: ``{"steer": {"program": NAME, "strength": 0.7}}`` and, for HTTP, where
     an extra argument is a string or a number, ``{"steer": NAME, "steer_strength": 0.7}``. Without a
-    program the engine's default is taken; "none" asks for the model as it is.
+    program the engine's default is taken; "none" asks for the unmodified model.
 
     Raises
     ------
     InputError
-        If the program is not there or an argument is malformed. It is a ValueError: the server
-        answers it with status 400, and no other request notices.
+        If there is no such program or an argument is malformed.
     """
     extra = extra_args or {}
     if RESOLVED in extra:
@@ -55,18 +53,18 @@ def read_steering(
     return Steering(programs[name].version, strength) if strength else None
 
 
-def cache_salt(own: str | None, steering: Steering | None) -> str | None:
-    """Return the salt that keeps a prefix computed under one program from serving another.
+def cache_salt(salt: str | None, steering: Steering | None) -> str | None:
+    """Return the salt that restricts cached prefixes to requests with the same steering.
 
     Parameters
     ----------
-    own
-        The salt that the request came with.
+    salt
+        The salt that the request came with. An unsteered request keeps it, and so shares the
+        prefixes that it shares without the plugin.
     steering
-        What is done to it. Requests that are left alone keep their own salt, so that they go on
-        sharing what they share without the plugin.
+        The request's steering.
     """
     if steering is None:
-        return own
-    text = f"{steering.version} {steering.strength!r} {own or ''}"
+        return salt
+    text = f"{steering.version} {steering.strength!r} {salt or ''}"
     return f"{RESOLVED}:{hashlib.sha256(text.encode()).hexdigest()}"

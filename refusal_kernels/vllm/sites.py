@@ -1,7 +1,7 @@
-"""The modules that stand at the places of a vLLM model, and how they get there.
+"""The modules at the places of a vLLM model, and how they get there.
 
-Bank, params and route are buffers of every site, so that Dynamo lifts them to inputs of the graph;
-they are not persistent, so no checkpoint asks for them.
+Bank, params and route are buffers of every site, so that Dynamo makes them inputs of the graph.
+They are not persistent, because no checkpoint has them.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from refusal_kernels.vllm.monitor import Meter
 
 
 class SteeredAdd(nn.Module):
-    """The steered add: it stands where ``residual + x`` stood in a layer's forward."""
+    """The steered add, in the place of ``residual + x`` in a layer's forward."""
 
     bank: Tensor
     params: Tensor
@@ -43,10 +43,9 @@ class SteeredAdd(nn.Module):
         return steered
 
     def before_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what to hand to vLLM's own norm: untouched rows, and (h, 0) for steered ones.
+        """Return the arguments of vLLM's norm: (h, 0) for steered rows, (x, residual) for others.
 
-        So a request that is left alone gets the bits of vLLM's norm, which adds in float32 and
-        rounds in its own places.
+        So unsteered requests get vLLM's bits: its norm adds in float32 and rounds twice.
         """
         steered = (self.route[: x.shape[0]] >= 0).unsqueeze(-1)
         h = self(x, residual)
@@ -59,7 +58,7 @@ class SteeredAddNorm(SteeredAdd):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
     ) -> tuple[Tensor, Tensor]:
-        """Return the normed row and the stream, as vLLM's fused norms do."""
+        """Return the normalized row and the stream, as vLLM's fused norms do."""
         op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
         route = self.route[: x.shape[0]]
         normed, h = op(x, residual, weight, eps, self.bank, self.params, route, offset)
@@ -69,7 +68,7 @@ class SteeredAddNorm(SteeredAdd):
 
 
 class SteeredRMSNorm(RMSNorm):
-    """vLLM's RMSNorm, at a residual add. `forward` itself, not a platform's form, is replaced."""
+    """vLLM's RMSNorm at a residual add. Its `forward` replaces those of all platforms."""
 
     rk_site: SteeredAdd
 
@@ -103,30 +102,28 @@ STEERED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def claim(places: list[EnginePlace], bank: Bank, fuse_norms: bool) -> list[SteeredAdd]:
-    """Put a site at every place of a loaded model; return them, in the order of the forward.
+    """Put a site at every place of a loaded model; return them in the order of the forward.
 
-    Norms and layers keep everything but their class: weights, hooks and names stay.
+    Norms and layers change their class and keep everything else: weights, hooks, names.
     """
     sites: list[SteeredAdd] = []
-    site: SteeredAdd
     for number, place in enumerate(places):
         module = place.module
+        fused = place.kind == NORM and fuse_norms
+        site = (SteeredAddNorm if fused else SteeredAdd)(bank, number)
         if place.kind == NORM:
-            site = SteeredAddNorm(bank, number) if fuse_norms else SteeredAdd(bank, number)
             module.rk_site = site
             module.__class__ = STEERED_NORMS[type(module)]
         elif place.kind == ADD:
-            site = SteeredAdd(bank, number)
-            _at_add(module, place.add, site)
+            _put_at_add(module, place.add, site)
         else:
-            site = SteeredAdd(bank, number)
             module.rk_start = site
             module.register_forward_pre_hook(_steer_input, with_kwargs=True)
         sites.append(site)
     return sites
 
 
-def _at_add(layer: nn.Module, number: int, site: SteeredAdd) -> None:
+def _put_at_add(layer: nn.Module, number: int, site: SteeredAdd) -> None:
     """Put a site at an add of a layer whose forward is rewritten."""
     if not hasattr(layer, SITES):
         rewritten = steered(base_class(layer))
@@ -136,16 +133,16 @@ def _at_add(layer: nn.Module, number: int, site: SteeredAdd) -> None:
 
 
 def _steer_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Steer what enters the first layer: the embedding, wherever it came from."""
-    at = hidden_states_at(type(layer))
+    """Steer the input of the first layer, the embedding: a forward pre-hook."""
+    at = _hidden_states_at(type(layer))
     if "hidden_states" in kwargs:
         kwargs["hidden_states"] = layer.rk_start(kwargs["hidden_states"], None)
         return args, kwargs
     return (*args[:at], layer.rk_start(args[at], None), *args[at + 1 :]), kwargs
 
 
-def hidden_states_at(cls: type[nn.Module]) -> int:
-    """Return where ``hidden_states`` stands among the arguments of a layer's forward."""
+def _hidden_states_at(cls: type[nn.Module]) -> int:
+    """Return the position of ``hidden_states`` among the arguments of a layer's forward."""
     names = list(inspect.signature(cls.forward).parameters)[1:]
     if "hidden_states" not in names:
         raise InputError(f"{cls.__qualname__}.forward has no parameter hidden_states")

@@ -45,9 +45,9 @@ def directions(folder):
 def steering(folder, directions):
     """Make the plugin's settings with the given programs."""
 
-    def settings(**own):
+    def settings(**others):
         files = {name: str(folder / f"{name}.safetensors") for name in directions}
-        return {"refusal_kernels": {"directions": files, **own}}
+        return {"refusal_kernels": {"directions": files, **others}}
 
     return settings
 
@@ -65,16 +65,16 @@ def engines():
         cleanup_dist_env_and_memory()
         gc.collect()
 
-    def start(path, settings=None, **own):
+    def start(path, settings=None, **options):
         close()
-        started.append(start_engine(path, settings, **own))
+        started.append(start_engine(path, settings, **options))
         return started[-1]
 
     yield start
     close()
 
 
-def start_engine(path, settings=None, **own):
+def start_engine(path, settings=None, **options):
     from vllm import LLM
 
     common = {
@@ -88,4 +88,4 @@ def start_engine(path, settings=None, **own):
         "dtype": "float32",
         "additional_config": settings or {},
     }
-    return LLM(model=path, **{**common, **own})
+    return LLM(model=path, **{**common, **options})

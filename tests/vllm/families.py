@@ -50,9 +50,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make(family: str, folder: Path, **changes: Any) -> str:
     """Save a seeded random float32 model of a family; return its folder."""
-    name, own = FAMILIES[family]
+    name, special = FAMILIES[family]
     common = {} if family == "gpt2" else COMMON
-    config = getattr(transformers, name)(**{**common, **own, **changes})
+    config = getattr(transformers, name)(**{**common, **special, **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -84,9 +84,7 @@ def greedy(
     patched = rk.patch(model, *interventions) if interventions else contextlib.nullcontext()
     with patched as handle, torch.inference_mode():
         if handle is not None and strength != 1.0:
-            own = handle.strength
-            own = own if isinstance(own, tuple) else (own,) * len(interventions)
-            handle.strength = [strength * one for one in own]
+            handle.strength = [strength * i.strength for i in interventions]
         out = model.generate(
             torch.tensor([prompt]),
             max_new_tokens=tokens,

@@ -10,8 +10,8 @@ from vllm import SamplingParams
 
 import refusal_kernels as rk
 from refusal_kernels import InputError
-from refusal_kernels.vllm.check import kept
-from refusal_kernels.vllm.requests import RESOLVED
+from refusal_kernels.vllm.check import lent
+from refusal_kernels.vllm.names import RESOLVED
 
 EIGHT = {
     "ablate": {"ablate": "r"},
@@ -98,7 +98,7 @@ def test_the_route_follows_every_change_of_a_batch(path, steering, engines):
     assert routed({"c": params(t), "a": params(r)}, [1, 1]) == [t, r]
     state.forget(["a"])  # and the name comes again
     assert routed({"c": params(t), "a": params(None)}, [1, 1]) == [t, None]
-    with kept(state.bank):
+    with lent(state.bank):
         state.bank.route.fill_(5)
     assert routed({"c": params(t), "a": params(None)}, [1, 1]) == [t, None]
 
@@ -108,7 +108,7 @@ def test_a_cached_prefix_is_not_served_to_another_program(
     guarded, path, directions, steering, engines, monkeypatch
 ):
     if not guarded:  # what happens then: this test would notice
-        monkeypatch.setattr("refusal_kernels.vllm.frontend.cache_salt", lambda own, _: own)
+        monkeypatch.setattr("refusal_kernels.vllm.frontend.cache_salt", lambda salt, _: salt)
     model, prompt = hugging_face(path), prompts(1, longest=90)[0] * 8
     prompt = prompt[:96]
     wanted = [
@@ -203,22 +203,22 @@ def places_without(number):
 @pytest.mark.parametrize("number", [0, 3, -1])
 def test_an_add_that_no_site_sees_is_noticed(number, path, steering, engines, monkeypatch):
     monkeypatch.setattr("refusal_kernels.vllm.worker.find_places", places_without(number))
-    with pytest.raises(InputError, match="can not be steered"):
+    with pytest.raises(InputError, match="can't be steered"):
         engines(path, steering(programs=EIGHT))
 
 
 def test_another_write_to_the_stream_is_noticed(path, steering, engines, monkeypatch):
     from vllm.model_executor.models.llama import LlamaDecoderLayer
 
-    own = LlamaDecoderLayer.forward
+    unmodified = LlamaDecoderLayer.forward
 
     def forward(self, positions, hidden_states, residual):
-        hidden_states, residual = own(self, positions, hidden_states, residual)
+        hidden_states, residual = unmodified(self, positions, hidden_states, residual)
         return hidden_states, residual * 1.01  # as a family might that scales its residual
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     monkeypatch.setattr("refusal_kernels.vllm.families._fused_norms", by_name)
-    with pytest.raises(InputError, match=r"layers\.0\.mlp adds to something else"):
+    with pytest.raises(InputError, match=r"layers\.0\.mlp adds to another tensor"):
         engines(path, steering(programs=EIGHT))
 
 
@@ -229,7 +229,7 @@ def by_name(module):
 
 def test_families_are_lists_of_names(path, steering, engines, monkeypatch):
     monkeypatch.setattr("refusal_kernels.vllm.families.FUSED", frozenset())
-    with pytest.raises(InputError, match="LlamaForCausalLM is not among those"):
+    with pytest.raises(InputError, match="LlamaForCausalLM can't be steered"):
         engines(path, steering(programs=EIGHT))
     monkeypatch.setattr("refusal_kernels.vllm.families.ADDING", frozenset({"LlamaForCausalLM"}))
     with pytest.raises(InputError, match=r"adds nothing to the stream|returns no sum"):
@@ -262,11 +262,11 @@ def test_a_compiled_graph_that_does_not_steer_is_noticed(
     from refusal_kernels.vllm import sites
 
     kind = sites.SteeredAdd if place == "embed" else sites.SteeredAddNorm
-    own = kind.forward
+    unmodified = kind.forward
 
     def forward(self, *args):
         if not (torch.compiler.is_compiling() and self.left_out):
-            return own(self, *args)
+            return unmodified(self, *args)
         if place == "embed":
             return args[0].clone()
         route = torch.full_like(self.route[: args[0].shape[0]], -1)

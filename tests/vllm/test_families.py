@@ -36,10 +36,10 @@ def expected(path, directions, programs=PROGRAMS):
     # a vLLM engine leaves its mark on Hugging Face classes that it has served itself
     with set_current_vllm_config(VllmConfig()):
         model = hugging_face(path)
-    own = interventions(directions)
-    cases = {(name, 1.0): (own[name], 1.0) for name in programs}
+    edits = interventions(directions)
+    cases = {(name, 1.0): (edits[name], 1.0) for name in programs}
     cases["none", 1.0] = ((), 1.0)
-    cases["ablate", 0.7] = (own["ablate"], 0.7)
+    cases["ablate", 0.7] = (edits["ablate"], 0.7)
     return {
         case: [greedy(model, prompt, 16, *program) for prompt in prompts()]
         for case, program in cases.items()

@@ -55,11 +55,11 @@ def test_the_histogram_counts_the_requests(eager, folder, directions, steering, 
         total += torch.histc(shares[-1], bins=len(edges()), min=-1, max=1).long()
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     runner.refusal_kernels_state.count()  # a forward of no request's tokens
-    found = read_monitor(llm)
-    assert sum(found["counts"]) == sum(map(len, shares))
+    histogram = read_monitor(llm)
+    assert sum(histogram["counts"]) == sum(map(len, shares))
     # a share at an edge may fall on either side
-    assert (torch.tensor(found["counts"]) - total).abs().sum() <= 4
-    assert found["sum"] == pytest.approx(float(torch.cat(shares).double().sum()), abs=1e-3)
+    assert (torch.tensor(histogram["counts"]) - total).abs().sum() <= 4
+    assert histogram["sum"] == pytest.approx(float(torch.cat(shares).double().sum()), abs=1e-3)
     assert shares[1].mean() < shares[0].mean() - 0.05
 
 
@@ -67,8 +67,8 @@ def test_prometheus_reads_it():
     from prometheus_client import generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
-    found = {"edges": [-0.5, 1.0], "counts": [3, 2], "sum": -0.5}
-    text = generate_latest(Snapshot(found, Monitor('a "quoted" name', 4))).decode()
+    histogram = {"edges": [-0.5, 1.0], "counts": [3, 2], "sum": -0.5}
+    text = generate_latest(Snapshot(histogram, Monitor('a "quoted" name', 4))).decode()
     (family,) = text_string_to_metric_families(text)
     samples = {(s.name, s.labels.get("le")): s.value for s in family.samples}
     assert samples[f"{NAME}_bucket", "-0.5"] == 3 and samples[f"{NAME}_bucket", "1.0"] == 5

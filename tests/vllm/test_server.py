@@ -89,8 +89,8 @@ def wanted(path, directions):
     texts = {}
     for k, prompt in enumerate(prompts(8, seed=21)):
         for name, strength in (("r", 1.0), ("t", 1.0), ("r", 0.5), ("none", 1.0)):
-            own = (rk.Ablate(directions[name], strength),) if name != "none" else ()
-            texts[k, name, strength] = greedy(model, prompt, TOKENS, own)
+            edits = (rk.Ablate(directions[name], strength),) if name != "none" else ()
+            texts[k, name, strength] = greedy(model, prompt, TOKENS, edits)
     return texts
 
 
@@ -167,9 +167,9 @@ def test_the_monitor_is_among_the_metrics_of_the_server(server):
 
 def memory_of(process):
     """Resident bytes of a process and its children."""
-    own = Path(f"/proc/{process}")
-    pages = int((own / "statm").read_text().split()[1])
-    children = (own / f"task/{process}/children").read_text().split()
+    folder = Path(f"/proc/{process}")
+    pages = int((folder / "statm").read_text().split()[1])
+    children = (folder / f"task/{process}/children").read_text().split()
     return pages * 4096 + sum(memory_of(int(child)) for child in children)
 
 

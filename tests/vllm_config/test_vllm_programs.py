@@ -8,8 +8,9 @@ from refusal_kernels import Ablate, Add, Clamp, Direction, Erase, InputError, Se
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import parse_settings
 from refusal_kernels.vllm.families import ADD, START, EnginePlace, find_places
+from refusal_kernels.vllm.names import RESOLVED
 from refusal_kernels.vllm.programs import parse_program
-from refusal_kernels.vllm.requests import RESOLVED, Steering, cache_salt, read_steering
+from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 
 HIDDEN = 8
 
@@ -26,8 +27,8 @@ def settings(tmp_path, directions):
         direction.save(tmp_path / name)
     files = {name: str(tmp_path / name) for name in directions}
 
-    def parse(**own):
-        return parse_settings({"directions": files, **own})
+    def parse(**others):
+        return parse_settings({"directions": files, **others})
 
     return parse
 
@@ -125,7 +126,7 @@ def test_malformed_programs_are_refused(settings, program, words):
 
 
 @pytest.mark.parametrize(
-    ("own", "words"),
+    ("others", "words"),
     [
         ({"program": {}}, "has 'program'; expected directions"),
         ({"programs": []}, "programs is a list"),
@@ -142,9 +143,9 @@ def test_malformed_programs_are_refused(settings, program, words):
         ({"monitor": {"direction": "r"}}, "expected null or an object"),
     ],
 )
-def test_malformed_settings_are_refused(settings, own, words):
+def test_malformed_settings_are_refused(settings, others, words):
     with pytest.raises(InputError, match=words):
-        settings(**own)
+        settings(**others)
     with pytest.raises(InputError, match="expected an object"):
         parse_settings(3)
 
@@ -195,10 +196,10 @@ def test_malformed_requests_are_refused(programs, extra, words):
 
 
 def test_prefixes_are_salted_by_program_and_strength():
-    plain = [cache_salt(own, None) for own in (None, "tenant")]
+    plain = [cache_salt(salt, None) for salt in (None, "tenant")]
     assert plain == [None, "tenant"]
     asked = [Steering(v, s) for v in ("a", "b") for s in (1.0, 0.5)]
-    salts = [cache_salt(own, s) for s in asked for own in (None, "tenant")]
+    salts = [cache_salt(salt, s) for s in asked for salt in (None, "tenant")]
     assert len(set(salts)) == len(salts)
     assert cache_salt("x", Steering("a", 1.0)) == cache_salt("x", Steering("a", 1.0))
 
@@ -251,9 +252,9 @@ def test_rows_are_reused_the_longest_unused_first_and_never_within_a_batch(direc
     assert made.rows_of([asked[0], asked[3]]) == (rows[0], rows[1])  # 1 was unused the longest
     for k in range(4, 36):  # every batch full, nothing in common with the last
         batch = asked[k : k + 3]
-        found = made.rows_of(batch)
-        assert len(set(found)) == 3
-        written = made.params[0, list(found), 0, 0]
+        rows = made.rows_of(batch)
+        assert len(set(rows)) == 3
+        written = made.params[0, list(rows), 0, 0]
         assert torch.allclose(written, torch.tensor([-s.strength for s in batch]))
 
 
@@ -280,12 +281,12 @@ def test_programs_that_nobody_names_are_forgotten(directions):
     made.keep_only([b.version])
     assert made.versions == (b.version,)
     made.rows_of([b])
-    with pytest.raises(RuntimeError, match="which this worker has not"):
+    with pytest.raises(RuntimeError, match="which this worker does not have"):
         made.rows_of([a])
 
 
 def test_an_architecture_on_no_list_is_refused():
-    with pytest.raises(InputError, match="NewForCausalLM is not among those"):
+    with pytest.raises(InputError, match="NewForCausalLM can't be steered"):
         find_places(torch.nn.Identity(), "NewForCausalLM")
 
 

@@ -1,0 +1,67 @@
+"""What is hooked in the front end of an engine that asks for steering."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm import metrics
+from refusal_kernels.vllm.config import read_settings
+from refusal_kernels.vllm.frontend import Catalog
+from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
+from refusal_kernels.vllm.names import CATALOG, STEER
+
+
+def start(processor: Any, vllm_config: Any) -> None:
+    """Give a front end's ``InputProcessor`` a catalog of programs, and put the hooks in place."""
+    settings, servers = read_settings(vllm_config), vllm_config.parallel_config._api_process_count
+    setattr(processor, CATALOG, Catalog(settings, servers))
+    install(FRONT_END)
+    if settings.monitor is not None:
+        install(SERVER)
+
+
+def _resolve(processor: Any, *_: Any, result: Any, **__: Any) -> None:
+    if (catalog := getattr(processor, CATALOG, None)) is not None:
+        with _as_bad_request():
+            catalog.resolve(result)
+
+
+def _validate(engine: Any, prompt: Any, sampling_params: Any, *_: Any, **__: Any) -> None:
+    if (catalog := getattr(engine.input_processor, CATALOG, None)) is not None:
+        with _as_bad_request():
+            catalog.read(getattr(sampling_params, "extra_args", None))
+
+
+def _export(app: Any, **_: Any) -> None:
+    metrics.export(app)
+
+
+@contextlib.contextmanager
+def _as_bad_request() -> Iterator[None]:
+    """Turn an InputError into one that the server answers with status 400, a ValueError too."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except InputError as error:
+        kind = type("SteeringError", (VLLMValidationError, ValueError), {})
+        raise kind(str(error), parameter=STEER) from None
+
+
+FRONT_END = (
+    Hook(
+        *("vllm.v1.engine.input_processor:InputProcessor", "process_inputs", AFTER, _resolve),
+        "to write each request's program into it",
+    ),
+    Hook(
+        *("vllm.v1.engine.async_llm:AsyncLLM", "generate", BEFORE, _validate),
+        "to refuse a request before its stream begins",
+    ),
+)
+SERVER = (
+    Hook(
+        *("vllm.entrypoints.serve.instrumentator.metrics", "attach_router", AFTER, _export),
+        "to show the monitor at /metrics",
+    ),
+)

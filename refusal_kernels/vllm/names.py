@@ -1,0 +1,10 @@
+"""The names by which the parts of the plugin, in several processes, know each other."""
+
+KEY = "refusal_kernels"  # of the plugin's settings in additional_config
+GRAPH = "graph"  # in those settings: what the compiled graph depends on, written by the worker
+STEER, STRENGTH = "steer", "steer_strength"  # in a request's extra_args
+RESOLVED = "refusal_kernels.steer"  # the same, as the front end hands it to the workers
+# Attributes that vLLM's objects are given.
+CATALOG, STATE = "refusal_kernels", "refusal_kernels_state"
+# Methods that every worker is given.
+UPDATE, MONITOR = "refusal_kernels_update", "refusal_kernels_monitor"

