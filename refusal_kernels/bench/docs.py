@@ -34,25 +34,24 @@ Each cell's methods take turns in every round, each beside an unmodified model i
 environment; a ratio is the median over the rounds and, in brackets, its 95 % interval by order
 statistics. 1 is no cost. Every method is checked against a float64 reference: *in part* means that
 it edits elsewhere than the paper does, and there exactly; **no** that it is wrong. Weights edited
-beforehand ("orthogonalized") are no way to steer at run time. The JSON beside this page has the
-command that gives each row.
+beforehand ("orthogonalized") are no way to steer at run time. 
 """
 
 
 def write_document(path: Path, folder: Path) -> None:
     """Write the page of all recorded runs in a folder, replacing the file in one step.
 
-    A run is `overhead-DEVICE.json`, there or in a folder of its own, or `overhead-DEVICE-*.json`.
+    A run is `overhead-DEVICE.jsonl`, there or in a folder of its own, or `overhead-DEVICE-*.jsonl`.
 
     Raises
     ------
     InputError
         If there are none.
     """
-    files = [*folder.glob("overhead-*.json"), *folder.glob("*/overhead-*.json")]
+    files = [*folder.glob("overhead-*.jsonl"), *folder.glob("*/overhead-*.jsonl")]
     documents = {file.relative_to(folder).as_posix(): read_results(file) for file in files}
     if not documents:
-        raise InputError(f"--recorded: {folder} holds no overhead-cpu.json or overhead-cuda.json")
+        raise InputError(f"--recorded: {folder} holds no overhead-cpu.jsonl or overhead-cuda.jsonl")
     text = write_markdown(documents)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

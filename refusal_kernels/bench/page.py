@@ -18,6 +18,7 @@ from refusal_kernels.bench.results import (
     cell_text,
     timed,
 )
+from refusal_kernels.bench.settings import command_for
 from refusal_kernels.files.atomic import replacing
 from refusal_kernels.research.evaluation.html import templates
 
@@ -52,7 +53,7 @@ def render(document: Mapping[str, Any], pictures: Sequence[Path] = (RECORDED,)) 
         complete=document["complete"],
         figures=_figures(document, pictures),
         slower=report.slower_cells(document),
-        cells=[_cell(rows) for rows in by_cell(document["rows"]).values()],
+        cells=[_cell(document, rows) for rows in by_cell(document["rows"]).values()],
         headings=report.headings(kind),
         counted="kernels that are launched" if kind == "cuda" else "PyTorch ops, views apart",
         residual_eps=RESIDUAL_EPS,
@@ -80,7 +81,7 @@ def facts(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _cell(document: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     good = [r for r in rows if timed(r) and at_run_time(r) and r["verdict"] == "yes"]
     best = max(good, key=lambda r: r["ratio"], default=None)
     return {
@@ -94,7 +95,7 @@ def _cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "columns": report.columns(row),
                 "verdict": row["verdict"],
                 "remark": report.remarks(row),
-                "command": row["command"],
+                "command": command_for(document, row),
             }
             for row in rows
         ],

@@ -1,16 +1,14 @@
 """Rows, and what is said of them: ratios with intervals, right or wrong, faster or slower."""
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refusal_kernels.bench import records
 from refusal_kernels.bench.catalog import BEFOREHAND, ENGINES, PACKAGE, PLUGIN
 from refusal_kernels.bench.worker import BASE, SITES
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import read_json, replacing
 from refusal_kernels.timing import interval
 
 OK = "ok"
@@ -25,6 +23,14 @@ is more sensitive to rounding than the unmodified one, as many times more: `refe
 it by noise."""
 CELL = tuple("model layers of_layers hidden dtype mode work batch tokens steered programs".split())
 NOT_MEASURED = "not measured"
+USUAL: dict[str, Any] = {
+    "steered": None, "programs": 1, "status": OK, "sites": list(SITES), "rounds": 0,
+    "tokens_per_second": None, "ratio": None, "ratio_low": None, "ratio_high": None,
+    "memory_mib": None, "base_memory_mib": None, "launches": None, "residual": None,
+    "logits_error": None, "base_logits_error": None, "logits_error_at_sites": None,
+    "logits_allowed": None, "verdict": None,
+}  # fmt: skip
+"""What a row says that nothing was found for; not written (`records`)."""
 TOLERANCE = 0.02  # runs differ by this much where nothing has changed
 
 
@@ -36,7 +42,6 @@ def rated(
     low, high = interval(ratios)
     row |= {
         "tokens_per_second": tokens / statistics.median(seconds),
-        "base_tokens_per_second": tokens / statistics.median(base),
         "ratio": statistics.median(ratios),
         "ratio_low": low,
         "ratio_high": high,
@@ -52,10 +57,9 @@ def verdict(row: Mapping[str, Any]) -> str | None:
     """
     if row["method"] == BASE or row["logits_error"] is None or row["logits_allowed"] is None:
         return None
-    own = row["logits_error_own"]
-    if own is not None and set(row["sites"]) != set(SITES):
-        return "part" if own <= row["logits_allowed"] else "no"
-    gone = row["residual"] is None or row["residual"] <= row["residual_allowed"]
+    if row["logits_error_at_sites"] is not None:
+        return "part" if row["logits_error_at_sites"] <= row["logits_allowed"] else "no"
+    gone = row["residual"] is None or row["residual"] <= RESIDUAL_EPS * EPS[row["dtype"]]
     return "yes" if gone and row["logits_error"] <= row["logits_allowed"] else "no"
 
 
@@ -145,23 +149,12 @@ def read_results(path: Path) -> dict[str, Any]:
     InputError
         If it is no such file.
     """
-    document = read_json(path)
-    rows = document.get("rows") if isinstance(document, dict) else None
-    needed = {*CELL, "method", "status", "ratio", "ratio_low", "ratio_high", "verdict"}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and needed <= set(r) for r in rows
-    ):
+    document = records.read_records(path, USUAL)
+    if not all({*CELL, "method"} <= set(row) for row in document["rows"]):
         raise InputError(f"{path} holds no results of 'refusal-kernels bench'")
     return document
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a line a row; an empty field where there is nothing."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        line = {k: " ".join(v) if isinstance(v, list) else v for k, v in row.items()}
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
-    with replacing(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+def write_results(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what a run found."""
+    records.write_records(path, document, USUAL)

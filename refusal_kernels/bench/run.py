@@ -20,24 +20,25 @@ from refusal_kernels.bench.catalog import OWN, Method
 from refusal_kernels.bench.checks import compare
 from refusal_kernels.bench.grid import Cell
 from refusal_kernels.bench.process import Process, WorkerError
-from refusal_kernels.bench.results import NOT_MEASURED, OK, by_cell, rated, verdict, write_csv
+from refusal_kernels.bench.records import rounded
+from refusal_kernels.bench.results import (
+    NOT_MEASURED,
+    OK,
+    USUAL,
+    by_cell,
+    rated,
+    verdict,
+    write_results,
+)
 from refusal_kernels.bench.settings import Settings, earlier_rows
 from refusal_kernels.bench.worker import BASE, load, shuffled
-from refusal_kernels.environment import clock_mhz, describe_device
+from refusal_kernels.environment import clock_mhz
 from refusal_kernels.errors import InputError, first_line
-from refusal_kernels.files.atomic import write_json
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
 LEAST_S = 30.0  # of rounds, also where preparing took all the time that a cell has
 SLOW = 10  # an environment that takes so many times as long as the quickest has the least rounds
 GIVE_UP = 2  # a worker that failed so often in a row is not started again
-NOTHING: dict[str, Any] = {
-    "about": "", "sites": [], "tokens_per_second": None, "base_tokens_per_second": None,
-    "ratio": None, "ratio_low": None, "ratio_high": None, "rounds": 0, "memory_mib": None,
-    "base_memory_mib": None, "launches": None, "base_launches": None, "residual": None,
-    "residual_allowed": None, "logits_error": None, "base_logits_error": None,
-    "logits_error_own": None, "logits_allowed": None, "verdict": None,
-}  # fmt: skip
 
 
 class Run:
@@ -68,6 +69,7 @@ class Run:
         self.workers: dict[str, Process] = {}
         self.failures: dict[str, int] = {}
         self.environments: dict[str, dict[str, str]] = {}
+        self.about: dict[str, str] = {}
         self.shortest = 0.0
         self.done, self.total = 0, 0
         self.folder = Path()
@@ -173,8 +175,7 @@ class Run:
         return self.done, self.total
 
     def _row(self, cell: Cell, method: str, status: str) -> dict[str, Any]:
-        row = {**cell.record(), "method": method, "status": status, **NOTHING}
-        return {**row, "command": self.settings.command(cell, method)}
+        return {**USUAL, **cell.record(), "method": method, "status": status}
 
     def _all(self, cell: Cell, status: str) -> None:
         self.rows += [self._row(cell, method.name, status) for method in self.settings.methods]
@@ -240,16 +241,13 @@ class Run:
             found = answer["methods"]
             for method in own:
                 rows[method.name] |= found[method.name]
+                self.about[method.name] = rows[method.name].pop("about", "")
                 if name != OWN:
-                    base = found[BASE]
-                    rows[method.name]["base_memory_mib"] = base.get("memory_mib")
-                    rows[method.name]["base_launches"] = base.get("launches")
+                    rows[method.name]["base_memory_mib"] = found[BASE].get("memory_mib")
             if found[BASE]["status"] == OK:
                 opened[name] = [m.name for m in own if rows[m.name]["status"] == OK]
-        base = rows[BASE]
         for method in self._groups()[OWN]:
-            rows[method.name]["base_memory_mib"] = base["memory_mib"]
-            rows[method.name]["base_launches"] = base["launches"]
+            rows[method.name]["base_memory_mib"] = rows[BASE]["memory_mib"]
         return opened
 
     def _order(
@@ -353,33 +351,31 @@ class Run:
     # --- the document
 
     def write(self, complete: bool) -> dict[str, Any]:
-        """Write JSON and CSV, and return the document."""
+        """Write the document, and return it."""
         settings = self.settings
         # rows that an earlier run has and this one did not come to are not lost
         come = set(by_cell(self.rows))
         rest = [row for key, rows in self.kept.items() if key not in come for row in rows]
-        document = {
+        document = rounded({
             "what": "tokens/s over the unmodified model's, interleaved round by round",
+            "device": self.comparable["device"],
+            "versions": self.comparable["versions"],
             "profile": settings.profile,
             "date": datetime.date.today().isoformat(),
-            "settings": self.comparable,
+            "measure_s": settings.grid.measure_s,
             "limit_s": settings.grid.limit_s,
             "rounds": settings.grid.rounds,
-            "device": describe_device(settings.device),
             "device_kind": settings.device.split(":")[0],
-            "versions": self.comparable["versions"],
             "environments": self.environments,
+            "methods": {m.name: [m.given, self.about.get(m.name, "")] for m in settings.methods},
             "torch_threads": settings.threads,
             "clock_mhz": clock_mhz(settings.device),
             "load": os.getloadavg()[0],
             "seconds": round(time.monotonic() - self.start),
             "complete": complete,
             "rows": self.rows + ([] if complete else rest),
-        }
-        settings.out.mkdir(parents=True, exist_ok=True)
-        write_json(settings.path.with_suffix(".json"), document)
-        if self.rows:
-            write_csv(settings.path.with_suffix(".csv"), self.rows)
+        })  # fmt: skip
+        write_results(settings.path.with_suffix(".jsonl"), document)
         return document
 
 

@@ -1,14 +1,15 @@
 """What a run is told: grid, methods, machine, and the command that gives a row again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refusal_kernels.bench.catalog import Method
-from refusal_kernels.bench.grid import ALL, Cell, Grid
+from refusal_kernels.bench.grid import ALL, Grid
+from refusal_kernels.bench.results import read_results
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import read_json
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Settings:
     def comparable(self) -> dict[str, Any]:
         """What must be the same for a measured cell to be kept."""
         return {
-            "threads": self.threads,
+            "torch_threads": self.threads,
             "measure_s": self.grid.measure_s,
             "versions": versions(),
             "device": describe_device(self.device),
@@ -43,18 +44,19 @@ class Settings:
         """What is written, without its suffix."""
         return self.out / f"overhead-{self.device.split(':')[0]}"
 
-    def command(self, cell: Cell, method: str) -> str:
-        """Return the command that gives one row."""
-        words = {
-            "--models": cell.model, "--layers": cell.layers, "--phases": cell.work,
-            "--batch": cell.batch, "--dtypes": cell.dtype, "--modes": cell.mode,
-            "--steered-layers": ALL if cell.steered is None else cell.steered,
-            "--programs": cell.programs, "--methods": "", "--rounds": self.grid.rounds,
-            "--device": self.device, "--threads": self.threads,
-        }  # fmt: skip
-        words["--methods"] = next(m.given for m in self.methods if m.name == method)
-        given = " ".join(f"{option} {value}" for option, value in words.items())
-        return f"refusal-kernels bench --profile {self.profile} {given}"
+
+def command_for(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return the command that gives one row of a document."""
+    words = {
+        "--models": row["model"], "--layers": row["layers"], "--phases": row["work"],
+        "--batch": row["batch"], "--dtypes": row["dtype"], "--modes": row["mode"],
+        "--steered-layers": ALL if row["steered"] is None else row["steered"],
+        "--programs": row["programs"], "--methods": document["methods"][row["method"]][0],
+        "--rounds": document["rounds"], "--device": document["device_kind"],
+        "--threads": document["torch_threads"],
+    }  # fmt: skip
+    given = " ".join(f"{option} {value}" for option, value in words.items())
+    return f"refusal-kernels bench --profile {document['profile']} {given}"
 
 
 def earlier_rows(path: Path, comparable: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,14 +67,12 @@ def earlier_rows(path: Path, comparable: dict[str, Any]) -> list[dict[str, Any]]
     InputError
         If it was measured otherwise: its rows would be written over.
     """
-    path = path.with_suffix(".json")
+    path = path.with_suffix(".jsonl")
     if not path.is_file():
         return []
-    document = read_json(path)
-    earlier = document.get("settings") if isinstance(document, dict) else None
-    if not isinstance(earlier, dict):
-        raise InputError(f"--resume: {path} is no result of refusal-kernels bench")
-    was, now = _flat(earlier), _flat(comparable)
+    document = read_results(path)
+    now = _flat(comparable)
+    was = _flat({name: document.get(name) for name in comparable})
     for name in (name for name in was | now if was.get(name) != now.get(name)):
         raise InputError(
             f"--resume: {path} was measured with {name} {was.get(name)}; expected "
@@ -82,7 +82,6 @@ def earlier_rows(path: Path, comparable: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same, each with a name of its own."""
-    versions = settings.get("versions")
+    """Return what must be the same, each version under the name of its package."""
     rest = {name: value for name, value in settings.items() if name != "versions"}
-    return {**rest, **versions} if isinstance(versions, dict) else settings
+    return {**rest, **settings["versions"]}

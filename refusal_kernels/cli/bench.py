@@ -14,11 +14,11 @@ from refusal_kernels.bench.docs import write_document
 from refusal_kernels.bench.grid import ALL, PROFILES, grid_for
 from refusal_kernels.bench.page import write_page
 from refusal_kernels.bench.plots import plot_overhead
-from refusal_kernels.bench.results import compare, read_results
+from refusal_kernels.bench.results import compare, read_results, write_results
 from refusal_kernels.bench.run import Run
 from refusal_kernels.bench.settings import Settings
 from refusal_kernels.bench.shapes import SHAPES
-from refusal_kernels.cli.common import JsonOption, console, errors, finish, progress_bars
+from refusal_kernels.cli.common import JsonOption, console, errors, progress_bars, writable
 from refusal_kernels.errors import InputError, first_line
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def bench(
         float, typer.Option("--answer-limit", help="Seconds that a method may take to answer.")
     ] = 240.0,
     compare_with: Annotated[
-        Path | None, typer.Option("--compare", help="An earlier JSON; exit code 1 if slower.")
+        Path | None, typer.Option("--compare", help="An earlier .jsonl; exit code 1 if slower.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what --out has already.")] = False,
     document_file: Annotated[
@@ -68,7 +68,7 @@ def bench(
 ) -> None:
     """Time every way to ablate beside the unmodified model, and check each.
 
-    Writes overhead-DEVICE.json, .csv, .png and .html to --out, the first two after every cell.
+    Writes overhead-DEVICE.jsonl, .png and .html to --out, the first after every cell.
     """
     if document_file is not None:
         write_document(document_file, recorded)
@@ -106,6 +106,8 @@ def bench(
         out,
         answer_s,
     )
+    if json_file is not None:
+        writable(json_file)
     with progress_bars() as step:
         tell = step("bench")
         last = ""
@@ -123,8 +125,10 @@ def bench(
     report.print_table(document, wide, device)
     write_page(settings.path.with_suffix(".html"), document)
     plot_overhead(settings.path.with_suffix(".png"), document)
-    console.print(f"written: {settings.path}.json, .csv, .html, .png")
-    finish(None, json_file, document)
+    console.print(f"written: {settings.path}.jsonl, .html, .png")
+    if json_file is not None:
+        write_results(json_file, document)
+        console.print(f"written: {json_file}")
     if old is not None:
         worse, compared = compare(document, old)
         for text in worse:

@@ -70,8 +70,9 @@ def bench(tmp_path):
         folder = tmp_path / out
         given = ("bench", "--profile", "smoke", "--threads", "1", "--out", str(folder))
         result = CliRunner().invoke(app, [*given, *arguments])
-        file = folder / "overhead-cpu.json"
-        return result, json.loads(file.read_text()) if file.is_file() else None
+        file = folder / "overhead-cpu.jsonl"
+        there = file.is_file() and file.stat().st_size > 2
+        return result, results.read_results(file) if there else None
 
     return go
 
@@ -93,18 +94,19 @@ def by_method(document):
 
 
 def test_the_smoke_profile_end_to_end(bench, tmp_path):
-    result, document = bench("--methods", "own", "--json", str(tmp_path / "copy.json"))
+    result, document = bench("--methods", "own", "--json", str(tmp_path / "copy.jsonl"))
     assert result.exit_code == 0, result.output
     rows = by_method(document)
     assert set(rows) == {
         *("unmodified", "hooks", "orthogonalized", "refusal_kernels:cpu"),
         "refusal_kernels:reference",
     }
-    assert document["complete"] and document == json.loads((tmp_path / "copy.json").read_text())
+    assert document["complete"] and document == results.read_results(tmp_path / "copy.jsonl")
+    page = (tmp_path / "out" / "overhead-cpu.html").read_text()
     for name, row in rows.items():
         assert row["status"] == "ok" and row["tokens_per_second"] > 0
         assert row["rounds"] == 7 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-        assert row["launches"] > 0 and f"--methods {name}" in row["command"]
+        assert row["launches"] > 0 and f"--methods {name}" in page
         assert row["verdict"] == (None if name == "unmodified" else "yes")
         if name != "unmodified":
             assert row["residual"] < 1e-6 and row["logits_error"] <= row["logits_allowed"]
@@ -112,10 +114,10 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     assert rows["refusal_kernels:cpu"]["launches"] < rows["unmodified"]["launches"]
     assert rows["hooks"]["launches"] > rows["unmodified"]["launches"]
     assert "refusal_kernels:cpu" in result.output
-    page = (tmp_path / "out" / "overhead-cpu.html").read_text()
     assert "refusal_kernels:cpu" in page and "<script" not in page and "://" not in page
     assert (tmp_path / "out" / "overhead-cpu.png").stat().st_size > 1000
-    assert len((tmp_path / "out" / "overhead-cpu.csv").read_text().splitlines()) == 1 + len(rows)
+    lines = (tmp_path / "out" / "overhead-cpu.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + len(rows) and not any("null" in line for line in lines)
 
 
 def test_an_edit_meanwhile_changes_neither_the_commit_of_a_run_nor_what_resumes_it(
@@ -139,7 +141,7 @@ def test_recorded_results_do_not_make_the_commit_differ(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
 
     code = tmp_path / "refusal_kernels" / "environment.py"
-    result = tmp_path / "benchmarks" / "results" / "overhead-cpu.json"
+    result = tmp_path / "benchmarks" / "results" / "overhead-cpu.jsonl"
     for path in (code, result):
         path.parent.mkdir(parents=True)
         path.write_text("as committed")
@@ -244,14 +246,14 @@ def test_resume_keeps_what_holds_and_measures_the_rest(bench):
 def test_resume_refuses_to_write_over_a_run_that_is_not_like_this_one(bench, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    file = folder / "overhead-cpu.json"
+    file = folder / "overhead-cpu.jsonl"
     file.write_text("{}")
     result, _ = bench("--methods", "hooks", "--resume")
-    assert isinstance(result.exception, InputError) and "no result" in str(result.exception)
+    assert isinstance(result.exception, InputError) and "no results" in str(result.exception)
     file.unlink()
     _, first = bench("--methods", "hooks")
-    first["settings"]["versions"]["torch"] = "0.1"
-    file.write_text(json.dumps(first))
+    first["versions"]["torch"] = "0.1"
+    results.write_results(file, first)
     result, kept = bench("--methods", "hooks", "--resume")
     assert "was measured with torch 0.1; expected 2." in str(result.exception)
     assert kept == first
@@ -317,7 +319,7 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
     assert child.returncode == 130, output.decode()
     assert not list(temporary.glob("refusal_kernels-bench-*"))
     assert workers and not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in workers)
-    document = json.loads((tmp_path / "out" / "overhead-cpu.json").read_text())
+    document = results.read_results(tmp_path / "out" / "overhead-cpu.jsonl")
     assert not document["complete"]
     status = {(row["work"], row["method"]): row["status"] for row in document["rows"]}
     assert status["decode", "slow"] == "ok"
@@ -390,13 +392,13 @@ def others(cell, first):
 
 
 def test_what_edits_elsewhere_is_never_quite_right():
-    row = {"method": "m", "sites": list(SITES), "residual": 0.02, "residual_allowed": 0.03}
-    row |= {"logits_error": 0.07, "logits_allowed": 0.15, "logits_error_own": 0.07}
+    row = {"method": "m", "sites": list(SITES), "residual": 0.02, "dtype": "bfloat16"}
+    row |= {"logits_error": 0.07, "logits_allowed": 0.15, "logits_error_at_sites": None}
     assert results.verdict(row) == "yes"
     assert results.verdict(row | {"residual": 0.04}) == "no"
-    elsewhere = row | {"sites": ["output"], "logits_error_own": 0.01}
+    elsewhere = row | {"sites": ["output"], "logits_error_at_sites": 0.01}
     assert results.verdict(elsewhere) == "part"
-    assert results.verdict(elsewhere | {"logits_error_own": 0.2}) == "no"
+    assert results.verdict(elsewhere | {"logits_error_at_sites": 0.2}) == "no"
 
 
 def test_of_large_models_no_axis_varies_unless_it_is_named():
@@ -520,7 +522,7 @@ def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path
         if row["method"] == "hooks":
             row |= {"ratio": 90.0, "ratio_low": 89.0, "ratio_high": 91.0}
     old = tmp_path / "old.json"
-    old.write_text(json.dumps(document))
+    results.write_results(old, document)
     result, _ = bench("--methods", "hooks", "--resume", "--compare", str(old))
     assert result.exit_code == 1 and "slower: hooks" in result.output
 
@@ -607,7 +609,7 @@ def test_the_page_is_what_the_recorded_results_make(tmp_path):
 
 
 def test_the_page_has_every_run_and_a_devices_whole_one_first(tmp_path):
-    whole, part, own = "overhead-cuda.json", "overhead-cuda-compiled.json", "overhead-cpu.json"
+    whole, part, own = "overhead-cuda.jsonl", "overhead-cuda-compiled.jsonl", "overhead-cpu.jsonl"
     (tmp_path / "engines").mkdir()
     for name, folder in ((whole, "."), (part, "."), (own, "engines")):
         (tmp_path / folder / name).write_text((RECORDED / name).read_text())
