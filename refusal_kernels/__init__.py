@@ -4,63 +4,45 @@
 >>> direction = rk.Direction.load("refusal.safetensors")  # doctest: +SKIP
 >>> with rk.patch(model, rk.Ablate(direction)):  # doctest: +SKIP
 ...     model.generate(**inputs)
+
+``__init__.pyi`` lists the public names, one import a line; each is loaded when it is first used.
+``torch.ops.refusal_kernels`` is registered by ``import refusal_kernels.ops``.
 """
 
-from importlib.metadata import version as _version
+import ast
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-from refusal_kernels import ops
-from refusal_kernels.direction import Direction
-from refusal_kernels.errors import InputError
-from refusal_kernels.files.control_vector import ControlVector
-from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
-from refusal_kernels.ops import explain, use_backend
-from refusal_kernels.patching.handle import PatchHandle
-from refusal_kernels.patching.patch import patch
-from refusal_kernels.research.evaluation.evidence import Evidence, gather_evidence
-from refusal_kernels.research.evaluation.outcomes import evaluate, generate
-from refusal_kernels.research.extraction.collect import collect, mean_difference
-from refusal_kernels.research.extraction.methods import find_candidates
-from refusal_kernels.research.extraction.moments import Moments
-from refusal_kernels.research.selection.algorithm import Selection, select
-from refusal_kernels.research.sources import read_prompts
-from refusal_kernels.weights.adapter import orthogonalize_lora
-from refusal_kernels.weights.certificate import Certificate, certify
-from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
-from refusal_kernels.weights.weights import orthogonalize
+_MODULES = {
+    alias.name: node.module
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom) and node.module
+    for alias in node.names
+}
+__all__ = sorted(_MODULES)
 
-__version__ = _version("refusal-kernels")
 
-__all__ = [
-    "Ablate",
-    "Add",
-    "Certificate",
-    "ChatFormat",
-    "Clamp",
-    "ControlVector",
-    "Direction",
-    "Erase",
-    "Evidence",
-    "InputError",
-    "Intervention",
-    "Moments",
-    "PatchHandle",
-    "Selection",
-    "Set",
-    "certify",
-    "collect",
-    "evaluate",
-    "explain",
-    "find_candidates",
-    "gather_evidence",
-    "generate",
-    "mean_difference",
-    "ops",
-    "orthogonalize",
-    "orthogonalize_checkpoint",
-    "orthogonalize_lora",
-    "patch",
-    "read_prompts",
-    "select",
-    "use_backend",
-]
+def __getattr__(name: str) -> Any:
+    """Load a public name, and keep it."""
+    value: Any
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("refusal-kernels")
+    elif name == "_C":
+        import torch  # noqa: F401  (the extension needs its libraries)
+
+        value = import_module("refusal_kernels._C")
+    elif name not in _MODULES:
+        raise AttributeError(f"module 'refusal_kernels' has no attribute '{name}'")
+    elif _MODULES[name] == "refusal_kernels":
+        value = import_module(f"refusal_kernels.{name}")
+    else:
+        value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
