@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from refusal_kernels.research.extraction.collect import Progress
+from refusal_kernels.progress import Progress
 
 Method = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a method is timed."""

@@ -1,16 +1,16 @@
 """What the commands share: their options, the terminal, and how a result is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TextColumn,
@@ -24,6 +24,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import write_json
 from refusal_kernels.files.convert import SUFFIXES, Candidates, read
+from refusal_kernels.progress import Progress, Step
 from refusal_kernels.research.sources import PRESETS
 
 console = Console()
@@ -112,7 +113,7 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress_bars(
     visible: bool = True,
-) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+) -> Iterator[Step]:
     """Give a function that announces a step and returns what is told of its progress.
 
     Shown are how much is done, how fast, since when, and for how much longer.
@@ -125,7 +126,7 @@ def progress_bars(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    bars = Progress(
+    bars = progress.Progress(
         *columns,
         console=errors,
         speed_estimate_period=SPEED_S,
@@ -134,7 +135,7 @@ def progress_bars(
     )
     with bars:
 
-        def step(description: str) -> Callable[[int, int], None]:
+        def step(description: str) -> Progress:
             task = bars.add_task(description, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 

@@ -1,8 +1,6 @@
 """Into the weights: orthogonalize."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +23,12 @@ from refusal_kernels.cli.common import (
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.load import load
+from refusal_kernels.progress import Step, single_step
 from refusal_kernels.weights.adapter import orthogonalize_lora
 from refusal_kernels.weights.certificate import Certificate, certify_checkpoint
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 from refusal_kernels.weights.folder import check_new, new_folder
 from refusal_kernels.weights.weights import orthogonalize as orthogonalize_
-
-Step = Callable[[str], Callable[[int, int], None]]
 
 
 def orthogonalize(
@@ -109,7 +106,7 @@ def _by_shards(
         sides = iter(("the original, to certify", "the edited model, to certify"))
 
         def loaded(path: str) -> Any:
-            with _during(step, f"Load {next(sides)}"):
+            with single_step(step(f"Load {next(sides)}")):
                 return load(path, device, "auto")[0]
 
         try:
@@ -141,10 +138,10 @@ def _in_memory(
     dtype: str,
     step: Step,
 ) -> dict[str, Any]:
-    with _during(step, "Load the model"):
+    with single_step(step("Load the model")):
         language_model, tokenizer = load(model, device, dtype, direction)
     if lora:
-        with _during(step, "Write the adapter, and certify it"):
+        with single_step(step("Write the adapter, and certify it")):
             adapter = orthogonalize_lora(language_model, direction, out, text_only=text_only)
         return {
             "way": "adapter",
@@ -154,9 +151,9 @@ def _in_memory(
             "unproved": adapter.unproved,
             "certificate": adapter.certificate,
         }
-    with _during(step, "Certify the edit, and make it"):
+    with single_step(step("Certify the edit, and make it")):
         done = orthogonalize_(language_model, direction, text_only=text_only)
-    with _during(step, "Write the model"), new_folder(out) as temporary:
+    with single_step(step("Write the model")), new_folder(out) as temporary:
         language_model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return {
@@ -166,13 +163,6 @@ def _in_memory(
         "unproved": done.unproved,
         "certificate": done.certificate,
     }
-
-
-@contextmanager
-def _during(step: Step, description: str) -> Iterator[None]:
-    told = step(description)
-    yield
-    told(1, 1)
 
 
 def _tell(found: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.progress import Progress, Step, single_step
 from refusal_kernels.research import plots
 from refusal_kernels.research.evaluation.outcomes import Outcome, evaluate
 from refusal_kernels.research.extraction.collect import mean_difference
@@ -28,8 +29,6 @@ from refusal_kernels.timing import Method, Speed, interleaved
 from refusal_kernels.weights.weights import orthogonalize
 
 Prompts = Mapping[str, Sequence[str]]  # "harmful" and "harmless"
-Step = Callable[[str], Callable[[int, int], None]]
-"""Announces a step of the work and returns the callable that is told of its progress."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def run(material: Material, out: Path, step: Step, *, rounds: int = 15) -> Findi
         progress=step("Select: three scores, validation split"),
     )
     direction = selection.direction
-    with step_of(step("Orthogonalize a copy of the weights")):
+    with single_step(step("Orthogonalize a copy of the weights")):
         edited = copy.deepcopy(model)
         orthogonalize(edited, direction)
 
@@ -148,7 +147,7 @@ def run(material: Material, out: Path, step: Step, *, rounds: int = 15) -> Findi
         progress=step("Generate: orthogonalized, test split"),
         **settings,
     )
-    with step_of(step("Look at every site of the ablated stream")):
+    with single_step(step("Look at every site of the ablated stream")):
         projections = project(model, chat, selection, material.test)
         residual, sites = look(model, chat, selection, material.test)
     speed = compare_speed(
@@ -163,7 +162,7 @@ def run(material: Material, out: Path, step: Step, *, rounds: int = 15) -> Findi
 
     document = assemble(material, selection, outcomes, residual, sites, speed)
     samples = collect_samples(material, outcomes)
-    with step_of(step("Write the report and the pictures")):
+    with single_step(step("Write the report and the pictures")):
         direction.save(out / "direction.safetensors")
         write_json(out / "report.json", document)
         write_json(out / "samples.json", samples)
@@ -171,18 +170,6 @@ def run(material: Material, out: Path, step: Step, *, rounds: int = 15) -> Findi
         plots.plot_refusals(out / "refusals.png", outcomes)
         plots.plot_speed(out / "speed.png", speed)
     return Finding(document, samples)
-
-
-class step_of(nullcontext[None]):
-    """A step that is not there, then done."""
-
-    def __init__(self, progress: Callable[[int, int], None]) -> None:
-        super().__init__()
-        self.progress = progress
-        progress(0, 1)
-
-    def __exit__(self, *error: object) -> None:
-        self.progress(1, 1)
 
 
 def _watch(
@@ -252,7 +239,7 @@ def compare_speed(
     selection: Selection,
     prompts: Prompts,
     rounds: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     *,
     batch: int = 32,
     new_tokens: int = 24,

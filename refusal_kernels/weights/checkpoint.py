@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ import torch
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json, write_json
+from refusal_kernels.progress import Progress
 from refusal_kernels.weights.folder import check_new
 from refusal_kernels.weights.plan import (
     Plan,
@@ -43,8 +44,6 @@ except ImportError:  # not a POSIX system: two runs at once are not kept apart
 
 VERSION = 1  # of what is computed: a change makes what an older version left useless
 STATE = ".state.json"
-Progress = Callable[[int, int], None]
-"""Called with how many bytes are done, and how many there are."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.handle import PatchHandle
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge
 from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
 from refusal_kernels.research.evaluation.outcomes import (
@@ -23,7 +24,7 @@ from refusal_kernels.research.evaluation.outcomes import (
     generate_ids,
     judged,
 )
-from refusal_kernels.research.extraction.collect import Progress, batch_logits
+from refusal_kernels.research.extraction.collect import batch_logits
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
 

@@ -17,19 +17,16 @@ from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers
 from refusal_kernels.interventions import Ablate, Add, Intervention
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.progress import Step, no_step
 from refusal_kernels.research.evaluation.conditions import Condition, Dose, Lab
 from refusal_kernels.research.evaluation.judges import Judge, SubstringJudge
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
-from refusal_kernels.research.extraction.collect import Progress
 from refusal_kernels.research.selection.scoring import find_refusal_tokens
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 UNMODIFIED, ABLATED, ADDED, SUBTRACTED = "unmodified", "ablated", "added", "subtracted"
 MAIN = (UNMODIFIED, ABLATED, ADDED, SUBTRACTED)
 ON_DISTRIBUTION = "own completions"
-
-Step = Callable[[str], Progress]
-"""Announces a part of the work and returns what is told of its progress."""
 
 
 @dataclass
@@ -169,7 +166,7 @@ def gather_evidence(
     layer = direction.layer if layer is None else layer
     if layer is None:
         raise InputError("the direction does not say at which layer to add; expected a layer")
-    step = step or (lambda _: lambda done, total: None)
+    step = step or no_step
     judges = [SubstringJudge()] if judges is None else list(judges)
     if len({judge.name for judge in judges}) != len(judges) or not judges:
         raise InputError("two judges have one name, or there is none; expected different ones")

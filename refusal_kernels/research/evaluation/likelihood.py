@@ -17,6 +17,7 @@ from refusal_kernels.files.atomic import parse_json, read_text
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
+from refusal_kernels.progress import Progress
 
 LONGEST_CONTEXT = 2048  # longer windows change the mean little and take memory
 TEXT = "a text file"
@@ -157,7 +158,7 @@ def cross_entropy(
     passages: Sequence[Passage],
     *,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Loss:
     """Mean negative log likelihood of the scored tokens, in nats.
 

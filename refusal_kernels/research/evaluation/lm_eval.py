@@ -9,7 +9,7 @@ here, with all of its own options::
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add, Intervention
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.outcomes import Rate
 
 try:
@@ -163,7 +164,7 @@ def run_tasks(
     system: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Run tasks of the harness on one model under several edits.
 

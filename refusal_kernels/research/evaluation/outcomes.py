@@ -18,6 +18,7 @@ from refusal_kernels.hf.forward import last_alone
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import (
     REFUSAL_SUBSTRINGS,
     Judge,
@@ -25,7 +26,6 @@ from refusal_kernels.research.evaluation.judges import (
     is_refusal,
 )
 from refusal_kernels.research.evaluation.likelihood import exact
-from refusal_kernels.research.extraction.collect import Progress
 
 __all__ = [
     "REFUSAL_SUBSTRINGS",

@@ -1,7 +1,7 @@
 """Run a model over prompts: moments at the input of every decoder layer, and last-token logits."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -13,12 +13,10 @@ from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST, model_inputs, read_inputs
 from refusal_kernels.hf.model import decoder_layers, hidden_size, input_device, text_config
+from refusal_kernels.progress import Progress
 from refusal_kernels.research.extraction.distributed import Team, team
 from refusal_kernels.research.extraction.moments import Moments
 from refusal_kernels.research.extraction.resume import Checkpoint, identity_of
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
 
 
 def collect(

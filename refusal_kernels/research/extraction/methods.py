@@ -21,7 +21,8 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import read_inputs
 from refusal_kernels.hf.model import hidden_size
-from refusal_kernels.research.extraction.collect import Progress, layers_to_read, mean_difference
+from refusal_kernels.progress import Progress
+from refusal_kernels.research.extraction.collect import layers_to_read, mean_difference
 
 Fit = Callable[[Tensor, Tensor], Tensor]
 """From activations [harmful prompts, hidden] and [harmless prompts, hidden], float64, to a vector

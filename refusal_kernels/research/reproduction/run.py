@@ -22,14 +22,13 @@ from refusal_kernels.files.atomic import read_json, write_json
 from refusal_kernels.files.convert import Candidates, read
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers
-from refusal_kernels.research.demo import step_of
+from refusal_kernels.progress import Step, single_step
 from refusal_kernels.research.evaluation.evidence import (
     ABLATED,
     ADDED,
     ON_DISTRIBUTION,
     SUBTRACTED,
     UNMODIFIED,
-    Step,
     gather_evidence,
 )
 from refusal_kernels.research.evaluation.outcomes import Rate, evaluate
@@ -197,7 +196,7 @@ class _Run:
     def filter(self) -> dict[str, Any]:
         """Keep what the model refuses and answers, of the prompts that the direction comes from."""
         train, tokens = self.material.prompts["train"], self.material.refusal_tokens
-        with step_of(self.step("Filter by refusal score")):
+        with single_step(self.step("Filter by refusal score")):
             if tokens is None:
                 tokens = find_refusal_tokens(
                     self.model, self.chat, train["harmful"], train["harmless"], self.size
@@ -287,7 +286,7 @@ class _Run:
         def ask() -> dict[str, Any]:
             if edit == "orthogonalized":
                 self.edit(direction)
-            with step_of(self.step(f"Benchmarks: {edit}")):
+            with single_step(self.step(f"Benchmarks: {edit}")):
                 return harness(self.model, self.chat.tokenizer)
 
         depends = BENCHMARKS, harness.limit, harness.seed

@@ -18,7 +18,8 @@ from refusal_kernels.direction import MEAN_DIFFERENCE, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers, hidden_size, text_config
-from refusal_kernels.research.extraction.collect import Progress, batch_logits
+from refusal_kernels.progress import Progress
+from refusal_kernels.research.extraction.collect import batch_logits
 from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
 from refusal_kernels.research.selection.scoring import (
     check_tokens,

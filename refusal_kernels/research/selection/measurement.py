@@ -38,7 +38,7 @@ from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.families import STARTS
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.places import base_class
-from refusal_kernels.research.extraction.collect import Progress
+from refusal_kernels.progress import Progress
 from refusal_kernels.research.selection.replay import Replay
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
