@@ -16,9 +16,9 @@ def start(processor: Any, vllm_config: Any) -> None:
     """Give a front end's ``InputProcessor`` a catalog of programs, and put the hooks in place."""
     settings, servers = read_settings(vllm_config), vllm_config.parallel_config._api_process_count
     setattr(processor, CATALOG, Catalog(settings, servers))
-    install(FRONT_END)
+    install(FRONT_END_HOOKS)
     if settings.monitor is not None:
-        install(SERVER)
+        install(SERVER_HOOKS)
 
 
 def _resolve(processor: Any, *_: Any, result: Any, **__: Any) -> None:
@@ -49,19 +49,11 @@ def _as_bad_request() -> Iterator[None]:
         raise kind(str(error), parameter=STEER) from None
 
 
-FRONT_END = (
-    Hook(
-        *("vllm.v1.engine.input_processor:InputProcessor", "process_inputs", AFTER, _resolve),
-        "to write each request's program into it",
-    ),
-    Hook(
-        *("vllm.v1.engine.async_llm:AsyncLLM", "generate", BEFORE, _validate),
-        "to refuse a request before its stream begins",
-    ),
+PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
+ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
+METRICS = "vllm.entrypoints.serve.instrumentator.metrics"
+FRONT_END_HOOKS = (
+    Hook(PROCESSOR, "process_inputs", AFTER, _resolve, "to give each request its program"),
+    Hook(ENGINE, "generate", BEFORE, _validate, "to refuse a request before its stream begins"),
 )
-SERVER = (
-    Hook(
-        *("vllm.entrypoints.serve.instrumentator.metrics", "attach_router", AFTER, _export),
-        "to show the monitor at /metrics",
-    ),
-)
+SERVER_HOOKS = (Hook(METRICS, "attach_router", AFTER, _export, "to show the monitor at /metrics"),)

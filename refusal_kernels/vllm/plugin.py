@@ -49,14 +49,10 @@ def _asks_for_steering(vllm_config: Any) -> bool:
     return True
 
 
+PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
+WORKER = "vllm.v1.worker.worker_base:WorkerBase"
 CONSTRUCTORS = (
     # before it, because it keeps references to the processor's methods
-    Hook(
-        *("vllm.v1.engine.input_processor:InputProcessor", "__init__", BEFORE, _start_front_end),
-        "to read the programs",
-    ),
-    Hook(
-        *("vllm.v1.worker.worker_base:WorkerBase", "__init__", AFTER, _start_worker),
-        "to follow the worker's model",
-    ),
+    Hook(PROCESSOR, "__init__", BEFORE, _start_front_end, "to read the programs"),
+    Hook(WORKER, "__init__", AFTER, _start_worker, "to follow the worker's model"),
 )

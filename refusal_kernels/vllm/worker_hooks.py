@@ -12,11 +12,11 @@ from refusal_kernels.vllm.worker import WorkerState
 def start(worker: Any) -> None:
     """Put the hooks of a new worker in place."""
     read_settings(worker.vllm_config)  # an error is raised before anything is loaded
-    install(WORKER, worker)
+    install(WORKER_HOOKS, worker)
 
 
 def _follow_runner(worker: Any, *_: Any, **__: Any) -> None:
-    install(RUNNER, worker.model_runner)
+    install(RUNNER_HOOKS, worker.model_runner)
 
 
 def _attach(worker: Any, *_: Any, **__: Any) -> None:
@@ -42,15 +42,15 @@ def _count(runner: Any, *_: Any, **__: Any) -> None:
     getattr(runner, STATE).count()
 
 
-_WORKER = "vllm.v1.worker.gpu_worker:Worker"
-WORKER = (
-    Hook(_WORKER, "init_device", AFTER, _follow_runner, "to follow its model runner"),
-    Hook(_WORKER, "load_model", AFTER, _attach, "to put the steered adds into the model"),
-    Hook(_WORKER, "compile_or_warm_up_model", AFTER, _check, "to check that they steer"),
+WORKER = "vllm.v1.worker.gpu_worker:Worker"  # and its subclass for CPUs
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+WORKER_HOOKS = (
+    Hook(WORKER, "init_device", AFTER, _follow_runner, "to follow its model runner"),
+    Hook(WORKER, "load_model", AFTER, _attach, "to put the steered adds into the model"),
+    Hook(WORKER, "compile_or_warm_up_model", AFTER, _check, "to check that they steer"),
 )
-_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-RUNNER = (
-    Hook(_RUNNER, "_prepare_inputs", AFTER, _route, "to route the tokens of each batch"),
-    Hook(_RUNNER, "_update_states", AFTER, _forget, "to forget requests that ended"),
-    Hook(_RUNNER, "_model_forward", AFTER, _count, "to count for the monitor"),
+RUNNER_HOOKS = (
+    Hook(RUNNER, "_prepare_inputs", AFTER, _route, "to route the tokens of each batch"),
+    Hook(RUNNER, "_update_states", AFTER, _forget, "to forget requests that ended"),
+    Hook(RUNNER, "_model_forward", AFTER, _count, "to count for the monitor"),
 )
