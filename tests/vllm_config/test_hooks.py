@@ -1,6 +1,7 @@
 """Hooks in vLLM, on stand-ins for its modules: inert engines stay as they are."""
 
 import logging
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -95,3 +96,38 @@ def test_another_vllm_is_refused_by_engines_that_steer_alone(monkeypatch, caplog
     plugin.faults.clear()
     worker = WorkerBase(vllm_config=STEERED)
     assert started == [worker]
+
+
+INERT = """
+import sys
+from types import ModuleType, SimpleNamespace
+
+class InputProcessor:
+    def __init__(self, vllm_config, renderer=None):
+        self.vllm_config = vllm_config
+
+class WorkerBase(InputProcessor):
+    pass
+
+for name, cls in (("engine.input_processor", InputProcessor), ("worker.worker_base", WorkerBase)):
+    module = ModuleType(name)
+    setattr(module, cls.__name__, cls)
+    sys.modules[f"vllm.v1.{name}"] = module
+before = set(sys.modules)
+import refusal_kernels.vllm
+refusal_kernels.vllm.register()
+for additional in (None, {}, {"other": 1}):
+    InputProcessor(SimpleNamespace(additional_config=additional))
+    WorkerBase(SimpleNamespace(additional_config=additional))
+assert hasattr(InputProcessor.__init__, "__refusal_kernels__")
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_the_inert_plugin_imports_nothing_heavy():
+    run = subprocess.run(
+        [sys.executable, "-c", INERT], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert "refusal_kernels" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "safetensors", "triton", "vllm"}
