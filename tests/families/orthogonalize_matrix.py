@@ -77,7 +77,7 @@ def examine(model_type: str) -> Finding:
         return finding
     model = tiny_families.build(model_type)
     try:
-        hidden = rk.models.hidden_size(model)
+        hidden = hidden_size(model)
         direction = rk.Direction(torch.randn(hidden, generator=torch.Generator().manual_seed(1)))
         text_only = _in_memory(finding, model, direction)
     except rk.InputError as error:
