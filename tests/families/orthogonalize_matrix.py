@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import refusal_kernels as rk
+from refusal_kernels.hf.model import hidden_size
 
 VERSIONS = f"transformers {transformers.__version__} (and PEFT {peft.__version__})"
 EDITED, TEXT, REFUSED, FAILED = "edited", "text only", "refused", "FAILED"
