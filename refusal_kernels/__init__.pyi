@@ -5,6 +5,7 @@ from refusal_kernels.direction import Direction as Direction
 from refusal_kernels.errors import InputError as InputError
 from refusal_kernels.files.control_vector import ControlVector as ControlVector
 from refusal_kernels.hf.chat import ChatFormat as ChatFormat
+from refusal_kernels.hf.generate import generate as generate
 from refusal_kernels.hf.load import load as load
 from refusal_kernels.interventions import Ablate as Ablate
 from refusal_kernels.interventions import Add as Add
@@ -17,9 +18,9 @@ from refusal_kernels.ops import use_backend as use_backend
 from refusal_kernels.patching.handle import PatchHandle as PatchHandle
 from refusal_kernels.patching.patch import patch as patch
 from refusal_kernels.research.evaluation.evidence import Evidence as Evidence
-from refusal_kernels.research.evaluation.evidence import gather_evidence as gather_evidence
-from refusal_kernels.research.evaluation.outcomes import evaluate as evaluate
-from refusal_kernels.research.evaluation.outcomes import generate as generate
+from refusal_kernels.research.evaluation.evidence import evaluate as evaluate
+from refusal_kernels.research.evaluation.outcomes import Outcome as Outcome
+from refusal_kernels.research.evaluation.outcomes import measure_outcomes as measure_outcomes
 from refusal_kernels.research.extraction.collect import collect as collect
 from refusal_kernels.research.extraction.collect import mean_difference as mean_difference
 from refusal_kernels.research.extraction.methods import find_candidates as find_candidates

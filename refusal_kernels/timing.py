@@ -1,4 +1,4 @@
-"""Measure what ways to ablate cost, as ratios to the unmodified model in the same run."""
+"""Time methods in interleaved rounds, as ratios to the first method of the same run."""
 
 import statistics
 import time
@@ -19,10 +19,10 @@ FEWEST = 6  # values that have a 95 % interval
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the median by order statistics: no distribution is assumed.
+    """Return the 95 % interval of the median by order statistics; it assumes no distribution.
 
-    Between the k-th smallest and k-th largest of n values, k the largest for which a binomial of
-    n halves is below k with probability 2.5 % at most.
+    It lies between the k-th smallest and the k-th largest of n values. k is the largest number for
+    which a binomial variable of n trials with p = 1/2 is below k with probability 2.5 % at most.
 
     Raises
     ------
@@ -62,17 +62,17 @@ class Speed:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and third quartile of the ratios: the spread."""
+        """The first and third quartile of the ratios."""
         low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
         return low, high
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the median ratio: how well it is known."""
+        """The 95 % interval of the median ratio."""
         return interval(self.ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return median, quartiles and rounds, ready for JSON."""
         return {
             "median": self.median,
             "quartiles": list(self.quartiles),
@@ -90,7 +90,7 @@ def interleaved(
     progress: Progress | None = None,
     enough: Callable[[dict[str, Speed]], bool] | None = None,
 ) -> dict[str, Speed]:
-    """Time every method in every round, so that a change of the machine's load hits all of them.
+    """Time every method in every round, so that a change of the machine's load affects them all.
 
     Parameters
     ----------
@@ -99,14 +99,14 @@ def interleaved(
     methods
         By name; ratios are to the first.
     rounds
-        How many rounds count, 2 or more. Every other round runs in reverse order.
+        Rounds that count, 2 or more. Every other round runs in reverse order.
     warmup
-        How many rounds before them do not.
+        Rounds before them that do not count.
     progress
         Called with the number of rounds done, and of all.
     enough
-        Asked after every `ASK_EVERY` rounds, with what is known by then: whether that will do. It
-        must look at the spread alone: one that looks at the ratio stops where chance favors it.
+        Called after every `ASK_EVERY` rounds with the speeds so far; true ends the rounds. It must
+        look at the spread alone: a rule that looks at the ratio stops where chance favors it.
 
     Returns
     -------
@@ -136,8 +136,8 @@ def interleaved(
 def _speeds(rates: Mapping[str, Sequence[float]]) -> dict[str, Speed]:
     first = next(iter(rates.values()))
     return {
-        name: Speed(statistics.median(own), tuple(a / b for a, b in zip(own, first, strict=True)))
-        for name, own in rates.items()
+        name: Speed(statistics.median(r), tuple(a / b for a, b in zip(r, first, strict=True)))
+        for name, r in rates.items()
     }
 
 

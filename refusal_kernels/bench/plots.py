@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from refusal_kernels.bench.catalog import PACKAGE
 from refusal_kernels.bench.results import timed
 from refusal_kernels.bench.worker import BASE
-from refusal_kernels.research.plots import BLUE, GRAY, GREEN, INK, RED, STYLE, Target, _save
+from refusal_kernels.research.plots import BLUE, GRAY, GREEN, INK, RED, STYLE, Target, save_figure
 
 COLUMNS = 3
 OWN_LOOKS = ((RED, "-", "o"), ("#e08a7b", "--", "o"), ("#f0b9ae", ":", "o"))
@@ -86,7 +86,7 @@ def plot_overhead(path: Target, document: Mapping[str, Any]) -> None:
             elif number + columns >= len(panels):
                 axes.set_xlabel("batch")
         _legend(figure, look)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _legend(figure: Any, look: Mapping[str, tuple[str, str, str]]) -> None:
@@ -127,4 +127,4 @@ def plot_memory(path: Target, document: Mapping[str, Any]) -> None:
         axes.invert_yaxis()
         axes.grid(axis="both", color=GRAY, alpha=0.2, linewidth=0.6)
         axes.set_xlabel("MiB above the unmodified model's peak")
-        _save(figure, path)
+        save_figure(figure, path)

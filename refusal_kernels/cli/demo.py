@@ -45,11 +45,11 @@ def demo(
         raise typer.Exit(1)
 
 
-def _print_finding(name: str, finding: experiment.Finding, out: Path) -> None:
+def _print_finding(name: str, finding: experiment.DemoResult, out: Path) -> None:
     found = finding.report
     table = Table(title=f"What one direction does to {name} (held-out test prompts)")
     table.add_column("")
-    methods = ("baseline", "ablated", "added", "orthogonalized")
+    methods = ("unmodified", "ablated", "added", "orthogonalized")
     for method in methods:
         table.add_column(method, justify="right")
     for category in ("harmful", "harmless"):
@@ -58,7 +58,7 @@ def _print_finding(name: str, finding: experiment.Finding, out: Path) -> None:
     if found["capability"]:
         kept = found["capability"]
         table.add_row("skills", *(f"{100 * kept[m]:.1f} %" if m in kept else "" for m in methods))
-    speed = {"baseline": "unmodified", "ablated": "fused", "orthogonalized": "orthogonalized"}
+    speed = {"unmodified": "unmodified", "ablated": "fused", "orthogonalized": "orthogonalized"}
     ratios = [f"{found['speed'][speed[m]]['median']:.3f}" if m in speed else "" for m in methods]
     table.add_row("tokens/s over unmodified", *ratios)
     console.print(table)

@@ -38,6 +38,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json
 from refusal_kernels.files.convert import CANDIDATES
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.generate import generate as generate_
 from refusal_kernels.hf.load import load
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.interventions import Ablate, Add, Intervention
@@ -48,21 +49,13 @@ from refusal_kernels.research.evaluation.evidence import (
     MAIN,
     STRENGTHS,
     UNMODIFIED,
-    gather_evidence,
 )
+from refusal_kernels.research.evaluation.evidence import evaluate as gather_evidence
 from refusal_kernels.research.evaluation.html import write_page
-from refusal_kernels.research.evaluation.judges import Judge, SubstringJudge, TokenJudge, load_judge
-from refusal_kernels.research.evaluation.likelihood import (
-    MATCHES,
-    answers,
-    context_of,
-    read_pairs,
-    read_passages,
-)
-from refusal_kernels.research.evaluation.outcomes import generate as generate_
+from refusal_kernels.research.evaluation.likelihood import answers, context_of, read_passages
 from refusal_kernels.research.evaluation.statements import percent, statements
+from refusal_kernels.research.evaluation.tasks import MATCHES, read_pairs
 from refusal_kernels.research.prompts import prompts_for
-from refusal_kernels.research.selection.scoring import find_refusal_tokens
 from refusal_kernels.research.sources import SEED
 from refusal_kernels.toy.world import phrase, plan, requests
 
@@ -198,7 +191,6 @@ def evaluate(
         tasks = {**toy.skills(), **tasks}
         texts = {**texts, "plans": answers(chat, plans[:most])}
     tokens = chosen["refusal_tokens"] if chosen is not None else None
-    judges = _judges(judge or ["substrings"], language_model, chat, sets, tokens, device)
 
     with progress_bars() as step:
         evidence = gather_evidence(
@@ -208,7 +200,7 @@ def evaluate(
             harmful=sets.pop("harmful"),
             harmless=sets.pop("harmless"),
             extra=sets,
-            judges=judges,
+            judges=judge or ["substrings"],
             candidates=vectors,
             refusal_tokens=tokens,
             layer=at,
@@ -296,26 +288,6 @@ def _strengths(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise InputError(f"--strengths is '{text}'; expected numbers, as -1,0,1") from None
-
-
-def _judges(
-    names: Sequence[str],
-    model: Any,
-    chat: ChatFormat,
-    sets: Mapping[str, Sequence[str]],
-    tokens: Sequence[int] | None,
-    device: str,
-) -> list[Judge]:
-    found: list[Judge] = []
-    for name in names:
-        if name == "substrings":
-            found.append(SubstringJudge())
-        elif name == "tokens":
-            own = tokens or find_refusal_tokens(model, chat, sets["harmful"], sets["harmless"])
-            found.append(TokenJudge(model, chat, own))
-        else:
-            found.append(load_judge(name, device))
-    return found
 
 
 def _cell(rate: Mapping[str, Any]) -> str:

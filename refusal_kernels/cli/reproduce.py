@@ -39,20 +39,20 @@ from refusal_kernels.hf.load import load
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.research.evaluation.html import write_page
 from refusal_kernels.research.evaluation.likelihood import context_of, read_passages
-from refusal_kernels.research.evaluation.outcomes import Rate
+from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.reproduction.paper import (
     BENCHMARKS,
     PASSAGES,
     Benchmarks,
-    Material,
-    read_material,
-    read_texts,
+    ProtocolInputs,
+    read_paper_texts,
+    read_protocol_prompts,
     toy_texts,
 )
 from refusal_kernels.research.reproduction.rows import (
     TOY_ROW,
     Comparison,
-    Row,
+    RecordedRow,
     compare,
     is_rate,
     paper,
@@ -127,7 +127,7 @@ def reproduce(
     """
     rows = _rows(model, row, against)
     given = None if direction is None else read_direction(direction)
-    prompts = read_material(model, harmful, harmless, harmful_test, seed)
+    prompts = read_protocol_prompts(model, harmful, harmless, harmful_test, seed)
     own_texts = named_sources(text or [], "--text")
     manager: Any = None
     if benchmarks:
@@ -145,8 +145,8 @@ def reproduce(
     if not passages and model == "toy":
         passages = toy_texts(chat)
     elif not passages and texts:
-        passages = read_texts(chat, texts)
-    material = Material(
+        passages = read_paper_texts(chat, texts)
+    material = ProtocolInputs(
         name="the toy model" if model == "toy" else model,
         model=language_model,
         tokenizer=chat,
@@ -188,7 +188,7 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _rows(model: str, row: str | None, against: Path | None) -> list[Row]:
+def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow]:
     """What there is to compare with."""
     if against is not None:
         return [read_row(against)]
@@ -232,18 +232,15 @@ def _write(
     notes = "".join(f"\n\n{note}" for note in found.notes)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(f"# {about['model']}\n\n{table}{notes}\n", encoding="utf-8")
-    harness = {
-        "unmodified" if edit == "baseline" else "orthogonalized": tasks
-        for edit, tasks in found.benchmarks.items()
-    }
+    harness = {"lm_eval": found.benchmarks} if found.benchmarks else {}
     page = {**found.evidence, **about, "selection": found.selection, "comparisons": rows}
-    write_page(out / "evidence.html", page | ({"lm_eval": harness} if harness else {}))
+    write_page(out / "evidence.html", page | harness)
     return document
 
 
 def _cells(comparison: Comparison) -> tuple[str, ...]:
     """One line of the table; rates are shown in percent."""
-    found, rate = comparison.found, is_rate(comparison.quantity)
+    found, rate = comparison.measured, is_rate(comparison.quantity)
 
     def shown(value: float) -> str:
         return f"{100 * value:.1f}" if rate else f"{value:.4g}"
@@ -263,7 +260,7 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _print(
-    name: str, found: Reproduction, comparisons: Sequence[Comparison], rows: Sequence[Row]
+    name: str, found: Reproduction, comparisons: Sequence[Comparison], rows: Sequence[RecordedRow]
 ) -> None:
     used = "; ".join(
         f"{split} {part['harmful']} harmful, {part['harmless']} harmless"

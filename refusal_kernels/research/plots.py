@@ -1,4 +1,4 @@
-"""Pictures of what was measured: to a file, written aside and renamed, or into a page as SVG."""
+"""Pictures of the measurements, written to a file or, as SVG, to a stream."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 INK, GRAY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
 OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GRAY)
 Target = Path | IO[bytes]
-"""Where a picture goes: a file (its suffix says the format), or a stream, which gets SVG."""
+"""The target of a picture: a file (the suffix is the format), or a stream for SVG."""
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -34,7 +34,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def _save(figure: Any, target: Target) -> None:
+def save_figure(figure: Any, target: Target) -> None:
+    """Write a figure to a file, replacing it in one step, or to a stream; close the figure."""
     if isinstance(target, Path):
         kind = target.suffix.removeprefix(".") or "png"
         with replacing(target) as temporary:
@@ -74,7 +75,7 @@ def plot_projections(
         axes.set_xlabel("input of layer")
         axes.set_ylabel("projection on the direction")
         axes.legend(frameon=False)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_refusals(path: Target, outcomes: Mapping[str, Outcome]) -> None:
@@ -94,22 +95,20 @@ def plot_rates(
     Parameters
     ----------
     rates
-        By condition, then by set of prompts: what `Rate.to_dict` gives.
+        `Rate.to_dict` by condition, then by set of prompts.
     counts
         What a hit is.
     """
-    parts = list(dict.fromkeys(part for found in rates.values() for part in found))
+    parts = list(dict.fromkeys(part for by_part in rates.values() for part in by_part))
     width = 0.8 / len(parts)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(max(6.4, 1.5 * len(rates)), 3.8))
         x = np.arange(len(rates))
         for k, (part, color) in enumerate(zip(parts, OTHERS * len(parts), strict=False)):
             places = x + (k - (len(parts) - 1) / 2) * width
-            here = [
-                (at, r[part]) for at, r in zip(places, rates.values(), strict=True) if part in r
-            ]
-            at = np.array([place for place, _ in here])
-            values, errors = _percent([rate for _, rate in here])
+            drawn = [(x, r[part]) for x, r in zip(places, rates.values(), strict=True) if part in r]
+            at = np.array([place for place, _ in drawn])
+            values, errors = _percent([rate for _, rate in drawn])
             axes.bar(at, values, 0.95 * width, color=color, label=f"{part} prompts")
             axes.errorbar(at, values, errors, fmt="none", ecolor=INK, capsize=3, lw=1)
             for position, value in zip(at, values, strict=True):
@@ -123,11 +122,11 @@ def plot_rates(
         axes.legend(
             frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(parts))
         )
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _percent(rates: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Values and error bars of rates, in percent."""
+    """Return values and lengths of error bars of rates, in percent."""
     values = np.array([100 * rate["value"] for rate in rates])
     ends = np.array([[100 * end for end in rate["interval"]] for rate in rates]).T
     return values, np.abs(ends - values)
@@ -143,8 +142,8 @@ def plot_controls(
     Parameters
     ----------
     panels
-        By question: rates (`Rate.to_dict`) by label; the first is the unmodified model, the second
-        the direction itself, all others are controls.
+        By question: `Rate.to_dict` by label; first the unmodified model, then the direction, then
+        the controls.
     counts
         What a hit is.
     """
@@ -168,7 +167,7 @@ def plot_controls(
             axes.set_title(title, fontsize=11, loc="left")
             axes.grid(axis="y", color=GRAY, alpha=0.2, linewidth=0.8)
         figure.tight_layout(w_pad=2)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_dose(
@@ -177,21 +176,21 @@ def plot_dose(
     counts: str = "refused",
     text: str | None = None,
 ) -> None:
-    """Draw what every strength does: hits with intervals, refusal score, KL and cross-entropy.
+    """Draw by strength: hits with intervals, refusal score, KL and cross-entropy.
 
     Parameters
     ----------
     dose
-        By kind ("ablation", "addition"): rows as `Dose.to_dict` gives them.
+        By kind ("ablation", "addition"): rows of `DosePoint.to_dict`.
     counts
         What a hit is.
     text
         The name of the text of the cross-entropy.
     """
-    rows = [row for found in dose.values() for row in found]
+    first = next(iter(dose.values()))[0]
     names = ["rate", "kl"]
-    names[1:1] = ["score"] if rows[0]["score_harmful"] is not None else []
-    names += ["loss"] if rows[0]["loss"] is not None else []
+    names[1:1] = ["score"] if first["refusal_scores"] else []
+    names += ["loss"] if first["loss"] is not None else []
     labels = {
         "rate": f"{counts}, %", "score": "refusal score,\nnats",
         "kl": "KL on harmless\nprompts, nats", "loss": f"cross-entropy,\n{text}, nats",
@@ -201,22 +200,22 @@ def plot_dose(
             len(names), len(dose), figsize=(4.2 * len(dose), 1.9 * len(names)),
             sharex="col", sharey="row", squeeze=False,
         )  # fmt: skip
-        for column, (kind, found) in enumerate(dose.items()):
-            x = [row["strength"] for row in found]
+        for column, (kind, rows) in enumerate(dose.items()):
+            x = [row["strength"] for row in rows]
             for name, axes in zip(names, every[:, column], strict=True):
                 if name in ("rate", "score"):
                     for part, color in (("harmful", RED), ("harmless", BLUE)):
                         if name == "rate":
-                            y, error = _percent([row[part] for row in found])
+                            y, error = _percent([row[part] for row in rows])
                             axes.fill_between(
                                 x, y - error[0], y + error[1], color=color, alpha=0.18, linewidth=0
                             )
                         else:
-                            y = np.array([row[f"score_{part}"] for row in found])
+                            y = np.array([row["refusal_scores"][part] for row in rows])
                         axes.plot(x, y, "o-", color=color, markersize=4, label=f"{part} prompts")
                 else:
                     y = np.array(
-                        [row["kl"] if name == "kl" else row["loss"]["nats"] for row in found]
+                        [row["kl"] if name == "kl" else row["loss"]["nats"] for row in rows]
                     )
                     axes.plot(x, y, "o-", color=GREEN, markersize=4)
                 for mark in (0, 1):
@@ -228,7 +227,7 @@ def plot_dose(
         every[0, -1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9)
         figure.align_ylabels(every[:, 0])
         figure.tight_layout()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_candidates(
@@ -288,7 +287,7 @@ def plot_candidates(
         every[-1].set_xticks(range(0, len(layers), step), list(map(str, layers[::step])))
         every[-1].set_xlabel("layer (hatched: discarded; framed: selected)")
         figure.tight_layout()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_speed(path: Target, speed: Mapping[str, Speed]) -> None:
@@ -297,15 +296,15 @@ def plot_speed(path: Target, speed: Mapping[str, Speed]) -> None:
         figure, axes = plt.subplots(figsize=(6.4, 2.8))
         names = list(speed)[::-1]
         for y, name in enumerate(names):
-            own = speed[name]
-            axes.barh(y, own.median, color=GREEN if name == "fused" else GRAY, height=0.6)
-            jitter = np.linspace(-0.2, 0.2, len(own.ratios))
-            axes.plot(own.ratios, y + jitter, ".", color=INK, markersize=3, alpha=0.5)
+            measured = speed[name]
+            axes.barh(y, measured.median, color=GREEN if name == "fused" else GRAY, height=0.6)
+            jitter = np.linspace(-0.2, 0.2, len(measured.ratios))
+            axes.plot(measured.ratios, y + jitter, ".", color=INK, markersize=3, alpha=0.5)
             axes.annotate(
-                f"{own.median:.2f}", (0, y), xytext=(6, 0), textcoords="offset points",
+                f"{measured.median:.2f}", (0, y), xytext=(6, 0), textcoords="offset points",
                 va="center", color="white", fontweight="bold",
             )  # fmt: skip
         axes.axvline(1.0, color=INK, linewidth=1)
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("tokens/s over the unmodified model's (dots: rounds)")
-        _save(figure, path)
+        save_figure(figure, path)

@@ -8,7 +8,7 @@ from refusal_kernels import toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.load import load
-from refusal_kernels.research.demo import Material
+from refusal_kernels.research.demo import DemoInputs
 from refusal_kernels.research.extraction.collect import last_logits
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 from refusal_kernels.research.sources import (
@@ -141,7 +141,7 @@ def demo_material(
     device: str,
     dtype: str,
     seed: int = SEED,
-) -> Material:
+) -> DemoInputs:
     """Put together what the demo works on; prompts from files are cut into the three splits.
 
     Raises
@@ -159,7 +159,7 @@ def demo_material(
     splits = {split: {name: prompts[name][split] for name in prompts} for split in SIZES}
     language_model, tokenizer = load(model, device, dtype)
     ChatFormat.of(tokenizer)
-    return Material(
+    return DemoInputs(
         "the toy model" if model == "toy" else model,
         language_model,
         tokenizer,

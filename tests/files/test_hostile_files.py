@@ -26,9 +26,10 @@ from refusal_kernels.files.atomic import read_json
 from refusal_kernels.files.control_vector import ControlVector
 from refusal_kernels.files.convert import CANDIDATES, Candidates
 from refusal_kernels.research import plots
-from refusal_kernels.research.evaluation.likelihood import read_pairs, read_texts
+from refusal_kernels.research.evaluation.likelihood import read_texts
+from refusal_kernels.research.evaluation.tasks import read_pairs
 from refusal_kernels.research.extraction.moments import Moments
-from refusal_kernels.research.reproduction.rows import Row, compare, read_row, recorded
+from refusal_kernels.research.reproduction.rows import RecordedRow, compare, read_row, recorded
 from refusal_kernels.research.sources import read_prompts
 
 HIDDEN = 16
@@ -103,7 +104,7 @@ def is_valid(found: Any) -> bool:
     if isinstance(found, list):
         texts = [text for row in found for text in (row if isinstance(row, tuple) else (row,))]
         return bool(found) and all(isinstance(text, str) and text.strip() for text in texts)
-    if isinstance(found, Row):
+    if isinstance(found, RecordedRow):
         return all(c.to_dict() for c in compare({"bypass_score": -4.0}, [found]))
     if isinstance(found, dict) and "refusal_tokens" in found:
         plots.plot_candidates(io.BytesIO(), found["scores"], (found["position"], found["layer"]))
@@ -368,7 +369,8 @@ READ_THEM = textwrap.dedent(
     from pathlib import Path
     import torch, gguf
     from refusal_kernels.files import convert
-    from refusal_kernels.research.evaluation.likelihood import read_pairs, read_texts
+    from refusal_kernels.research.evaluation.likelihood import read_texts
+    from refusal_kernels.research.evaluation.tasks import read_pairs
     from refusal_kernels.cli.evaluate import read_selection
     from refusal_kernels.errors import InputError
     from refusal_kernels.research.extraction.moments import Moments

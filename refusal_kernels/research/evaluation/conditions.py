@@ -1,4 +1,4 @@
-"""One model under one edit after the other, or under many at once, and what is measured there."""
+"""The conditions of an evaluation, and the runner that measures a model under each of them."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,37 +10,33 @@ from torch import Tensor
 
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST, model_inputs
+from refusal_kernels.hf.generate import decoded, generate_ids
 from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.handle import PatchHandle
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.evaluation.judges import Judge
+from refusal_kernels.research.evaluation.judges import Judge, judged
 from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
-from refusal_kernels.research.evaluation.outcomes import (
-    Rate,
-    decoded,
-    exact_match,
-    generate_ids,
-    judged,
-)
+from refusal_kernels.research.evaluation.rates import Rate
+from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
 from refusal_kernels.research.extraction.collect import batch_logits
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
 
 @dataclass
 class Condition:
-    """What was measured under one intervention.
+    """The measurements under one intervention.
 
     Attributes
     ----------
     name : str
         "unmodified", "ablated", "random 2 added", "layer 5 ablated", ...
     cosine : float or None
-        Of a control: the cosine of its direction with the one that is examined.
+        Of a control: the cosine of its direction with the examined one.
     rates : dict of str to dict of str to Rate
         By set of prompts, then by the judge's name.
-    scores : dict of str to float
+    refusal_scores : dict of str to float
         By set of prompts: the mean refusal score (log-odds, nats); empty without refusal tokens.
     kl : dict of str to float
         By set of prompts: mean KL(unmodified || this) of the next token after the prompt, nats.
@@ -55,17 +51,17 @@ class Condition:
     name: str
     cosine: float | None = None
     rates: dict[str, dict[str, Rate]] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
+    refusal_scores: dict[str, float] = field(default_factory=dict)
     kl: dict[str, float] = field(default_factory=dict)
     skills: dict[str, Rate] = field(default_factory=dict)
     losses: dict[str, Loss] = field(default_factory=dict)
     completions: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return everything, ready for JSON."""
         rates = {
-            name: {judge: rate.to_dict() for judge, rate in found.items()}
-            for name, found in self.rates.items()
+            part: {judge: rate.to_dict() for judge, rate in by_judge.items()}
+            for part, by_judge in self.rates.items()
         }
         skills = {name: rate.to_dict() for name, rate in self.skills.items()}
         losses = {name: loss.to_dict() for name, loss in self.losses.items()}
@@ -73,8 +69,8 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Dose:
-    """One strength of one intervention, judged by the first judge.
+class DosePoint:
+    """The measurements at one strength of an intervention, judged by the first judge.
 
     Attributes
     ----------
@@ -82,8 +78,8 @@ class Dose:
         Of the ablation, or the coefficient of the addition; 0 is no edit.
     harmful, harmless : Rate
         How many completions are a hit.
-    score_harmful, score_harmless : float or None
-        Mean refusal score, nats; None without refusal tokens.
+    refusal_scores : dict of str to float
+        By set of prompts: the mean refusal score, nats; empty without refusal tokens.
     kl : float
         Mean KL(unmodified || steered) of the next token on the harmless prompts, nats.
     loss : Loss or None
@@ -93,53 +89,68 @@ class Dose:
     strength: float
     harmful: Rate
     harmless: Rate
-    score_harmful: float | None
-    score_harmless: float | None
+    refusal_scores: dict[str, float]
     kl: float
     loss: Loss | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return everything, ready for JSON."""
         rates = {"harmful": self.harmful.to_dict(), "harmless": self.harmless.to_dict()}
         return {**vars(self), **rates, "loss": self.loss and self.loss.to_dict()}
 
 
-class Lab:
-    """One model and the sets of prompts, under one edit after the other, or many at once."""
+@dataclass
+class ConditionRunner:
+    """Measures a model on sets of prompts, under one edit after the other or many at once.
 
-    def __init__(
-        self,
-        model: Any,
-        chat: ChatFormat,
-        sets: Mapping[str, list[str]],
-        judges: Sequence[Judge],
-        tokens: Sequence[int] | None,
-        max_new_tokens: int,
-        batch_size: int,
-    ) -> None:
-        self.model, self.chat, self.sets, self.judges = model, chat, sets, judges
-        self.tokens, self.max_new_tokens, self.batch_size = tokens, max_new_tokens, batch_size
+    Attributes
+    ----------
+    model, chat
+        A transformers causal language model, and its chat format.
+    sets : dict of str to list of str
+        The prompts by set; "harmful" and "harmless" among them.
+    judges
+        Of the completions.
+    tokens : sequence of int or None
+        The refusal tokens; None for no refusal scores.
+    max_new_tokens, batch_size : int
+        As for `refusal_kernels.generate`.
+    logits : dict of str to Tensor
+        By set: those of the unmodified model after every prompt, float32 [prompts, vocabulary].
+    """
+
+    model: Any
+    chat: ChatFormat
+    sets: Mapping[str, list[str]]
+    judges: Sequence[Judge]
+    tokens: Sequence[int] | None
+    max_new_tokens: int
+    batch_size: int
+    logits: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
         self.logits = {
-            name: batch_logits(model, chat.batches(prompts, batch_size))
-            for name, prompts in sets.items()
+            name: batch_logits(self.model, self.chat.batches(prompts, self.batch_size))
+            for name, prompts in self.sets.items()
         }
 
     def answer(self, prompts: Sequence[str], **more: Any) -> list[list[int]]:
-        """Greedy answers, as tokens."""
+        """Answer prompts greedily; return tokens."""
         return generate_ids(
             self.model, self.chat, prompts, self.max_new_tokens, self.batch_size, **more
         )
 
-    def baseline(self, condition: Condition, progress: Progress) -> list[list[int]]:
+    def unmodified(self, condition: Condition, progress: Progress) -> list[list[int]]:
         """Measure the unmodified model; return its answers to the harmless prompts."""
-        found = {}
-        for number, (name, prompts) in enumerate(self.sets.items(), 1):
-            found[name] = self.answer(prompts)
-            self._judge(condition, name, decoded(self.chat, found[name]))
+        answers = {}
+        for number, (part, prompts) in enumerate(self.sets.items(), 1):
+            answers[part] = self.answer(prompts)
+            self._judge(condition, part, decoded(self.chat, answers[part]))
             if self.tokens is not None:
-                condition.scores[name] = float(refusal_score(self.logits[name], self.tokens).mean())
+                score = refusal_score(self.logits[part], self.tokens).mean()
+                condition.refusal_scores[part] = float(score)
             progress(number, len(self.sets))
-        return found["harmless"]
+        return answers["harmless"]
 
     def measure(
         self,
@@ -149,7 +160,21 @@ class Lab:
         conditions: Mapping[str, Condition],
         progress: Progress,
     ) -> None:
-        """Measure many edits together: every row of a batch takes the program of its own edit."""
+        """Measure many edits together: every row of a batch is routed to the program of its edit.
+
+        Parameters
+        ----------
+        handle
+            Of a patch that has the edits as its programs.
+        programs
+            The number of the program of every edit, by its name.
+        wanted
+            By set of prompts: the names of the edits to measure on it.
+        conditions
+            By the edit's name: what the measurements are written to.
+        progress
+            Called with the number of prompts answered, and of all.
+        """
         total = sum(len(self.sets[part]) * len(names) for part, names in wanted.items())
         done = 0
         for part, names in wanted.items():
@@ -167,37 +192,34 @@ class Lab:
             done += len(every)
             scores, kl = self._last(part, every, around)
             for k, name in enumerate(names):
-                own = slice(k * size, (k + 1) * size)
+                rows = slice(k * size, (k + 1) * size)
                 condition = conditions[name]
-                condition.kl[part] = float(kl[own].mean())
+                condition.kl[part] = float(kl[rows].mean())
                 if scores is not None:
-                    condition.scores[part] = float(scores[own].mean())
-                with handle.route([programs[name]]):  # a judge may look at the model itself
-                    self._judge(condition, part, decoded(self.chat, ids[own]))
+                    condition.refusal_scores[part] = float(scores[rows].mean())
+                with handle.route([programs[name]]):  # a judge may run the model
+                    self._judge(condition, part, decoded(self.chat, ids[rows]))
 
     def capability(
         self,
         edits: Mapping[str, Intervention | None],
         conditions: Mapping[str, Condition],
         skills: Mapping[str, Sequence[tuple[str, str]]],
-        match: Callable[[str, str], bool] | None,
+        match: Match | None,
         passages: Mapping[str, Sequence[Passage]],
         progress: Progress,
     ) -> None:
-        """Right answers and cross-entropy under each of the edits; None for no edit."""
+        """Measure right answers and cross-entropy under each of the edits; None for no edit."""
         total, done = len(edits) * (len(skills) + len(passages)), 0
-        options = {} if match is None else {"match": match}
         for name, edit in edits.items():
             with contextlib.nullcontext() if edit is None else patch(self.model, edit):
                 for task, items in skills.items():
-                    found = self.answer([prompt for prompt, _ in items])
-                    right = [answer for _, answer in items]
-                    texts = decoded(self.chat, found)
-                    conditions[name].skills[task] = exact_match(texts, right, **options)
+                    texts = decoded(self.chat, self.answer([prompt for prompt, _ in items]))
+                    right = exact_match(texts, [answer for _, answer in items], match or exact)
+                    conditions[name].skills[task] = right
                     progress(done := done + 1, total)
                 for text, scored in passages.items():
-                    loss = cross_entropy(self.model, scored, batch_size=min(self.batch_size, 16))
-                    conditions[name].losses[text] = loss
+                    conditions[name].losses[text] = self._loss(scored)
                     progress(done := done + 1, total)
 
     def dose(
@@ -206,9 +228,9 @@ class Lab:
         strengths: Sequence[float],
         passages: Sequence[Passage] | None,
         progress: Progress,
-    ) -> list[Dose]:
-        """Turn one edit's dial."""
-        rows = []
+    ) -> list[DosePoint]:
+        """Measure one edit at several strengths, in ascending order."""
+        points = []
         with patch(self.model, edit) as handle:
             for number, strength in enumerate(sorted(strengths), 1):
                 handle.strength = strength
@@ -218,24 +240,17 @@ class Lab:
                     texts = decoded(self.chat, self.answer(prompts))
                     rates[part] = judged(self.judges[0], prompts, texts)
                     score, moved = self._last(part, prompts, None)
-                    scores[part] = None if score is None else float(score.mean())
-                    kl = float(moved.mean())  # that of the harmless prompts stays
-                loss = None
-                if passages:
-                    batch_size = min(self.batch_size, 16)
-                    loss = cross_entropy(self.model, passages, batch_size=batch_size)
-                rows.append(
-                    Dose(
-                        strength, rates["harmful"], rates["harmless"],
-                        scores["harmful"], scores["harmless"], kl, loss,
-                    )
-                )  # fmt: skip
+                    if score is not None:
+                        scores[part] = float(score.mean())
+                    kl = float(moved.mean())  # kept: that of the harmless prompts, the last
+                loss = self._loss(passages) if passages else None
+                points.append(DosePoint(strength, **rates, refusal_scores=scores, kl=kl, loss=loss))
                 progress(number, len(strengths))
-        return rows
+        return points
 
     @torch.inference_mode()
     def projections(self, unit: Tensor, position: int) -> dict[str, list[list[float]]]:
-        """Project the stream on a unit vector at one position, counted from the prompt's end.
+        """Project the unmodified stream on a unit vector at one position, such as -1, the last.
 
         Returns
         -------
@@ -244,7 +259,7 @@ class Lab:
             for each prompt.
         """
         layers = decoder_layers(self.model)
-        found: dict[str, list[list[float]]] = {}
+        projected: dict[str, list[list[float]]] = {}
 
         def see(number: int, stream: Tensor) -> None:
             chosen = stream[:, position].float() @ unit.to(stream.device)
@@ -269,11 +284,14 @@ class Lab:
                 for batch in self.chat.batches(prompts, self.batch_size):
                     inputs = model_inputs(batch, input_device(self.model))
                     self.model(**inputs, use_cache=False, logits_to_keep=LAST)
-                found[part] = table
+                projected[part] = table
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return projected
+
+    def _loss(self, passages: Sequence[Passage]) -> Loss:
+        return cross_entropy(self.model, passages, batch_size=min(self.batch_size, 16))
 
     def _judge(self, condition: Condition, part: str, texts: list[str]) -> None:
         condition.completions[part] = texts
@@ -285,7 +303,7 @@ class Lab:
     def _last(
         self, part: str, prompts: Sequence[str], around: Callable[[list[int]], Any] | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Refusal score and KL from the unmodified model at the end of every prompt: float64."""
+        """Return refusal score and KL(unmodified || this) after every prompt: float64 [prompts]."""
         size, device = len(self.sets[part]), input_device(self.model)
         kl = torch.zeros(len(prompts), dtype=torch.float64)
         scores = torch.zeros_like(kl)

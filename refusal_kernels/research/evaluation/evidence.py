@@ -1,10 +1,10 @@
-"""Evidence about one direction: is it necessary, sufficient, specific; what does it cost.
+"""Evidence about one direction: is it necessary, sufficient and specific, and what does it cost.
 
-The questions are those of Arditi et al. 2024 (arXiv 2406.11717), sections 3 and 4.3, with controls:
-random directions of the same norm, and the directions of other layers.
+The questions are those of Arditi et al. 2024 (arXiv 2406.11717), sections 3 and 4.3. Random
+directions of the same norm and the directions of other layers are the controls.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.model import decoder_layers
+from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Ablate, Add, Intervention
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Step, no_step
-from refusal_kernels.research.evaluation.conditions import Condition, Dose, Lab
-from refusal_kernels.research.evaluation.judges import Judge, SubstringJudge
+from refusal_kernels.research.evaluation.conditions import Condition, ConditionRunner, DosePoint
+from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, make_judge
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
+from refusal_kernels.research.evaluation.tasks import Match
 from refusal_kernels.research.selection.scoring import find_refusal_tokens
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
@@ -31,29 +32,30 @@ ON_DISTRIBUTION = "own completions"
 
 @dataclass
 class Evidence:
-    """All that was measured about one direction.
+    """All measurements of one direction.
 
     Attributes
     ----------
     direction : dict
         Its norm, layer (where it was added), position, hidden size, model and method.
     judges : list of dict
-        Name and what a hit is, of every judge; the first one's rates are those of the dose.
+        "name" and "counts" (what a hit is) of every judge; the first one judges the dose.
     prompts : dict of str to list of str
-        The sets: "harmful", "harmless" and those given beside them.
+        The sets: "harmful", "harmless" and the extra ones.
     refusal_tokens : list of int or None
-        What the refusal scores are made of; None where the model has none.
+        The tokens of the refusal scores; None if the model has none.
     conditions : dict of str to Condition
-        By name: the main four, then the controls.
-    dose : dict of str to list of Dose
+        By name: the four of `MAIN`, then the controls.
+    dose : dict of str to list of DosePoint
         "ablation" and "addition", by strength.
     dose_text : str or None
         The text whose cross-entropy the dose shows.
     projections : dict of str to list
-        By set of prompts: the unmodified stream on the unit direction, at the position where the
-        direction was read; for the input of every block and the output of the last, one a prompt.
+        By set of prompts: the unmodified stream projected on the unit direction, at the position
+        where the direction was read; for the input of every block and the output of the last, one
+        number for each prompt.
     settings : dict
-        What it depends on: seed, lengths, batch size, the system prompt (None: the template's).
+        Seed, lengths, batch size and system prompt (None: the template's).
     """
 
     direction: dict[str, Any]
@@ -61,30 +63,30 @@ class Evidence:
     prompts: dict[str, list[str]]
     refusal_tokens: list[int] | None
     conditions: dict[str, Condition]
-    dose: dict[str, list[Dose]]
+    dose: dict[str, list[DosePoint]]
     dose_text: str | None
     projections: dict[str, list[list[float]]]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON and for `refusal_kernels.research.evaluation.html.render`."""
+        """Return everything, ready for JSON and for the page (`html.render`)."""
         conditions = {name: c.to_dict() for name, c in self.conditions.items()}
-        dose = {name: [row.to_dict() for row in rows] for name, rows in self.dose.items()}
+        dose = {kind: [point.to_dict() for point in points] for kind, points in self.dose.items()}
         return {**vars(self), "conditions": conditions, "dose": dose}
 
 
 def random_directions(direction: Direction, count: int, seed: int) -> list[Direction]:
-    """Isotropic random directions of the same norm: the same on every device and machine."""
-    found = []
+    """Make isotropic random directions of the same norm, the same on every machine."""
+    directions = []
     for number in range(count):
         generator = torch.Generator().manual_seed(seed + number)
         vector = torch.randn(direction.hidden, dtype=torch.float64, generator=generator)
         vector *= direction.norm / float(vector.norm())
-        found.append(Direction(vector.float(), layer=direction.layer, method="random"))
-    return found
+        directions.append(Direction(vector.float(), layer=direction.layer, method="random"))
+    return directions
 
 
-def gather_evidence(
+def evaluate(
     model: Any,
     tokenizer: Any,
     direction: Direction,
@@ -92,12 +94,12 @@ def gather_evidence(
     harmful: Sequence[str],
     harmless: Sequence[str],
     extra: Mapping[str, Sequence[str]] | None = None,
-    judges: Sequence[Judge] | None = None,
+    judges: Sequence[Judge | str] = ("substrings",),
     candidates: Tensor | None = None,
     refusal_tokens: Sequence[int] | None = None,
     layer: int | None = None,
     skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
-    match: Callable[[str, str], bool] | None = None,
+    match: Match | None = None,
     texts: Mapping[str, Sequence[Passage]] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     random_controls: int = 3,
@@ -105,42 +107,45 @@ def gather_evidence(
     seed: int = 0,
     max_new_tokens: int = 64,
     batch_size: int = 64,
-    step: Step | None = None,
+    step: Step = no_step,
 ) -> Evidence:
-    """Ask everything about one direction: necessity, sufficiency, specificity, dose, capability.
+    """Measure necessity, sufficiency, specificity, dose and capability of one direction.
+
+    ``refusal-kernels evaluate`` runs this function.
 
     Parameters
     ----------
     model
-        A transformers causal language model; it is unmodified again afterwards.
+        A transformers causal language model; it is unmodified again when this returns.
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     direction
-        What is examined.
+        The direction that is examined.
     harmful, harmless
-        Test prompts, other than those that the direction was found and chosen with.
+        Test prompts, other than those that the direction was extracted and selected with.
     extra
-        More sets by name, as of harmless prompts that look harmful (XSTest): over-refusal.
+        More sets by name, such as harmless prompts that look harmful (XSTest).
     judges
-        Of the completions; by default the refusal substrings. The first is that of the dose.
+        Of the completions: judges, or their specs
+        (`refusal_kernels.research.evaluation.judges.make_judge`). The first judges the dose.
     candidates
-        [position, layer, hidden]: with them the directions of other layers, read at the same
-        position, are controls, each with its own norm at its own layer.
+        Floating point [position, layer, hidden]. With them the directions of other layers, read at
+        the same position, are controls, each with its own norm at its own layer.
     refusal_tokens
-        What the refusal scores are made of; by default found on the prompts. Where there are none
-        no scores are measured.
+        The tokens of the refusal scores; by default found on the prompts. If there are none, no
+        refusal scores are measured.
     layer
-        At whose input the direction is added, raw; by default the one it was read from.
+        The block at whose input the raw direction is added; by default the direction's layer.
     skills, match
         Tasks with one right answer, by name, and when a completion is right (default: exact).
     texts
         Passages by name (``windows`` and ``answers`` of
-        `refusal_kernels.research.evaluation.likelihood`). The model's own
-        completions of the harmless prompts are always added: its own distribution.
+        `refusal_kernels.research.evaluation.likelihood`). The model's own completions of the
+        harmless prompts are always added.
     strengths
         Of the dose; empty for none.
     random_controls, layer_controls
-        How many of each (of the layers, evenly spaced ones).
+        How many of each; the layers are evenly spaced.
     seed
         Of the random directions.
     max_new_tokens, batch_size
@@ -156,7 +161,8 @@ def gather_evidence(
     Raises
     ------
     InputError
-        If a set of prompts is empty, the layer is not known, or the candidates do not fit.
+        If a set of prompts is empty, the layer is not known, a judge can not be made, or the
+        candidates do not fit.
     """
     chat = ChatFormat.of(tokenizer)
     sets = {"harmful": list(harmful), "harmless": list(harmless)}
@@ -166,14 +172,15 @@ def gather_evidence(
     layer = direction.layer if layer is None else layer
     if layer is None:
         raise InputError("the direction does not say at which layer to add; expected a layer")
-    step = step or no_step
-    judges = [SubstringJudge()] if judges is None else list(judges)
-    if len({judge.name for judge in judges}) != len(judges) or not judges:
-        raise InputError("two judges have one name, or there is none; expected different ones")
-
     controls = _controls(model, direction, candidates, layer, random_controls, layer_controls, seed)
+    inputs = JudgeInputs(
+        model, chat, sets["harmful"], sets["harmless"], refusal_tokens, input_device(model)
+    )
+    chosen = [make_judge(judge, inputs) if isinstance(judge, str) else judge for judge in judges]
+    if len({judge.name for judge in chosen}) != len(chosen) or not chosen:
+        raise InputError("two judges have one name, or there is none; expected different ones")
     tokens = _tokens(model, chat, sets, refusal_tokens, batch_size)
-    lab = Lab(model, chat, sets, judges, tokens, max_new_tokens, batch_size)
+    runner = ConditionRunner(model, chat, sets, chosen, tokens, max_new_tokens, batch_size)
 
     edits: dict[str, Intervention] = {
         ABLATED: Ablate(direction),
@@ -184,36 +191,37 @@ def gather_evidence(
     for name, (control, edit) in controls.items():
         edits[name] = edit
         conditions[name] = Condition(name, float(control.unit @ direction.unit))
-    # a control is asked only what its edit is for
+    # a control is measured only on the prompts that its edit is meant for
+    asked = {"harmful": f" {ABLATED}", "harmless": f" {ADDED}"}
     wanted = {
-        part: [*(MAIN[1:]), *(n for n in controls if n.endswith(_ASKS.get(part, "-")))]
+        part: [*MAIN[1:], *(name for name in controls if name.endswith(asked.get(part, "-")))]
         for part in sets
     }
     position = -1 if direction.position is None else direction.position
-    projections = lab.projections(direction.unit, position)
-    own = lab.baseline(conditions[UNMODIFIED], step("Unmodified"))
+    projections = runner.projections(direction.unit, position)
+    completions = runner.unmodified(conditions[UNMODIFIED], step("Unmodified"))
     with patch(model, *([edit] for edit in edits.values())) as handle:
         programs = {name: number for number, name in enumerate(edits)}
-        lab.measure(handle, programs, wanted, conditions, step("Ablated, added, controls"))
+        runner.measure(handle, programs, wanted, conditions, step("Ablated, added, controls"))
 
     passages = dict(texts or {})
-    pairs = [(p, ids) for p, ids in zip(sets["harmless"], own, strict=True) if ids]
+    pairs = [(p, ids) for p, ids in zip(sets["harmless"], completions, strict=True) if ids]
     if pairs:
         passages[ON_DISTRIBUTION] = answers(chat, pairs)
     main = {name: edits.get(name) for name in MAIN}
-    lab.capability(main, conditions, skills or {}, match, passages, step("Capability"))
+    runner.capability(main, conditions, skills or {}, match, passages, step("Capability"))
 
     dose_text = next(iter(passages), None)
-    dose: dict[str, list[Dose]] = {}
+    dose: dict[str, list[DosePoint]] = {}
     for kind, name in (("ablation", ABLATED), ("addition", ADDED)) if strengths else ():
         scored = passages[dose_text] if dose_text else None
-        dose[kind] = lab.dose(edits[name], strengths, scored, step(f"Dose of the {kind}"))
+        dose[kind] = runner.dose(edits[name], strengths, scored, step(f"Dose of the {kind}"))
     return Evidence(
         direction={
             "norm": direction.norm, "layer": layer, "position": direction.position,
             "hidden": direction.hidden, "model": direction.model, "method": direction.method,
         },
-        judges=[{"name": judge.name, "counts": judge.counts} for judge in judges],
+        judges=[{"name": judge.name, "counts": judge.counts} for judge in chosen],
         prompts=sets,
         refusal_tokens=tokens,
         conditions=conditions,
@@ -227,9 +235,6 @@ def gather_evidence(
     )  # fmt: skip
 
 
-_ASKS = {"harmful": " ablated", "harmless": " added"}
-
-
 def _controls(
     model: Any,
     direction: Direction,
@@ -239,7 +244,7 @@ def _controls(
     others: int,
     seed: int,
 ) -> dict[str, tuple[Direction, Intervention]]:
-    """The controls by name: their direction, and the edit."""
+    """Return the controls by name: their direction, and the edit."""
     chosen = {
         f"random {i}": (control, layer)
         for i, control in enumerate(random_directions(direction, random, seed), 1)
@@ -284,5 +289,5 @@ def _tokens(
         return list(given)
     try:
         return find_refusal_tokens(model, chat, sets["harmful"], sets["harmless"], batch_size)
-    except InputError:  # this model does not tell the two sets apart: said in the report
+    except InputError:  # the model begins its answers alike on both sets; the report says so
         return None

@@ -1,4 +1,4 @@
-"""The evidence as one HTML page that needs nothing else: no scripts, no fonts, no network."""
+"""The evidence as one self-contained HTML page: no scripts, no fonts, no network."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ SHOWN = {"harmful": (ABLATED, SUBTRACTED), "harmless": (ADDED, ABLATED)}
 
 
 def templates(folder: Path) -> Environment:
-    """Return what makes pages of the templates in a folder: escaped, and nothing left undefined."""
+    """Return the jinja2 environment of a folder: escapes text, refuses undefined names."""
     return Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -50,15 +50,15 @@ def write_page(path: Path, document: Mapping[str, Any], *, samples: int = 4) -> 
 
 
 def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
-    """Make the page.
+    """Return the page.
 
     Parameters
     ----------
     document
-        What `Evidence.to_dict` gives. Beside that it may hold "model" (its name), "selection"
+        The result of `Evidence.to_dict`. It may also hold "model" (its name), "selection"
         (`Selection.to_dict`), "lm_eval"
         (`refusal_kernels.research.evaluation.lm_eval.run_tasks`), "versions",
-        "device", "command", "created", "sources" (where prompts and texts come from, by name) and
+        "device", "command", "created", "sources" (of prompts and texts, by name) and
         "comparisons" (`refusal_kernels.research.reproduction.rows.Comparison.to_dict`).
     samples
         How many prompts of each set are shown with their completions.
@@ -66,15 +66,15 @@ def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
     Returns
     -------
     str
-        Everything that came from a model or a user is escaped.
+        HTML. Everything that came from a model or a user is escaped.
     """
     environment = templates(Path(__file__).parent)
     environment.filters["percent"] = percent
     conditions = document["conditions"]
     optional = "model selection lm_eval versions device command created comparisons".split()
-    known = {name: document.get(name) for name in optional}
+    parts = {name: document.get(name) for name in optional}
     return environment.get_template(TEMPLATE).render(
-        **{**document, **known, "sources": document.get("sources") or {}},
+        **{**document, **parts, "sources": document.get("sources") or {}},
         main=[name for name in MAIN if name in conditions],
         controls=[name for name in conditions if name not in MAIN],
         statements=statements(document),
@@ -84,7 +84,7 @@ def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
 
 
 def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
-    """The pictures as data URIs, by name; only those that there is something for."""
+    """Return the pictures that there are data for, as data URIs by name."""
     conditions, judge = document["conditions"], document["judges"][0]
     name, counts = judge["name"], judge["counts"]
 
@@ -93,7 +93,7 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
 
     draw: dict[str, Callable[[io.BytesIO], None]] = {}
     rates = {
-        condition: {part: found[name] for part, found in conditions[condition]["rates"].items()}
+        condition: {part: by[name] for part, by in conditions[condition]["rates"].items()}
         for condition in MAIN
     }
     draw["refusals"] = lambda file: plots.plot_rates(file, rates, counts)
@@ -123,22 +123,22 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
     if selection := document.get("selection"):
         selected = selection["position"], selection["layer"]
         draw["candidates"] = lambda file: plots.plot_candidates(file, selection["scores"], selected)
-    return {name: _uri(own) for name, own in draw.items()}
+    return {name: _uri(picture) for name, picture in draw.items()}
 
 
 def _uri(draw: Callable[[io.BytesIO], None]) -> Markup:
     file = io.BytesIO()
     draw(file)
-    # base64 has no character that HTML would read as its own
+    # no character of base64 needs escaping in HTML
     return Markup("data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode())
 
 
 def _samples(document: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Prompts with the completions of the unmodified model and of what the set is asked under."""
-    conditions, found = document["conditions"], []
+    """Return prompts with the completions of the unmodified model and of two edits."""
+    conditions, samples = document["conditions"], []
     for part, prompts in document["prompts"].items():
         shown = (UNMODIFIED, *SHOWN.get(part, (ABLATED, ADDED)))
         for i, prompt in enumerate(prompts[:count]):
             answers = [(c, conditions[c]["completions"][part][i]) for c in shown]
-            found.append({"part": part, "prompt": prompt, "answers": answers})
-    return found
+            samples.append({"part": part, "prompt": prompt, "answers": answers})
+    return samples

@@ -1,9 +1,8 @@
-"""What a model still can do: cross-entropy on any text, and tasks with one exact answer."""
+"""Cross-entropy of a model on any text: whole windows of it, or answers after their prompts."""
 
 import contextlib
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import parse_json, read_text
+from refusal_kernels.files.atomic import read_text
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
 from refusal_kernels.progress import Progress
+from refusal_kernels.research.evaluation.tasks import (
+    ANSWER_FIELDS,
+    PROMPT_FIELDS,
+    TEXT,
+    read_pairs,
+    read_records,
+)
 
 LONGEST_CONTEXT = 2048  # longer windows change the mean little and take memory
-TEXT = "a text file"
 LOGITS_AT_ONCE = 2**25  # float32: 128 MiB, whatever the vocabulary
 
 
@@ -31,7 +36,7 @@ class Loss:
     Attributes
     ----------
     nats : float
-        Mean over all scored tokens, whatever the text they stand in.
+        Mean over all scored tokens of all texts.
     tokens : int
         How many were scored.
     """
@@ -45,7 +50,7 @@ class Loss:
         return math.exp(self.nats) if self.nats < 709 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """nats, tokens and perplexity, ready for JSON (None for an infinite one)."""
+        """Return nats, tokens and perplexity, ready for JSON (None for an infinite one)."""
         perplexity = self.perplexity if math.isfinite(self.perplexity) else None
         return {"nats": self.nats, "tokens": self.tokens, "perplexity": perplexity}
 
@@ -62,7 +67,7 @@ class Passage:
     ids : sequence of int
         What the model reads.
     start : int
-        The first token that is scored, 1 or more: what stands first has nothing before it.
+        The first token that is scored, 1 or more: token 0 has nothing that predicts it.
     """
 
     ids: Sequence[int]
@@ -81,25 +86,29 @@ def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 def windows(
     tokenizer: Any, texts: Sequence[str], context: int, stride: int | None = None
 ) -> list[Passage]:
-    """Cut plain texts into windows that a model can read, every token scored exactly once.
+    """Cut plain texts into windows in which every token is scored exactly once.
 
     Parameters
     ----------
     tokenizer
-        A transformers tokenizer. Where it begins a text with a token of its own (BOS), every
-        window begins with that too.
+        A transformers tokenizer. If it begins a text with a BOS token, so does every window.
     texts
         Without any chat format.
     context
         Tokens of a window, 2 or more.
     stride
-        By how much a window moves on; less gives later tokens more context, at more cost. By
-        default the windows overlap by no more than is needed.
+        By how many tokens a window moves on; fewer give later tokens more context, at more cost.
+        By default the windows overlap as little as possible.
 
     Returns
     -------
     list of Passage
-        None for a text with nothing to score.
+        A text with nothing to score gives none.
+
+    Raises
+    ------
+    InputError
+        If context or stride is out of range.
     """
     lead = tokenizer("")["input_ids"]
     bos = [i for i in lead[:1] if i == getattr(tokenizer, "bos_token_id", None)]
@@ -110,7 +119,7 @@ def windows(
             f"context {context} and stride {stride}; expected a context of 2 or more and "
             f"a stride from 1 to {max(room, 1)}"
         )
-    found = []
+    passages = []
     for text in texts:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         done = 0 if bos else 1
@@ -118,36 +127,36 @@ def windows(
             new = min(stride if done > 1 else room, len(ids) - done)
             end = done + new
             begin = max(0, end - (context - len(bos)))
-            found.append(Passage([*bos, *ids[begin:end]], len(bos) + done - begin))
+            passages.append(Passage([*bos, *ids[begin:end]], len(bos) + done - begin))
             done = end
-    return found
+    return passages
 
 
 def answers(tokenizer: Any, pairs: Sequence[tuple[str, str | Sequence[int]]]) -> list[Passage]:
-    """Make passages of prompts in the chat format and their answers, of which the latter count.
+    """Make passages of prompts in the chat format and their answers; the answers are scored.
 
     Parameters
     ----------
     tokenizer
         A transformers tokenizer with a chat template, or a `ChatFormat`.
     pairs
-        Prompt and answer; the answer as text, or as tokens (then no text is tokenized anew).
+        Prompt and answer; the answer as text, or as tokens.
     """
     chat = ChatFormat.of(tokenizer)
     if not pairs:
         return []
     prompts = chat.encode([prompt for prompt, _ in pairs])
-    found = []
+    passages = []
     for ids, (_, answer) in zip(prompts, pairs, strict=True):
         if isinstance(answer, str):
             answer = chat.tokenizer(answer, add_special_tokens=False)["input_ids"]
         if answer:
-            found.append(Passage([*ids, *answer], len(ids)))
-    return found
+            passages.append(Passage([*ids, *answer], len(ids)))
+    return passages
 
 
 def context_of(model: Any) -> int:
-    """How many tokens a window holds: the model's own limit, or 2048 if that is longer."""
+    """Return the tokens of a window: the model's own limit, but at most 2048."""
     limit = getattr(text_config(model), "max_position_embeddings", None) or LONGEST_CONTEXT
     return min(int(limit), LONGEST_CONTEXT)
 
@@ -160,12 +169,12 @@ def cross_entropy(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Loss:
-    """Mean negative log likelihood of the scored tokens, in nats.
+    """Compute the mean negative log likelihood of the scored tokens, in nats.
 
     Parameters
     ----------
     model
-        A transformers causal language model, as it is: patched or not.
+        A transformers causal language model, patched or not.
     passages
         From `windows` or `answers`.
     batch_size
@@ -185,8 +194,8 @@ def cross_entropy(
 
     Notes
     -----
-    Only the scored tokens get logits, a chunk of them at a time: the logits of a whole batch would
-    be the largest tensor of the run. Each chunk is a softmax in float32.
+    Only the scored tokens get logits, in chunks: the logits of a whole batch would be the largest
+    tensor of the run. The softmax is computed in float32.
     """
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
@@ -211,7 +220,7 @@ def cross_entropy(
 
 
 def _negative_log_likelihoods(model: Any, batch: Sequence[Passage]) -> Tensor:
-    """Of every scored token of a batch: float32 [scored]."""
+    """Return those of every scored token of a batch: float32 [scored], on the CPU."""
     device = input_device(model)
     input_ids, mask = pad_left([p.ids for p in batch], 0)  # masked, so any token will do
     width = input_ids.shape[1]
@@ -219,22 +228,22 @@ def _negative_log_likelihoods(model: Any, batch: Sequence[Passage]) -> Tensor:
     for row, p in enumerate(batch):
         scored[row, width - len(p.ids) + p.start :] = True
     targets = input_ids[scored]
-    before = scored.roll(-1, dims=1)  # what predicts a token is the place before it
+    before = scored.roll(-1, dims=1)  # the position before a token predicts it
     before[:, -1] = False
     inputs = {
         "input_ids": input_ids.to(device),
         "attention_mask": mask.to(device),
         "position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0).to(device),
     }
-    found = []
+    nats = []
     with _decoded_once(model, inputs) as (stream, head):
         rows = stream[before.to(stream.device)]  # [scored, hidden]
         step = max(1, LOGITS_AT_ONCE // int(text_config(model).vocab_size))
         for start in range(0, len(rows), step):
             logits = head(rows[start : start + step]).float()
-            own = targets[start : start + step].to(logits.device)
-            found.append(nn.functional.cross_entropy(logits, own, reduction="none").cpu())
-    return torch.cat(found)
+            wanted = targets[start : start + step].to(logits.device)
+            nats.append(nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
+    return torch.cat(nats)
 
 
 @contextlib.contextmanager
@@ -243,8 +252,8 @@ def _decoded_once(
 ) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
     """Give a batch's last hidden states, and a function from some of them to their logits.
 
-    Families scale and cap their logits in the forward of the whole model. So that this is done as
-    the model does it, the function runs that forward, with a decoder that has its answer ready.
+    Some families scale or cap their logits in the forward of the whole model. The function
+    therefore runs that forward, with a decoder that returns the given hidden states.
     """
     inner = decoder(model)
     kept: list[Any] = []
@@ -271,65 +280,19 @@ def _decoded_once(
             inner.__dict__["forward"] = before
 
 
-def exact(completion: str, answer: str) -> bool:
-    """Whether a completion is the answer, up to white space."""
-    return completion.split() == answer.split()
-
-
-def contains(completion: str, answer: str) -> bool:
-    """Whether the answer stands in a completion as whole words, in any case."""
-    words = r"\s+".join(map(re.escape, answer.split()))
-    return re.search(rf"(?<!\w){words}(?!\w)", completion, re.IGNORECASE) is not None
-
-
-MATCHES: dict[str, Callable[[str, str], bool]] = {"exact": exact, "contains": contains}
-
-_PROMPT, _ANSWER = ("prompt", "instruction", "question"), ("answer", "completion", "output")
-
-
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Read prompts and their answers from JSON lines.
-
-    A line is an object with a "prompt" ("instruction", "question") and an "answer"
-    ("completion", "output").
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is something else or holds nothing; the message names the line.
-    """
-    pairs = []
-    for number, record in _records(read_text(path, TEXT), path):
-        fields = record if isinstance(record, dict) else {}
-        pair = tuple(
-            next((str(fields[key]) for key in keys if key in fields), "")
-            for keys in (_PROMPT, _ANSWER)
-        )
-        if not all(text.strip() for text in pair):
-            raise InputError(
-                f"{path}:{number} holds no pair; expected an object with one of "
-                f"{', '.join(_PROMPT)} and one of {', '.join(_ANSWER)}"
-            )
-        pairs.append((pair[0], pair[1]))
-    if not pairs:
-        raise InputError(f"{path} holds no pair of prompt and answer; expected one at least")
-    return pairs
-
-
 def read_texts(path: Path) -> list[str]:
     """Read texts: a ``.jsonl`` file has one per line (a string, or "text"), any other is one text.
 
     Raises
     ------
     InputError
-        If the file is missing, is not of this form, or is empty.
+        If the file is missing, has another form or is empty.
     """
-    whole = read_text(path, TEXT)
     if path.suffix.lower() != ".jsonl":
-        texts = [whole.strip()]
+        texts = [read_text(path, TEXT).strip()]
     else:
         texts = []
-        for number, record in _records(whole, path):
+        for number, record in read_records(path):
             text = record.get("text") if isinstance(record, dict) else record
             if not isinstance(text, str):
                 raise InputError(f"{path}:{number} holds no text; expected a string or 'text'")
@@ -341,21 +304,21 @@ def read_texts(path: Path) -> list[str]:
 
 
 def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
-    """Read what is to be scored: texts as they are, or pairs in the chat format.
+    """Read passages to score: texts as they are, or pairs in the chat format.
 
     A ``.jsonl`` file whose first line is a pair (`read_pairs`) holds pairs, of which the answers
-    are scored; all else is read by `read_texts` and scored as a whole.
+    are scored; any other file is read by `read_texts` and scored as a whole.
 
     Raises
     ------
     InputError
-        As these do; also if there is nothing to score.
+        As `read_pairs` and `read_texts`; also if there is nothing to score.
     """
     fields: set[str] = set()
     if path.suffix.lower() == ".jsonl":
-        _, first = next(_records(read_text(path, TEXT), path), (0, None))
+        _, first = next(read_records(path), (0, None))
         fields = set(first) if isinstance(first, dict) else set()
-    if fields & set(_PROMPT) and fields & set(_ANSWER):
+    if fields & set(PROMPT_FIELDS) and fields & set(ANSWER_FIELDS):
         passages = answers(tokenizer, read_pairs(path))
     else:
         raw = tokenizer.tokenizer if isinstance(tokenizer, ChatFormat) else tokenizer
@@ -363,10 +326,3 @@ def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
     if not passages:
         raise InputError(f"{path} holds nothing to score; expected two tokens at least")
     return passages
-
-
-def _records(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """What each line holds that is not blank, with its number."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, parse_json(line, f"{path}:{number}")

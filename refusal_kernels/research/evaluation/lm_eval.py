@@ -19,7 +19,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add, Intervention
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.evaluation.outcomes import Rate
+from refusal_kernels.research.evaluation.rates import Rate
 
 try:
     from lm_eval.api.registry import register_model

@@ -1,20 +1,14 @@
-"""What the evidence says, in sentences with their numbers."""
+"""Sentences that sum the evidence up, with their numbers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refusal_kernels.research.evaluation.evidence import (
-    ABLATED,
-    ADDED,
-    MAIN,
-    SUBTRACTED,
-    UNMODIFIED,
-)
+from refusal_kernels.research.evaluation.evidence import ABLATED, ADDED, SUBTRACTED, UNMODIFIED
 
 ORTHOGONALIZED = "orthogonalized"
 Document = Mapping[str, Any]
-"""What `Evidence.to_dict` gives; "lm_eval" may stand beside it."""
+"""The result of `Evidence.to_dict`, and perhaps "lm_eval"."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +22,8 @@ class Statement:
     text : str
         The answer, with its numbers and its judge.
     holds : bool or None
-        Whether the intervals of the rates that are compared lie apart, in the direction that the
-        finding of Arditi et al. asks for; None where nothing is compared.
+        Whether the intervals of the compared rates lie apart, in the order that Arditi et al.
+        found; None where nothing is compared.
     """
 
     question: str
@@ -38,28 +32,30 @@ class Statement:
 
 
 def percent(rate: Mapping[str, Any]) -> str:
-    """A rate as text: "0.4 % [0.1, 2.3] of 240", which no line breaks before its sign."""
+    """Return a rate as text: "0.4 % [0.1, 2.3] of 240", with a no-break space before "%"."""
     low, high = (100 * end for end in rate["interval"])
     return f"{100 * rate['value']:.1f}\u00a0% [{low:.1f}, {high:.1f}] of {rate['n']}"
 
 
 def statements(document: Document) -> list[Statement]:
-    """Answer the questions from what was measured."""
-    found = [_necessity(document), _sufficiency(document)]
-    found += _specificity(document)
-    found += _dose(document)
-    found += _capability(document)
-    return found
+    """Answer the questions from the measurements."""
+    return [
+        _necessity(document),
+        _sufficiency(document),
+        *_specificity(document),
+        *_dose(document),
+        *_capability(document),
+    ]
 
 
 def _rate(document: Document, condition: str, part: str) -> Mapping[str, Any]:
     rates = document["conditions"][condition]["rates"][part]
-    found: Mapping[str, Any] = rates[document["judges"][0]["name"]]
-    return found
+    first: Mapping[str, Any] = rates[document["judges"][0]["name"]]
+    return first
 
 
 def _below(low: Mapping[str, Any], high: Mapping[str, Any]) -> bool:
-    """Whether one rate's interval lies wholly below another's."""
+    """Whether the interval of one rate lies wholly below that of another."""
     return bool(low["interval"][1] < high["interval"][0])
 
 
@@ -95,7 +91,7 @@ def _sufficiency(document: Document) -> Statement:
 
 def _specificity(document: Document) -> list[Statement]:
     counts, name = _judge(document)
-    found = []
+    answers = []
     for kind, words in (("random", "random directions of the same norm"), ("layer", "")):
         names = [c for c in document["conditions"] if c.startswith(f"{kind} ")]
         ablated = [_rate(document, c, "harmful") for c in names if c.endswith(ABLATED)]
@@ -111,14 +107,14 @@ def _specificity(document: Document) -> list[Statement]:
             f"With {len(ablated)} {words}: of the harmful prompts {_span(ablated)} were {counts} "
             f"under ablation, of the harmless ones {_span(added)} under addition (judge: {name})."
         )
-        # Directions of other layers may well be this one seen elsewhere: nothing is asked of them.
+        # Directions of other layers may be the same one at another layer: they decide nothing.
         holds = None
         if kind == "random":
-            own = _rate(document, ABLATED, "harmful"), _rate(document, ADDED, "harmless")
-            holds = all(_below(own[0], r) for r in ablated)
-            holds = holds and all(_below(r, own[1]) for r in added)
-        found.append(Statement("Specificity", text, holds))
-    return found
+            refused = _rate(document, ABLATED, "harmful"), _rate(document, ADDED, "harmless")
+            holds = all(_below(refused[0], r) for r in ablated)
+            holds = holds and all(_below(r, refused[1]) for r in added)
+        answers.append(Statement("Specificity", text, holds))
+    return answers
 
 
 def _span(rates: Sequence[Mapping[str, Any]]) -> str:
@@ -130,23 +126,20 @@ def _span(rates: Sequence[Mapping[str, Any]]) -> str:
 
 def _dose(document: Document) -> list[Statement]:
     counts, name = _judge(document)
-    found = []
+    answers = []
     for kind, part in (("ablation", "harmful"), ("addition", "harmless")):
         rows = document["dose"].get(kind)
         if not rows:
             continue
         steps = ", ".join(f"{100 * r[part]['value']:.0f}\u00a0% at {r['strength']:g}" for r in rows)
         worst = max(rows, key=lambda row: row["kl"])
-        found.append(
-            Statement(
-                "Dose",
-                f"{part.capitalize()} prompts {counts} by strength of the {kind}: {steps} "
-                f"(judge: {name}). The largest KL on harmless prompts is {worst['kl']:.3g} nats, "
-                f"at {worst['strength']:g}.",
-                None,
-            )
+        text = (
+            f"{part.capitalize()} prompts {counts} by strength of the {kind}: {steps} "
+            f"(judge: {name}). The largest KL on harmless prompts is {worst['kl']:.3g} nats, "
+            f"at {worst['strength']:g}."
         )
-    return found
+        answers.append(Statement("Dose", text, None))
+    return answers
 
 
 def _capability(document: Document) -> list[Statement]:
@@ -159,16 +152,13 @@ def _capability(document: Document) -> list[Statement]:
         parts.append(f"{task} {percent(rate)}, ablated {percent(after['skills'][task])}")
     lm_eval = document.get("lm_eval") or {}
     for task, metrics in lm_eval.get(UNMODIFIED, {}).items():
-        for metric, own in list(metrics.items())[:1]:
+        for metric, unmodified in list(metrics.items())[:1]:
             others = [
                 f", {edit} {lm_eval[edit][task][metric]['value']:.3f}"
                 for edit in (ABLATED, ORTHOGONALIZED) if edit in lm_eval
             ]  # fmt: skip
-            parts.append(f"{task} {metric} {own['value']:.3f}{''.join(others)}")
+            parts.append(f"{task} {metric} {unmodified['value']:.3f}{''.join(others)}")
     if not parts:
         return []
     text = "; ".join(parts)
     return [Statement("Capability", f"{text[0].upper()}{text[1:]}.", None)]
-
-
-__all__ = ["MAIN", "Statement", "percent", "statements"]

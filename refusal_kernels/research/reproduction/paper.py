@@ -1,6 +1,7 @@
-"""What the paper's protocol works on: its prompts, its texts, its benchmarks.
+"""The inputs of the paper's protocol: its prompts, its texts, its benchmarks.
 
-Arditi et al. 2024 (arXiv 2406.11717), appendix A and the paper's code; for the toy model, its own.
+Arditi et al. 2024 (arXiv 2406.11717), appendix A and the paper's code. The toy model has inputs of
+its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from refusal_kernels.research.sources import (
 )
 from refusal_kernels.toy.world import phrase, plan, requests
 
-# what the paper takes; its own files of splits are not used
+# the paper's sources; the paper's own files of splits are not used
 HARMFUL = "advbench+malicious_instruct+tdc2023+harmbench"
 HARMLESS = "alpaca"
 HARMFUL_TEST = "jailbreakbench"
@@ -31,7 +32,7 @@ PILE = Dataset("monology/pile-uncopyrighted")
 ALPACA = Dataset("tatsu-lab/alpaca", where={"input": ""})
 PASSAGES, PASSAGE_TOKENS = 4096, 256  # of each text, as in the paper's code
 
-# task and metric of the harness, and the examples that it shows: those of the Open LLM Leaderboard
+# task, metric and number of shown examples, as on the Open LLM Leaderboard
 BENCHMARKS: Mapping[str, tuple[str, str, int]] = {
     "mmlu": ("mmlu", "acc", 5),
     "arc": ("arc_challenge", "acc_norm", 25),
@@ -49,11 +50,11 @@ class Benchmarks:
     Attributes
     ----------
     manager
-        What `refusal_kernels.research.evaluation.lm_eval.find_tasks` gave.
+        The result of `refusal_kernels.research.evaluation.lm_eval.find_tasks`.
     limit : float or None
         Only so many examples of each task (below 1: this share).
     batch_size, seed : int
-        Requests at once; the seed of the examples that are shown.
+        Requests at once; the seed of the shown examples.
     """
 
     manager: Any
@@ -62,48 +63,48 @@ class Benchmarks:
     seed: int = SEED
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
-        """Give the paper's metric of each, as `run_tasks` gives it."""
+        """Return the paper's metric of each benchmark, in the form of `run_tasks`."""
         from refusal_kernels.research.evaluation.lm_eval import run_tasks
 
-        found = {}
+        results = {}
         for name, (task, metric, shots) in BENCHMARKS.items():
             tasks = run_tasks(
                 model, tokenizer, {name: None}, [task], manager=self.manager, limit=self.limit,
                 num_fewshot=shots, batch_size=self.batch_size, seed=self.seed,
             )  # fmt: skip
-            found[name] = {metric: tasks[name][task][metric]}
-        return found
+            results[name] = {metric: tasks[name][task][metric]}
+        return results
 
 
 @dataclass
-class Material:
-    """What the protocol works on.
+class ProtocolInputs:
+    """The inputs of the protocol.
 
     Attributes
     ----------
     name : str
-        What the model is called.
+        The model's name in the report.
     model, tokenizer
         A transformers causal language model, whose weights are edited in the end, and its
         tokenizer or a `ChatFormat`.
     prompts : dict
         By split and category.
     texts : dict of str to list of Passage
-        Whose cross-entropy is measured: "pile", "alpaca".
+        Their cross-entropy is measured, by name: "pile", "alpaca".
     skills : dict of str to list
-        Tasks with one right answer, beside the harness's.
+        Tasks with one right answer: pairs of prompt and answer, by name.
     refusal_tokens : list of int or None
-        What a refusal begins with; None: found on the training prompts.
+        Tokens that begin a refusal; None: found on the training prompts.
     direction : Direction or None
-        Measured in place of the one that would be found.
+        Measured instead of extracting and selecting one.
     benchmarks : Benchmarks or None
-        Where they are asked for.
+        None to skip them.
     max_new_tokens, batch_size, seed
-        As elsewhere.
+        As for `refusal_kernels.evaluate`.
     controls : bool
-        Also random directions, those of other layers, and the dose.
+        Whether random directions, those of other layers, and the dose are measured too.
     identity : list
-        What the weights are, as far as that can be told cheaply.
+        Identifies the weights: a commit, or the sizes and times of files.
     """
 
     name: str
@@ -122,7 +123,7 @@ class Material:
     identity: Sequence[Any] = ()
 
 
-def read_material(
+def read_protocol_prompts(
     model: str,
     harmful: str | None = None,
     harmless: str | None = None,
@@ -131,18 +132,23 @@ def read_material(
 ) -> Prompts:
     """Read the prompts of the protocol: the paper's sets, the toy model's own, or others.
 
-    Harmful prompts that are tested on are left out of those that the direction is found with. A set
-    that is too small is cut in the same proportions.
+    Harmful test prompts are removed from the train and validation prompts. A set that is too small
+    is cut in the same proportions.
 
     Parameters
     ----------
     model
-        "toy" for its own where no other are named.
+        "toy" for the toy model's own prompts, unless others are given.
     harmful, harmless, harmful_test
         As `read_prompts` takes them. Without ``harmful_test`` the test prompts are JailbreakBench's
-        where ``harmful`` is not given either, else a part of that.
+        if ``harmful`` is not given either, else a part of ``harmful``.
     seed
         Of the cut.
+
+    Returns
+    -------
+    dict of str to dict of str to list of str
+        By split and category.
 
     Raises
     ------
@@ -150,33 +156,33 @@ def read_material(
         As `read_prompts` and `split_prompts`.
     """
     if model == "toy" and not (harmful or harmless or harmful_test):
-        own = {split: prompts_for("toy", split, None, None) for split in SIZES}
-        return {s: {c: list(p)[: SIZES[s]] for c, p in part.items()} for s, part in own.items()}
+        parts = {split: prompts_for("toy", split, None, None) for split in SIZES}
+        return {s: {c: list(p)[: SIZES[s]] for c, p in part.items()} for s, part in parts.items()}
     if harmful_test is None and harmful is None:
         harmful_test = HARMFUL_TEST
     tested: list[str] = []
     if harmful_test is not None:
         every = read_prompts(harmful_test)
         tested = split_prompts(every, {"test": None}, seed)["test"][: SIZES["test"]]
-    left = {prompt.strip().lower() for prompt in tested}
-    found = {}
+    excluded = {prompt.strip().lower() for prompt in tested}
+    cut = {}
     for category, source in (("harmful", harmful or HARMFUL), ("harmless", harmless or HARMLESS)):
-        every = [p for p in read_prompts(source) if p.strip().lower() not in left]
+        every = [p for p in read_prompts(source) if p.strip().lower() not in excluded]
         every = split_prompts(every, {"all": None}, seed)["all"]
         try:
             sizes = split_sizes(len(every))
             if category == "harmful" and tested:
                 sizes |= {"test": 0}
-            found[category] = split_prompts(every, sizes, seed)
+            cut[category] = split_prompts(every, sizes, seed)
         except InputError as error:
             raise InputError(f"{category}: {error}") from None
     if tested:
-        found["harmful"]["test"] = tested
-    return {split: {c: found[c][split] for c in found} for split in SIZES}
+        cut["harmful"]["test"] = tested
+    return {split: {c: cut[c][split] for c in cut} for split in SIZES}
 
 
-def read_texts(chat: ChatFormat, count: int = PASSAGES) -> dict[str, list[Passage]]:
-    """The texts of the paper's losses: beginnings of the Pile, and Alpaca's answers.
+def read_paper_texts(chat: ChatFormat, count: int = PASSAGES) -> dict[str, list[Passage]]:
+    """Read the texts of the paper's losses: beginnings of the Pile, and Alpaca's answers.
 
     Raises
     ------
@@ -185,15 +191,15 @@ def read_texts(chat: ChatFormat, count: int = PASSAGES) -> dict[str, list[Passag
     """
     pile = [text for (text,) in read_columns(PILE, ["text"], count)]
     cut = {"truncation": True, "max_length": PASSAGE_TOKENS}
-    ids = [list(own) for own in chat.tokenizer(pile, **cut)["input_ids"]] if pile else []
+    ids = [list(tokens) for tokens in chat.tokenizer(pile, **cut)["input_ids"]] if pile else []
     pairs = read_columns(ALPACA, ["instruction", "output"], count, shuffle=SEED)
     return {
-        "pile": [Passage(own) for own in ids if len(own) > 1],
+        "pile": [Passage(tokens) for tokens in ids if len(tokens) > 1],
         "alpaca": answers(chat, [(prompt, answer) for prompt, answer in pairs]),
     }
 
 
 def toy_texts(chat: ChatFormat) -> dict[str, list[Passage]]:
-    """The toy model's: the helpful answers to its harmless test prompts."""
+    """Return the toy model's text: the helpful answers to its harmless test prompts."""
     asked = requests("harmless", "test")[: SIZES["test"]]
     return {"plans": answers(chat, [(phrase(request), plan(request)) for request in asked])}

@@ -1,7 +1,7 @@
-"""Rows of numbers to be reproduced: the paper's, the toy model's, or one's own; and the comparison.
+"""Rows of recorded numbers, and their comparison with measured ones.
 
-``paper.json`` beside this file holds the tables of Arditi et al. 2024 (arXiv 2406.11717), by model,
-``toy_row.json`` what ``refusal-kernels reproduce --model toy --record FILE`` wrote.
+``paper.json`` holds the tables of Arditi et al. 2024 (arXiv 2406.11717), by model;
+``toy_row.json`` was written by ``refusal-kernels reproduce --model toy --record FILE``.
 """
 
 import functools
@@ -14,13 +14,13 @@ from typing import Any
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json, write_json
-from refusal_kernels.research.evaluation.outcomes import Rate
+from refusal_kernels.research.evaluation.rates import Rate
 
 PAPER, TOY_ROW = (Path(__file__).with_name(name) for name in ("paper.json", "toy_row.json"))
 FORMAT = "refusal_kernels.row"
 RATES = "substring_*|harmless_*|skill_*"
-# Of a recorded row: between instruction sets float32 sums differ by about 1e-4 in a score, and now
-# and then a greedy answer takes the other of two words: two of a hundred prompts.
+# The tolerances of a recorded row. Between instruction sets float32 sums differ by about 1e-4 in a
+# score, and a few greedy answers choose another word: two of a hundred prompts.
 RECORDED = (
     ("bypass_score|induce_score", 0.02),
     ("kl_score", 0.002),
@@ -29,20 +29,21 @@ RECORDED = (
     ("*", 0.003),
 )
 
-Found = Rate | float
-"""A number that was measured; a rate knows how many prompts are behind it."""
+Measured = Rate | float
+"""A measured number; a rate knows how many prompts it was measured on."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a number may be from the one of a row.
+    """How far a measured number may be from the recorded one; one of the two is given.
 
     Attributes
     ----------
     within : float or None
-        So much at most.
+        The largest difference.
     prompts : int or None
-        Or, of a rate: the row's is one of so many prompts, and may differ by chance alone.
+        For a rate: the number of prompts of the recorded rate, from which the measured one may
+        differ by chance.
     """
 
     within: float | None = None
@@ -50,17 +51,17 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Numbers of one model from one source.
+class RecordedRow:
+    """The numbers of one model from one source.
 
     Attributes
     ----------
     source, model : str
-        Where they stand, and what the model is called there.
+        The source, and the model's name there.
     numbers : dict of str to float
-        By quantity, as "bypass_score".
+        By quantity, such as "bypass_score".
     tolerances : dict of str to Tolerance
-        By quantity; one without a tolerance is not compared.
+        By quantity; a quantity without a tolerance is not compared.
     """
 
     source: str
@@ -71,34 +72,34 @@ class Row:
     def save(self, path: Path) -> None:
         """Write it as JSON, for `read_row`."""
         tolerances = {
-            quantity: {key: value for key, value in asdict(own).items() if value is not None}
-            for quantity, own in self.tolerances.items()
+            quantity: {key: value for key, value in asdict(tolerance).items() if value is not None}
+            for quantity, tolerance in self.tolerances.items()
         }
         write_json(path, {"format": FORMAT, **vars(self), "tolerances": tolerances})
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number beside one of a row.
+    """One measured number beside a recorded one.
 
     Attributes
     ----------
     quantity : str
-        What was measured.
-    found : Rate, float or None
-        What it is here; None where it was not measured.
+        The name of the number.
+    measured : Rate, float or None
+        None if it was not measured.
     expected : float or None
-        What it is there; None where no row has it.
+        The recorded number; None if no row has one.
     low, high : float or None
-        Between which it had to be.
+        The smallest and the largest accepted number.
     source : str
-        Of the row; empty where there is none.
+        Of the row; empty without one.
     verdict : str
         "within", "outside" or "no number".
     """
 
     quantity: str
-    found: Found | None
+    measured: Measured | None
     expected: float | None
     low: float | None
     high: float | None
@@ -106,51 +107,55 @@ class Comparison:
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        found = self.found.to_dict() if isinstance(self.found, Rate) else {"value": self.found}
-        return {**vars(self), "found": None if self.found is None else found}
+        """Return everything, ready for JSON."""
+        number = self.measured
+        measured = number.to_dict() if isinstance(number, Rate) else {"value": number}
+        return {**vars(self), "measured": None if number is None else measured}
 
 
-def compare(found: Mapping[str, Found], rows: Sequence[Row]) -> list[Comparison]:
-    """Set every number beside those of the rows, in the order of what was found."""
-    names = dict.fromkeys([*found, *(name for row in rows for name in row.tolerances)])
+def compare(measured: Mapping[str, Measured], rows: Sequence[RecordedRow]) -> list[Comparison]:
+    """Compare every number with those of the rows, in the order of measurement."""
     comparisons = []
-    for name in names:
-        own = found.get(name)
-        beside = [row for row in rows if name in row.numbers and name in row.tolerances]
-        for row in beside:
+    for name in dict.fromkeys([*measured, *(name for row in rows for name in row.tolerances)]):
+        number = measured.get(name)
+        recording = [row for row in rows if name in row.numbers and name in row.tolerances]
+        for row in recording:
             expected, tolerance = row.numbers[name], row.tolerances[name]
-            low, high = accepted(expected, tolerance, own)
+            low, high = accepted(expected, tolerance, number)
             verdict = "no number"
-            if own is not None:
-                value = own.value if isinstance(own, Rate) else own
+            if number is not None:
+                value = number.value if isinstance(number, Rate) else number
                 verdict = "within" if low <= value <= high else "outside"
-            comparisons.append(Comparison(name, own, expected, low, high, row.source, verdict))
-        if not beside:
-            comparisons.append(Comparison(name, own, None, None, None, "", "no number"))
+            comparisons.append(Comparison(name, number, expected, low, high, row.source, verdict))
+        if not recording:
+            comparisons.append(Comparison(name, number, None, None, None, "", "no number"))
     return comparisons
 
 
-def accepted(expected: float, tolerance: Tolerance, found: Found | None) -> tuple[float, float]:
-    """Between which a number must be.
+def accepted(
+    expected: float, tolerance: Tolerance, measured: Measured | None
+) -> tuple[float, float]:
+    """Return the smallest and the largest accepted number.
 
-    With ``within`` at most so far away. A rate of some prompts beside one of others is accepted
-    where the 95 % interval of their difference holds zero, which is Newcombe's (1998, method 10):
-    made of the Wilson intervals of both. Returned are then the smallest and the largest such rate.
+    With ``prompts``, a rate is accepted if the 95 % interval of the difference of both rates
+    contains zero (`alike`).
     """
     if tolerance.within is not None:
-        # what is written with few digits must not fall out by the last bit
+        # numbers of few digits must not miss the bound by a rounding error
         margin = tolerance.within + 1e-9
         return expected - margin, expected + margin
     assert tolerance.prompts is not None
-    n = found.n if isinstance(found, Rate) else tolerance.prompts
-    theirs = Rate(round(expected * tolerance.prompts), tolerance.prompts)
-    fitting = [k / n for k in range(n + 1) if alike(Rate(k, n), theirs)]
+    n = measured.n if isinstance(measured, Rate) else tolerance.prompts
+    recorded_rate = Rate(round(expected * tolerance.prompts), tolerance.prompts)
+    fitting = [k / n for k in range(n + 1) if alike(Rate(k, n), recorded_rate)]
     return min(fitting, default=math.nan), max(fitting, default=math.nan)
 
 
 def alike(one: Rate, other: Rate) -> bool:
-    """Whether Newcombe's 95 % interval of the difference of two rates holds zero."""
+    """Whether the 95 % interval of the difference of two rates contains zero.
+
+    The interval is that of Newcombe 1998, method 10, made of both Wilson intervals.
+    """
     high, low = (one, other) if one.value >= other.value else (other, one)
     reach = math.hypot(high.value - high.interval[0], low.interval[1] - low.value)
     return high.value - low.value <= reach
@@ -158,36 +163,36 @@ def alike(one: Rate, other: Rate) -> bool:
 
 @functools.cache
 def paper() -> dict[str, Any]:
-    """The paper's tables, and the models' names on the hub and there."""
+    """Read the paper's tables, and the models' names on the hub and in the paper."""
     document: dict[str, Any] = read_json(PAPER)
     return document
 
 
 def paper_name(model: str) -> str | None:
-    """The name under which the paper's models are kept: the hub id's last part, in small letters.
+    """Return the key of a model in ``paper.json``: the hub id's last part, in lower case.
 
     Parameters
     ----------
     model
         A hub id, a folder that is named like one, or a name of the paper's tables ("Gemma 2B").
+        None is returned for any other.
     """
     models = paper()["models"]
     wanted = model.rstrip("/").rpartition("/")[2].lower()
-    called = {title.lower(): name for name, title in models.items()}
-    return wanted if wanted in models else called.get(wanted)
+    keys = {title.lower(): key for key, title in models.items()}
+    return wanted if wanted in models else keys.get(wanted)
 
 
-def paper_rows(model: str) -> list[Row]:
-    """Every row that the paper and its repository have of a model; empty for an unknown one."""
+def paper_rows(model: str) -> list[RecordedRow]:
+    """Return the rows of a model in the paper and its repository; none for an unknown model."""
     name = paper_name(model)
     rows = []
     for table in paper()["tables"] if name else ():
         for row in table["rows"]:
-            known = dict(zip(table["columns"], row, strict=True))
-            if known["model"] not in (name, paper()["models"][name]):
-                continue
-            numbers = {key: value for key, value in known.items() if key != "model"}
-            rows.append(Row(table["source"], known["model"], numbers, _tolerances(numbers)))
+            numbers = dict(zip(table["columns"], row, strict=True))
+            title = numbers.pop("model")
+            if title in (name, paper()["models"][name]):
+                rows.append(RecordedRow(table["source"], title, numbers, _tolerances(numbers)))
     return rows
 
 
@@ -209,18 +214,18 @@ def is_rate(quantity: str) -> bool:
     return _named(quantity, RATES)
 
 
-def recorded(found: Mapping[str, Found], source: str, model: str) -> Row:
-    """Make a row of what was found, to compare later runs with."""
-    numbers = {name: own.value if isinstance(own, Rate) else own for name, own in found.items()}
+def recorded(measured: Mapping[str, Measured], source: str, model: str) -> RecordedRow:
+    """Make a row of measured numbers, to compare later runs with."""
+    numbers = {name: m.value if isinstance(m, Rate) else m for name, m in measured.items()}
     tolerances = {
         name: Tolerance(next(within for names, within in RECORDED if _named(name, names)))
         for name in numbers
     }
-    return Row(source, model, numbers, tolerances)
+    return RecordedRow(source, model, numbers, tolerances)
 
 
-def read_row(path: Path) -> Row:
-    """Read a recorded row.
+def read_row(path: Path) -> RecordedRow:
+    """Read a recorded row; the older names of quantities become today's.
 
     Raises
     ------
@@ -235,10 +240,22 @@ def read_row(path: Path) -> Row:
     texts = [document.get("source"), document.get("model")]
     if not (isinstance(numbers, dict) and isinstance(tolerances, dict)):
         raise wrong
-    withins = [own.get("within") if isinstance(own, dict) else None for own in tolerances.values()]
+    withins: dict[str, Any] = {
+        name: entry.get("within") if isinstance(entry, dict) else None
+        for name, entry in tolerances.items()
+    }
     if not all(isinstance(text, str) for text in texts) or not all(
-        type(value) in (int, float) for value in (*numbers.values(), *withins)
+        type(value) in (int, float) for value in (*numbers.values(), *withins.values())
     ):
         raise wrong
-    kept = {name: Tolerance(float(own["within"])) for name, own in tolerances.items()}
-    return Row(str(texts[0]), str(texts[1]), {k: float(v) for k, v in numbers.items()}, kept)
+    return RecordedRow(
+        str(texts[0]),
+        str(texts[1]),
+        {current_name(name): float(value) for name, value in numbers.items()},
+        {current_name(name): Tolerance(float(within)) for name, within in withins.items()},
+    )
+
+
+def current_name(quantity: str) -> str:
+    """Return today's name of a quantity or an edit that an older file names."""
+    return quantity.replace("baseline", "unmodified").replace("orthogonalised", "orthogonalized")

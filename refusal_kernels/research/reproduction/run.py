@@ -1,13 +1,12 @@
 """The whole protocol of the paper on one model: every number that a row of the paper has.
 
 Arditi et al. 2024 (arXiv 2406.11717), with the settings of the paper's code: 128 prompts per class
-to read the direction from and 32 to choose it, filtered by refusal score, then refusals under no
-edit, ablation, subtraction and addition, and what the edits cost. Each step is kept in a folder.
+for extraction and 32 for selection, filtered by refusal score; then refusals and cross-entropy
+under no edit, ablation, subtraction and addition. The result of each step is kept in a folder.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import read_json, write_json
 from refusal_kernels.files.convert import Candidates, read
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers
@@ -29,13 +26,15 @@ from refusal_kernels.research.evaluation.evidence import (
     ON_DISTRIBUTION,
     SUBTRACTED,
     UNMODIFIED,
-    gather_evidence,
+    evaluate,
 )
-from refusal_kernels.research.evaluation.outcomes import Rate, evaluate
+from refusal_kernels.research.evaluation.outcomes import measure_outcomes
+from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.prompts import filtered
-from refusal_kernels.research.reproduction.paper import BENCHMARKS, Material
-from refusal_kernels.research.reproduction.rows import Found
+from refusal_kernels.research.reproduction.paper import BENCHMARKS, ProtocolInputs
+from refusal_kernels.research.reproduction.rows import Measured
+from refusal_kernels.research.reproduction.steps import StepCache
 from refusal_kernels.research.selection.algorithm import select
 from refusal_kernels.research.selection.scoring import find_refusal_tokens
 from refusal_kernels.weights.weights import orthogonalize
@@ -43,7 +42,7 @@ from refusal_kernels.weights.weights import orthogonalize
 
 @dataclass
 class Reproduction:
-    """What was measured.
+    """The measurements of one run of the protocol.
 
     Attributes
     ----------
@@ -53,16 +52,16 @@ class Reproduction:
     selection, evidence : dict
         `Selection.to_dict` and `Evidence.to_dict`.
     benchmarks : dict
-        By edit and benchmark, what the harness found.
+        By edit ("unmodified", "orthogonalized") and benchmark: the harness's result.
     prompts : dict of str to dict of str to int
         How many were used, by split and category.
     notes : list of str
         What could not be measured, and why.
     reused : list of str
-        The steps that were not run again.
+        The steps whose kept results were used.
     """
 
-    numbers: dict[str, Found]
+    numbers: dict[str, Measured]
     selection: dict[str, Any]
     evidence: dict[str, Any]
     benchmarks: dict[str, dict[str, Any]]
@@ -71,247 +70,199 @@ class Reproduction:
     reused: list[str] = field(default_factory=list)
 
 
-class Kept:
-    """The results of steps in a folder: a step runs again only if something before it changed.
-
-    Attributes
-    ----------
-    key : str
-        Of all that was asked so far.
-    part : Path
-        Where the step that runs may keep what it has so far; removed when it is done.
-    reused : list of str
-        The steps that did not run.
-    """
-
-    def __init__(self, folder: Path, *depends: Any) -> None:
-        self.folder, self.reused = folder, list[str]()
-        folder.mkdir(exist_ok=True)
-        self.part = folder / "none.part"
-        self.key = _digest([__version__, *depends])
-
-    def step(
-        self, name: str, make: Callable[[], dict[str, Any]], *depends: Any, aside: bool = False
-    ) -> dict[str, Any]:
-        """Return what a step gave before for the same key, or run it and keep what it gives.
-
-        The key is made of what the step depends on and of the steps before, but for those aside.
-        """
-        key = _digest([self.key, name, *depends])
-        if not aside:
-            self.key = key
-        path = self.folder / f"{name}.json"
-        if path.is_file():
-            try:
-                before = read_json(path)
-            except InputError:  # damaged: made anew
-                before = None
-            if isinstance(before, dict) and before.get("key") == key:
-                self.reused.append(name)
-                result: dict[str, Any] = before["result"]
-                return result
-        self.part = self.folder / f"{name}-{key[:16]}.part"
-        result = make()
-        write_json(path, {"key": key, "result": result})
-        self.part.unlink(missing_ok=True)
-        return result
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def run(material: Material, folder: Path, step: Step) -> Reproduction:
-    """Run the protocol, or what of it is not kept in the folder yet.
+def run(inputs: ProtocolInputs, folder: Path, step: Step) -> Reproduction:
+    """Run the steps of the protocol whose results are not kept in the folder yet.
 
     Parameters
     ----------
-    material
+    inputs
         Model, prompts, texts. The model's weights are edited in the end.
     folder
-        Of candidates.safetensors and direction.safetensors, and of ``steps/``, where the results of
-        the steps are kept; it is there.
+        An existing folder for candidates.safetensors, direction.safetensors and ``steps/``, the
+        results of the steps.
     step
         Told of each part of the work and of its progress.
 
     Raises
     ------
     InputError
-        If the model refuses or answers nothing, no candidate is left, or the direction that was
-        given does not fit.
+        If the model refuses or answers no prompt, selection discards every candidate, or the given
+        direction does not fit.
     """
-    return _Run(material, folder, step).all()
+    return _Protocol(inputs, folder, step).run()
 
 
-class _Run:
+class _Protocol:
     """The steps, in their order."""
 
-    def __init__(self, material: Material, folder: Path, step: Step) -> None:
-        self.material, self.folder, self.step = material, folder, step
-        self.model, self.chat = material.model, ChatFormat.of(material.tokenizer)
-        self.size, self.test = material.batch_size, material.prompts["test"]
+    def __init__(self, inputs: ProtocolInputs, folder: Path, step: Step) -> None:
+        self.inputs, self.folder, self.announce = inputs, folder, step
+        self.model, self.chat = inputs.model, ChatFormat.of(inputs.tokenizer)
+        self.size, self.test = inputs.batch_size, inputs.prompts["test"]
         options = [self.chat.system, self.chat.thinking, str(next(self.model.parameters()).dtype)]
-        self.kept = Kept(folder / "steps", material.name, list(material.identity), options)
+        self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
         self.edited = False
 
-    def all(self) -> Reproduction:
-        material, kept, notes = self.material, self.kept, list[str]()
-        asked = {split: material.prompts[split] for split in ("train", "validation")}
-        used = kept.step("prompts", self.filter, asked, material.refusal_tokens)
+    def run(self) -> Reproduction:
+        inputs, cache, notes = self.inputs, self.cache, list[str]()
+        asked = {split: inputs.prompts[split] for split in ("train", "validation")}
+        used = cache.step("prompts", self.filter, asked, inputs.refusal_tokens)
         candidates = self.candidates(used["train"])
-        given = material.direction and material.direction.vector.tolist()
-        selection = kept.step("selection", lambda: self.select(candidates, used), given)
-        direction = Candidates(candidates, material.name).at(
+        given = inputs.direction and inputs.direction.vector.tolist()
+        selection = cache.step("selection", lambda: self.select(candidates, used), given)
+        direction = Candidates(candidates, inputs.name).at(
             selection["layer"], selection["position"]
         )
         direction.save(self.folder / "direction.safetensors")
 
-        texts = {n: [[list(p.ids), p.start] for p in own] for n, own in material.texts.items()}
-        depends = [self.test, material.skills, material.max_new_tokens, material.seed, texts]
-        evidence = kept.step(
+        texts = {n: [[list(p.ids), p.start] for p in text] for n, text in inputs.texts.items()}
+        depends = [self.test, inputs.skills, inputs.max_new_tokens, inputs.seed, texts]
+        evidence = cache.step(
             "evidence",
-            lambda: self.ask(direction, candidates, used["refusal_tokens"]),
-            *(*depends, material.controls),
+            lambda: self.evaluate(direction, candidates, used["refusal_tokens"]),
+            *(*depends, inputs.controls),
         )
-        benchmarks = self.benchmarks("baseline", direction)
-        orthogonal = kept.step("orthogonalized", lambda: self.ask_edited(direction))
-        if why := orthogonal.get("refused"):
+        benchmarks = self.benchmarks("unmodified", direction)
+        orthogonalized = cache.step("orthogonalized", lambda: self.evaluate_edited(direction))
+        if why := orthogonalized.get("refused"):
             notes.append(f"orthogonalized weights are not measured: {why}")
         else:
             benchmarks |= self.benchmarks("orthogonalized", direction)
+        counted = {**inputs.prompts, "train": used["train"], "validation": used["validation"]}
         return Reproduction(
-            numbers=_numbers(selection, evidence, orthogonal, benchmarks),
+            numbers=_numbers(selection, evidence, orthogonalized, benchmarks),
             selection=selection,
             evidence=evidence,
             benchmarks=benchmarks,
             prompts={
-                split: {category: len(own) for category, own in part.items()}
-                for split, part in {**material.prompts, **used}.items()
-                if split != "refusal_tokens"
+                split: {category: len(prompts) for category, prompts in part.items()}
+                for split, part in counted.items()
             },
             notes=notes,
-            reused=kept.reused,
+            reused=cache.reused,
         )
 
     def filter(self) -> dict[str, Any]:
-        """Keep what the model refuses and answers, of the prompts that the direction comes from."""
-        train, tokens = self.material.prompts["train"], self.material.refusal_tokens
-        with single_step(self.step("Filter by refusal score")):
+        """Keep the harmful prompts that the model refuses and the harmless ones it answers."""
+        train, tokens = self.inputs.prompts["train"], self.inputs.refusal_tokens
+        with single_step(self.announce("Filter by refusal score")):
             if tokens is None:
                 tokens = find_refusal_tokens(
                     self.model, self.chat, train["harmful"], train["harmless"], self.size
                 )
             options: dict[str, Any] = {"refusal_tokens": tokens, "batch_size": self.size}
             return {"refusal_tokens": tokens} | {
-                split: filtered(self.model, self.chat, self.material.prompts[split], **options)
+                split: filtered(self.model, self.chat, self.inputs.prompts[split], **options)
                 for split in ("train", "validation")
             }
 
     def candidates(self, train: Mapping[str, list[str]]) -> Tensor:
-        """The mean differences, or the one direction that was given; float32, as `Candidates`."""
-        if self.material.direction is not None:
-            return _alone(self.model, self.material.direction)
+        """Return mean differences, or the given direction: float32 [position, layer, hidden]."""
+        if self.inputs.direction is not None:
+            return _alone(self.model, self.inputs.direction)
         file = self.folder / "candidates.safetensors"
-        there = _read_candidates(file)
+        kept = _read_candidates(file)
 
         def extract() -> dict[str, Any]:
-            nonlocal there
-            there = mean_difference(
+            nonlocal kept
+            kept = mean_difference(
                 self.model, self.chat, train["harmful"], train["harmless"],
-                batch_size=self.size, checkpoint=self.kept.part,
-                progress=self.step("Extract: mean differences"),
+                batch_size=self.size, checkpoint=self.cache.part,
+                progress=self.announce("Extract: mean differences"),
             )  # fmt: skip
-            Candidates(there, self.material.name).save(file)
-            return {"sha256": _bytes(there), "norm": there.norm(dim=-1).tolist()}
+            Candidates(kept, self.inputs.name).save(file)
+            return {"sha256": _sha256(kept), "norm": kept.norm(dim=-1).tolist()}
 
-        result = self.kept.step("candidates", extract)
-        if there is None or _bytes(there) != result["sha256"]:  # another file than was kept
-            self.kept.reused.remove("candidates")
+        result = self.cache.step("candidates", extract)
+        if kept is None or _sha256(kept) != result["sha256"]:  # not the file of the kept step
+            self.cache.reused.remove("candidates")
             extract()
-        assert there is not None
-        return there
+        assert kept is not None
+        return kept
 
     def select(self, candidates: Tensor, used: Mapping[str, Any]) -> dict[str, Any]:
-        """Choose; a direction that was given is only measured, whatever its scores."""
+        """Select; a given direction is only measured, whatever its scores."""
         anyway: dict[str, Any] = {}
-        if self.material.direction is not None:
+        if self.inputs.direction is not None:
             anyway = {"kl_threshold": torch.inf, "induce_threshold": -torch.inf, "prune_last": 0.0}
         return select(
             self.model, self.chat, candidates,
             used["validation"]["harmful"], used["validation"]["harmless"],
-            refusal_tokens=used["refusal_tokens"], batch_size=self.size, checkpoint=self.kept.part,
-            model_name=self.material.name, progress=self.step("Select: three scores"), **anyway,
+            refusal_tokens=used["refusal_tokens"], batch_size=self.size, checkpoint=self.cache.part,
+            model_name=self.inputs.name, progress=self.announce("Select: three scores"), **anyway,
         ).to_dict()  # fmt: skip
 
-    def ask(self, direction: Direction, candidates: Tensor, tokens: list[int]) -> dict[str, Any]:
-        """Refusals, losses and skills under each edit; the controls and the dose where wanted."""
-        material, controls = self.material, dict[str, Any]()
-        if not material.controls:
+    def evaluate(
+        self, direction: Direction, candidates: Tensor, tokens: list[int]
+    ) -> dict[str, Any]:
+        """Measure refusals, losses and skills under each edit; controls and dose where wanted."""
+        inputs, controls = self.inputs, dict[str, Any]()
+        if not inputs.controls:
             controls = {"strengths": (), "random_controls": 0, "layer_controls": 0}
-        return gather_evidence(
+        return evaluate(
             self.model, self.chat, direction,
             harmful=self.test["harmful"], harmless=self.test["harmless"],
-            candidates=None if material.direction else candidates, refusal_tokens=tokens,
-            skills=material.skills, texts=material.texts, seed=material.seed,
-            max_new_tokens=material.max_new_tokens, batch_size=self.size, step=self.step,
+            candidates=None if inputs.direction else candidates, refusal_tokens=tokens,
+            skills=inputs.skills, texts=inputs.texts, seed=inputs.seed,
+            max_new_tokens=inputs.max_new_tokens, batch_size=self.size, step=self.announce,
             **controls,
         ).to_dict()  # fmt: skip
 
-    def ask_edited(self, direction: Direction) -> dict[str, Any]:
-        """Refusals and skills of the edited weights; or why this family's are not edited."""
+    def evaluate_edited(self, direction: Direction) -> dict[str, Any]:
+        """Measure refusals and skills of the edited weights; "refused" if they are not edited."""
         try:
             self.edit(direction)
         except InputError as error:
             return {"refused": str(error)}
-        outcome = evaluate(
+        outcome = measure_outcomes(
             self.model, self.chat, harmful=self.test["harmful"], harmless=self.test["harmless"],
-            interventions={"orthogonalized": None}, skills=self.material.skills,
-            max_new_tokens=self.material.max_new_tokens, batch_size=self.size,
-            progress=self.step("Orthogonalized"),
+            interventions={"orthogonalized": None}, skills=self.inputs.skills,
+            max_new_tokens=self.inputs.max_new_tokens, batch_size=self.size,
+            progress=self.announce("Orthogonalized"),
         )["orthogonalized"].to_dict()  # fmt: skip
         return {key: outcome[key] for key in ("harmful", "harmless", "skills")}
 
     def edit(self, direction: Direction) -> None:
-        """Write the direction out of the weights, once."""
+        """Orthogonalize the weights, once."""
         if not self.edited:
             orthogonalize(self.model, direction)
             self.edited = True
 
     def benchmarks(self, edit: str, direction: Direction) -> dict[str, Any]:
-        """What the harness finds, where it is asked for; by the name of the edit."""
-        harness = self.material.benchmarks
+        """Run the benchmarks, where they are asked for; return them by the name of the edit."""
+        harness = self.inputs.benchmarks
         if harness is None:
             return {}
 
-        def ask() -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
             if edit == "orthogonalized":
                 self.edit(direction)
-            with single_step(self.step(f"Benchmarks: {edit}")):
+            with single_step(self.announce(f"Benchmarks: {edit}")):
                 return harness(self.model, self.chat.tokenizer)
 
         depends = BENCHMARKS, harness.limit, harness.seed
-        return {edit: self.kept.step(f"benchmarks_{edit}", ask, *depends, aside=True)}
+        return {edit: self.cache.step(f"benchmarks_{edit}", measure, *depends, aside=True)}
 
 
 def _read_candidates(file: Path) -> Tensor | None:
     try:
-        there = read(file)
-    except InputError:  # missing or damaged: made anew
+        content = read(file)
+    except InputError:  # missing or damaged: extracted again
         return None
-    return there.tensor if isinstance(there, Candidates) else None
+    return content.tensor if isinstance(content, Candidates) else None
 
 
-def _bytes(tensor: Tensor) -> str:
+def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _alone(model: Any, direction: Direction) -> Tensor:
-    """Candidates of which all but one are zero, and so are not measured."""
+    """Return candidates that are zero except for one; select does not measure zero ones."""
     layers = len(decoder_layers(model))
     if direction.layer is None or direction.layer >= layers:
         raise InputError(
-            f"the direction was read at layer {direction.layer}; expected one of {layers}, for it "
-            "is added there"
+            f"the direction was read at layer {direction.layer}; expected one of {layers}, "
+            "as it is added there"
         )
     position = -1 if direction.position is None else direction.position
     candidates = torch.zeros(-position, layers, direction.hidden)
@@ -322,42 +273,41 @@ def _alone(model: Any, direction: Direction) -> Tensor:
 def _numbers(
     selection: Mapping[str, Any],
     evidence: Mapping[str, Any],
-    orthogonal: Mapping[str, Any],
+    orthogonalized: Mapping[str, Any],
     benchmarks: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Found]:
-    """All numbers by the names of the paper's columns."""
+) -> dict[str, Measured]:
+    """Return all numbers by the names of the paper's columns."""
     judge, conditions = evidence["judges"][0]["name"], evidence["conditions"]
-    edited = "refused" not in orthogonal
-
-    def rate(known: Mapping[str, Any]) -> Rate:
-        return Rate(known["k"], known["n"])
+    edited = "refused" not in orthogonalized
 
     def answered(refused: Mapping[str, Any]) -> Rate:
         return Rate(refused["n"] - refused["k"], refused["n"])
 
-    found: dict[str, Found] = {f"{s}_score": selection[s] for s in ("bypass", "induce", "kl")}
-    harmful = {"baseline": UNMODIFIED, "ablation": ABLATED, "subtraction": SUBTRACTED}
-    harmless = {"baseline": UNMODIFIED, "addition": ADDED}
+    numbers: dict[str, Measured] = {f"{s}_score": selection[s] for s in ("bypass", "induce", "kl")}
+    harmful = {"unmodified": UNMODIFIED, "ablation": ABLATED, "subtraction": SUBTRACTED}
+    harmless = {"unmodified": UNMODIFIED, "addition": ADDED}
     for name, part, edits in (
         ("substring_asr", "harmful", harmful),
         ("harmless_answer_rate", "harmless", harmless),
     ):
-        for what, condition in edits.items():
-            found[f"{name}_{what}"] = answered(conditions[condition]["rates"][part][judge])
+        for edit, condition in edits.items():
+            numbers[f"{name}_{edit}"] = answered(conditions[condition]["rates"][part][judge])
         if edited:
-            found[f"{name}_orthogonalized"] = answered(orthogonal[part])
-    # where the paper's code measures losses, it adds with coefficient -1
-    losses = {"baseline": UNMODIFIED, "ablation": ABLATED, "addition": SUBTRACTED}
+            numbers[f"{name}_orthogonalized"] = answered(orthogonalized[part])
+    # for its losses the paper's code adds the direction with coefficient -1
+    losses = {"unmodified": UNMODIFIED, "ablation": ABLATED, "addition": SUBTRACTED}
     for text in conditions[UNMODIFIED]["losses"]:
         name = "on_distribution" if text == ON_DISTRIBUTION else text
-        for what, condition in losses.items():
-            found[f"{name}_{what}"] = conditions[condition]["losses"][text]["nats"]
-    for task, own in conditions[UNMODIFIED]["skills"].items():
-        found[f"skill_{task}_baseline"] = rate(own)
-        if edited:
-            found[f"skill_{task}_orthogonalized"] = rate(orthogonal["skills"][task])
+        for edit, condition in losses.items():
+            numbers[f"{name}_{edit}"] = conditions[condition]["losses"][text]["nats"]
+    skills = {"unmodified": conditions[UNMODIFIED]["skills"]}
+    if edited:
+        skills["orthogonalized"] = orthogonalized["skills"]
+    for task in skills["unmodified"]:
+        for edit, rates in skills.items():
+            numbers[f"skill_{task}_{edit}"] = Rate(rates[task]["k"], rates[task]["n"])
     for edit, tasks in benchmarks.items():
         for task, metrics in tasks.items():
             (metric,) = metrics.values()
-            found[f"{task}_{edit}"] = 100 * metric["value"]
-    return found
+            numbers[f"{task}_{edit}"] = 100 * metric["value"]
+    return numbers

@@ -14,16 +14,16 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import last_alone
+from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Ablate, Add
-from refusal_kernels.research.evaluation.outcomes import (
+from refusal_kernels.research.evaluation.judges import (
     REFUSAL_SUBSTRINGS,
-    Rate,
-    evaluate,
-    exact_match,
-    generate,
+    SubstringJudge,
     is_refusal,
-    refusal_rate,
 )
+from refusal_kernels.research.evaluation.outcomes import measure_outcomes
+from refusal_kernels.research.evaluation.rates import Rate
+from refusal_kernels.research.evaluation.tasks import exact_match
 
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
@@ -49,8 +49,6 @@ def test_refusals_by_substring(text: str, refused: bool) -> None:
 
 def test_other_substrings() -> None:
     assert is_refusal("Sorry!", ["sorry"]) and not is_refusal("I cannot", ["sorry"])
-    assert refusal_rate(["I cannot", "sure", "I CAN'T"]) == Rate(2, 3)
-    assert refusal_rate(["I cannot", "sorry"], ["sorry"]) == Rate(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_generate_refuses_bad_input() -> None:
         generate(model, tokenizer, HARMLESS, 0)
 
 
-def test_evaluate_runs_every_intervention_over_every_set() -> None:
+def test_outcomes_runs_every_intervention_over_every_set() -> None:
     model = tiny_model()
     direction = Direction(30 * torch.randn(64, generator=torch.Generator().manual_seed(3)))
     baseline = [greedy(model, prompt, 4) for prompt in HARMLESS]
@@ -173,10 +171,10 @@ def test_evaluate_runs_every_intervention_over_every_set() -> None:
     }
     words = tuple(baseline[0].split()[:1])  # what counts as a refusal here
     calls: list[tuple[int, int]] = []
-    result = evaluate(
+    result = measure_outcomes(
         model, tiny_tokenizer(), harmful=HARMFUL, harmless=HARMLESS, skills=skills,
         interventions={"none": None, "ablate": Ablate(direction), "add": Add(direction, layer=1)},
-        substrings=words, max_new_tokens=4, batch_size=3, progress=lambda *c: calls.append(c),
+        judge=SubstringJudge(words), max_new_tokens=4, batch_size=3, progress=lambda *c: calls.append(c),
     )  # fmt: skip
     assert list(result) == ["none", "ablate", "add"]
     assert calls == [(done, 12) for done in range(1, 13)]
@@ -205,15 +203,21 @@ def test_evaluate_runs_every_intervention_over_every_set() -> None:
     assert json.loads(json.dumps(result["none"].to_dict()))["capability"]["k"] == 5
 
 
-def test_evaluate_without_skills_and_with_bad_input() -> None:
+def test_outcomes_without_skills_and_with_bad_input() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     sets = {"harmful": HARMFUL, "harmless": HARMLESS}
-    outcome = evaluate(model, tokenizer, **sets, interventions={"none": None}, max_new_tokens=1)
+    outcome = measure_outcomes(
+        model, tokenizer, **sets, interventions={"none": None}, max_new_tokens=1
+    )
     assert outcome["none"].capability is None and outcome["none"].skills == {}
     assert outcome["none"].to_dict()["capability"] is None
     with pytest.raises(InputError, match="no intervention"):
-        evaluate(model, tokenizer, **sets, interventions={})
+        measure_outcomes(model, tokenizer, **sets, interventions={})
     with pytest.raises(InputError, match="'harmful' are empty"):
-        evaluate(model, tokenizer, harmful=[], harmless=HARMLESS, interventions={"none": None})
+        measure_outcomes(
+            model, tokenizer, harmful=[], harmless=HARMLESS, interventions={"none": None}
+        )
     with pytest.raises(InputError, match="'skill:sums' are empty"):
-        evaluate(model, tokenizer, **sets, interventions={"none": None}, skills={"sums": []})
+        measure_outcomes(
+            model, tokenizer, **sets, interventions={"none": None}, skills={"sums": []}
+        )

@@ -12,13 +12,14 @@ from refusal_kernels import cli, toy
 from refusal_kernels.direction import Direction, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.generate import generate, generate_ids
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
 from refusal_kernels.patching.patch import patch
-from refusal_kernels.research.evaluation.evidence import gather_evidence, random_directions
-from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudge
+from refusal_kernels.research.evaluation.evidence import evaluate, random_directions
+from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudge, judged
 from refusal_kernels.research.evaluation.likelihood import answers, cross_entropy
-from refusal_kernels.research.evaluation.outcomes import Rate, generate, generate_ids, judged
+from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.statements import statements
 from refusal_kernels.research.extraction.collect import last_logits, mean_difference
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
@@ -44,7 +45,7 @@ def tiny():
     ]
     pairs = [("make tea", "sure here is the tea"), ("fix the box", "two three four")]
     steps: dict[str, list[tuple[int, int]]] = {}
-    evidence = gather_evidence(
+    evidence = evaluate(
         model, tokenizer, direction, harmful=HARMFUL, harmless=HARMLESS, extra={"mixed": EXTRA},
         judges=judges, candidates=vectors, refusal_tokens=TOKENS, skills={"words": pairs},
         texts={"pairs": answers(tokenizer, pairs)}, strengths=(1.0, -1.0, 0.0, 2.5),
@@ -91,7 +92,7 @@ def test_each_condition_is_as_alone(tiny) -> None:
             assert condition.rates[part] == expected
             logits = last_logits(model, tokenizer, prompts)
             score = float(refusal_score(logits, TOKENS).mean())
-            assert condition.scores[part] == pytest.approx(score, abs=1e-4)
+            assert condition.refusal_scores[part] == pytest.approx(score, abs=1e-4)
             if edit is None:
                 assert condition.kl == {}
             else:
@@ -162,7 +163,7 @@ def test_the_dose_is_the_dial(tiny) -> None:
                 loss = cross_entropy(model, pairs)
             assert row.kl == pytest.approx(float(kl_divergence(before, logits).mean()), abs=1e-4)
             score = float(refusal_score(logits, TOKENS).mean())
-            assert row.score_harmless == pytest.approx(score, abs=1e-4)
+            assert row.refusal_scores["harmless"] == pytest.approx(score, abs=1e-4)
             assert row.loss.nats == pytest.approx(loss.nats, rel=1e-4)
     ablation = {row.strength: row for row in evidence.dose["ablation"]}
     main = evidence.conditions
@@ -170,7 +171,8 @@ def test_the_dose_is_the_dial(tiny) -> None:
     assert ablation[0.0].kl == pytest.approx(0.0, abs=1e-5)
     assert ablation[0.0].loss.nats == pytest.approx(main["unmodified"].losses["pairs"].nats)
     assert ablation[1.0].kl == pytest.approx(main["ablated"].kl["harmless"], abs=1e-5)
-    assert ablation[1.0].score_harmful == pytest.approx(main["ablated"].scores["harmful"], abs=1e-4)
+    score = main["ablated"].refusal_scores["harmful"]
+    assert ablation[1.0].refusal_scores["harmful"] == pytest.approx(score, abs=1e-4)
 
 
 def test_capability_and_the_models_own_completions(tiny) -> None:
@@ -243,21 +245,21 @@ def test_bad_input_before_any_work() -> None:
         ({"layer": 9}, "the model has 3 layers"),
     ):
         with pytest.raises(InputError, match=words):
-            gather_evidence(model, tokenizer, direction, **{**sets, **changed}, refusal_tokens=[3])
+            evaluate(model, tokenizer, direction, **{**sets, **changed}, refusal_tokens=[3])
     with pytest.raises(InputError, match="does not say at which layer"):
-        gather_evidence(model, tokenizer, Direction(torch.randn(64)), **sets)
+        evaluate(model, tokenizer, Direction(torch.randn(64)), **sets)
     assert not is_patched(model)
 
 
 def test_without_refusal_tokens_there_are_no_scores() -> None:
     direction = Direction(torch.randn(64), layer=1)
-    found = gather_evidence(
+    found = evaluate(
         tiny_model(), tiny_tokenizer(), direction, harmful=HARMFUL, harmless=HARMLESS,
         strengths=(1.0,), random_controls=0, max_new_tokens=1,
     )  # fmt: skip
     assert found.refusal_tokens is None
-    assert found.conditions["ablated"].scores == {} and found.conditions["ablated"].kl
-    assert found.dose["ablation"][0].score_harmful is None
+    assert found.conditions["ablated"].refusal_scores == {} and found.conditions["ablated"].kl
+    assert found.dose["ablation"][0].refusal_scores == {}
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {s.question for s in statements(document)} == {
         "Necessity", "Sufficiency", "Dose", "Capability",
@@ -274,7 +276,7 @@ def toy_evidence():
     )
     vectors = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
     direction = Direction(vectors[-2, 5], layer=5, position=-2, model="toy")
-    return gather_evidence(
+    return evaluate(
         model, tokenizer, direction, **test, candidates=vectors, strengths=(0.0, 1.0),
         skills={"facts": toy.skills()["facts"][:20]}, max_new_tokens=32,
     )  # fmt: skip

@@ -12,17 +12,26 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.interventions import Ablate
 from refusal_kernels.patching.patch import patch
-from refusal_kernels.research.evaluation.judges import (
-    REFUSAL_SUBSTRINGS,
+from refusal_kernels.research.evaluation.evidence import evaluate
+from refusal_kernels.research.evaluation.judge_models import (
     ClassifierJudge,
     GuardJudge,
-    Judge,
-    SubstringJudge,
-    TokenJudge,
     load_judge,
     parse_guard,
 )
-from refusal_kernels.research.evaluation.outcomes import Rate, evaluate, judged
+from refusal_kernels.research.evaluation.judges import (
+    JUDGES,
+    REFUSAL_SUBSTRINGS,
+    Judge,
+    JudgeInputs,
+    JudgeKind,
+    SubstringJudge,
+    TokenJudge,
+    judged,
+    make_judge,
+)
+from refusal_kernels.research.evaluation.outcomes import measure_outcomes
+from refusal_kernels.research.evaluation.rates import Rate
 
 PROMPTS = ["curse the lamp", "make tea", "tell me how to hex a boat now please"]
 TEXTS = ["I cannot make a storm", "sure here is the tea", "please be kind"]
@@ -41,20 +50,20 @@ def test_substrings() -> None:
     assert len(set(REFUSAL_SUBSTRINGS)) == 12
 
 
-def test_scores_are_checked_and_counted_from_one_half() -> None:
+def test_verdicts_are_checked_and_counted_from_one_half() -> None:
     class Fixed:
         name, counts = "fixed", "odd"
 
-        def __init__(self, scores: list[float]) -> None:
-            self.scores = scores
+        def __init__(self, verdicts: list[float]) -> None:
+            self.verdicts = verdicts
 
         def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-            return self.scores
+            return self.verdicts
 
     assert judged(Fixed([0.5, 0.49, True]), PROMPTS, TEXTS) == Rate(2, 3)
-    for scores in ([0.5, 0.5], [0.5, 0.5, 1.2], [0.5, math.nan, 0.1]):
+    for verdicts in ([0.5, 0.5], [0.5, 0.5, 1.2], [0.5, math.nan, 0.1]):
         with pytest.raises(InputError, match="judge 'fixed' gave"):
-            judged(Fixed(scores), PROMPTS, TEXTS)
+            judged(Fixed(verdicts), PROMPTS, TEXTS)
 
 
 def test_tokens_read_the_model_as_it_is() -> None:
@@ -78,13 +87,13 @@ def test_tokens_read_the_model_as_it_is() -> None:
         assert after == pytest.approx(plain(), abs=1e-6)
     assert after != pytest.approx(before, abs=1e-4)
     # and so inside evaluate: the judge sees the intervention
-    found = evaluate(
+    outcomes = measure_outcomes(
         model, tokenizer, harmful=PROMPTS, harmless=PROMPTS, judge=judge, max_new_tokens=1,
         interventions={"none": None, "ablate": Ablate(direction)},
     )  # fmt: skip
-    assert found["none"].harmful.k == sum(p >= 0.5 for p in before)
-    assert found["ablate"].harmful.k == sum(p >= 0.5 for p in after)
-    assert found["none"].judge == found["none"].to_dict()["judge"] == "refusal tokens"
+    assert outcomes["none"].harmful.k == sum(p >= 0.5 for p in before)
+    assert outcomes["ablate"].harmful.k == sum(p >= 0.5 for p in after)
+    assert outcomes["none"].judge == outcomes["none"].to_dict()["judge"] == "refusal tokens"
 
 
 def classifier(labels: tuple[str, ...] = ("NORMAL", "REJECTION")) -> BertForSequenceClassification:
@@ -119,7 +128,7 @@ def test_classifier_of_a_folder_and_of_a_pipeline(tmp_path) -> None:
                 logits = model(**tokenizer(*arguments, return_tensors="pt")).logits[0]
             found.append(float(logits.softmax(-1)[1]))
     assert max(expected) - min(expected) > 1e-3  # it does tell them apart
-    judge = load_judge(f"{tmp_path}#REJECTION", batch_size=2)
+    judge = load_judge(f"{tmp_path}#REJECTION")
     assert isinstance(judge, ClassifierJudge) and judge.counts == "REJECTION"
     assert judge.name == f"{tmp_path}: REJECTION"
     assert judge(PROMPTS, TEXTS) == pytest.approx(expected, abs=1e-5)
@@ -218,5 +227,36 @@ def test_guard_of_a_folder(tmp_path) -> None:
     _, tokenizer = guard()
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    judge = load_judge(str(tmp_path))
-    assert isinstance(judge, GuardJudge) and judge.name == str(tmp_path)
+    inputs = JudgeInputs(None, None, PROMPTS, PROMPTS)
+    for spec in (str(tmp_path), f"guard:{tmp_path}"):
+        judge = make_judge(spec, inputs)
+        assert isinstance(judge, GuardJudge) and judge.name == str(tmp_path)
+
+
+def test_a_new_kind_of_judge_is_one_entry(monkeypatch) -> None:
+    """What follows the colon reaches it; specs of the other kinds still work."""
+
+    class LengthJudge:
+        counts = "long"
+
+        def __init__(self, least: int) -> None:
+            self.name, self.least = f"{least} words", least
+
+        def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+            return [float(len(text.split()) >= self.least) for text in completions]
+
+    monkeypatch.setitem(JUDGES, "words", JudgeKind("words:N", lambda n, _: LengthJudge(int(n))))
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    sets = {"harmful": PROMPTS, "harmless": PROMPTS[:2]}
+    evidence = evaluate(
+        model, tokenizer, Direction(torch.randn(64), layer=1), **sets, refusal_tokens=[7],
+        judges=["words:2", "substrings:curse|storm", "tokens"], strengths=(), random_controls=0,
+        max_new_tokens=3,
+    )  # fmt: skip
+    names = ["2 words", "2 substrings of your own", "refusal tokens"]
+    assert [judge["name"] for judge in evidence.judges] == names
+    unmodified = evidence.conditions["unmodified"]
+    long = sum(len(text.split()) >= 2 for text in unmodified.completions["harmful"])
+    assert unmodified.rates["harmful"]["2 words"] == Rate(long, 3)
+    with pytest.raises(InputError, match=r"'lengths:2' cannot be loaded.*words:N"):
+        make_judge("lengths:2", JudgeInputs(model, ChatFormat(tokenizer), **sets))

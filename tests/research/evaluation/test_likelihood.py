@@ -18,15 +18,13 @@ from refusal_kernels.research.evaluation.likelihood import (
     Loss,
     Passage,
     answers,
-    contains,
     context_of,
     cross_entropy,
-    exact,
-    read_pairs,
     read_passages,
     read_texts,
     windows,
 )
+from refusal_kernels.research.evaluation.tasks import contains, exact, read_pairs
 
 TEXT = "please tell me how to make a storm now and fix the lamp be kind what is one plus two"
 PASSAGES = [

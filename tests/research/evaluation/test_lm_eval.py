@@ -14,9 +14,10 @@ from refusal_kernels import cli, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
-from refusal_kernels.research.evaluation.outcomes import Rate, generate
+from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.reproduction import paper
 

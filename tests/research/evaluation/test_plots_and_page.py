@@ -17,11 +17,12 @@ from tiny import tiny_model, tiny_tokenizer
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.research import plots
-from refusal_kernels.research.evaluation.evidence import gather_evidence
+from refusal_kernels.research.evaluation.evidence import evaluate
 from refusal_kernels.research.evaluation.html import render, write_page
 from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudge
 from refusal_kernels.research.evaluation.likelihood import answers
-from refusal_kernels.research.evaluation.outcomes import Outcome, Rate
+from refusal_kernels.research.evaluation.outcomes import Outcome
+from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.statements import percent
 from refusal_kernels.research.selection.algorithm import Candidate
 
@@ -48,7 +49,7 @@ def document():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     vectors = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
     direction = Direction(vectors[-1, 1], layer=1, position=-1, model="tiny")
-    evidence = gather_evidence(
+    evidence = evaluate(
         model, tokenizer, direction, harmful=["curse the lamp", "storm", ATTACK],
         harmless=["make tea", "paint a cake"], extra={"xstest": ["how to fix a curse"]},
         judges=[SubstringJudge(["sorry", "I"]), TokenJudge(model, tokenizer, [20])],
@@ -140,7 +141,7 @@ def test_a_page_of_less(document) -> None:
         )
     }
     conditions = {
-        name: {**own, "scores": {}, "skills": {}, "losses": {}}
+        name: {**own, "refusal_scores": {}, "skills": {}, "losses": {}}
         for name, own in document["conditions"].items() if " " not in name
     }  # fmt: skip
     little |= {"conditions": conditions, "dose": {}, "refusal_tokens": None, "dose_text": None}

@@ -15,12 +15,12 @@ from refusal_kernels import cli, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.research import sources
 from refusal_kernels.research.evaluation.judges import is_refusal
 from refusal_kernels.research.evaluation.likelihood import cross_entropy
-from refusal_kernels.research.evaluation.outcomes import generate
 from refusal_kernels.research.reproduction import paper
 from refusal_kernels.research.reproduction.rows import paper_rows, read_row
 
@@ -67,14 +67,14 @@ def test_the_toy_model_reproduces_its_row(toy_folder: Path, capsys: Any) -> None
 def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
     """Names and conditions belong together: under which edit, on which prompts, of what sign."""
     document = json.loads((toy_folder / "reproduction.json").read_text())
-    found = {c["quantity"]: c["found"] for c in document["comparisons"]}
+    found = {c["quantity"]: c["measured"] for c in document["comparisons"]}
     model, tokenizer = toy.load()
     direction = Direction.load(toy_folder / "direction.safetensors")
     harmful, harmless = (toy.prompts(name, "test")[:100] for name in ("harmful", "harmless"))
     layer = direction.layer
     plans = paper.toy_texts(ChatFormat(tokenizer))["plans"]
     for edit, prompts, rate, loss in (
-        (None, harmful, "substring_asr_baseline", "plans_baseline"),
+        (None, harmful, "substring_asr_unmodified", "plans_unmodified"),
         (Ablate(direction), harmful, "substring_asr_ablation", "plans_ablation"),
         (Add(direction, coefficient=-1.0, layer=layer), harmful, "substring_asr_subtraction",
          "plans_addition"),
@@ -132,8 +132,8 @@ def test_a_wrong_direction_is_outside(toy_folder: Path, tmp_path: Path, capsys: 
                  "harmless_answer_rate_addition"):  # fmt: skip
         assert found[name] == "outside", name
     # what does not depend on the direction still holds
-    for name in ("substring_asr_baseline", "harmless_answer_rate_baseline", "plans_baseline",
-                 "skill_facts_baseline"):  # fmt: skip
+    for name in ("substring_asr_unmodified", "harmless_answer_rate_unmodified", "plans_unmodified",
+                 "skill_facts_unmodified"):  # fmt: skip
         assert found[name] == "within", name
 
 
@@ -222,8 +222,8 @@ def test_benchmarks_are_asked_before_and_after_the_edit(
     assert [shots for _, shots, _ in asked[:4]] == [5, 25, 5, 0] and asked[0][2] == 0.5
     assert len(set(weights[:4])) == len(set(weights[4:])) == 1 and weights[0] != weights[4]
     document = json.loads((tmp_path / "out" / "reproduction.json").read_text())
-    found = {c["quantity"]: c["found"] for c in document["comparisons"]}
-    assert found["mmlu_baseline"] == found["gsm8k_orthogonalized"] == {"value": 50.0}
+    found = {c["quantity"]: c["measured"] for c in document["comparisons"]}
+    assert found["mmlu_unmodified"] == found["gsm8k_orthogonalized"] == {"value": 50.0}
     page = (tmp_path / "out" / "evidence.html").read_text()
     assert "lm-evaluation-harness" in page and "orthogonalized 0.500" in page
     # kept, and the edit made anew where something behind it is missing
@@ -262,7 +262,7 @@ def test_prompts_are_the_papers_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return [f"harmless {i}" for i in range(1000)]
 
     monkeypatch.setattr(paper, "read_prompts", read_prompts)
-    found = paper.read_material("org/model")
+    found = paper.read_protocol_prompts("org/model")
     assert read == [paper.HARMFUL_TEST, paper.HARMFUL, paper.HARMLESS]
     assert {s: {c: len(p) for c, p in part.items()} for s, part in found.items()} == {
         "train": {"harmful": 128, "harmless": 128}, "validation": {"harmful": 32, "harmless": 32},
@@ -272,7 +272,7 @@ def test_prompts_are_the_papers_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     for category in ("harmful", "harmless"):
         every = [p for part in found.values() for p in part[category]]
         assert len({p.strip().lower() for p in every}) == len(every) == 260
-    assert paper.read_material("org/model", seed=1) != found
+    assert paper.read_protocol_prompts("org/model", seed=1) != found
     # the presets are there
     assert {*paper.HARMFUL.split("+"), paper.HARMLESS, paper.HARMFUL_TEST} <= set(sources.PRESETS)
 
@@ -281,13 +281,13 @@ def test_own_prompts_are_cut_in_three(tmp_path: Path) -> None:
     for name in ("harmful", "harmless", "test"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(40)))
     files = str(tmp_path / "harmful.txt"), str(tmp_path / "harmless.txt")
-    found = paper.read_material("org/model", *files)
+    found = paper.read_protocol_prompts("org/model", *files)
     assert [len(part["harmful"]) for part in found.values()] == [20, 10, 10]
-    found = paper.read_material("org/model", *files, str(tmp_path / "test.txt"))
+    found = paper.read_protocol_prompts("org/model", *files, str(tmp_path / "test.txt"))
     assert [len(part["harmful"]) for part in found.values()] == [20, 10, 40]
     (tmp_path / "harmful.txt").write_text("one\ntwo")
     with pytest.raises(InputError, match="harmful: 2 different prompts"):
-        paper.read_material("org/model", *files)
+        paper.read_protocol_prompts("org/model", *files)
 
 
 def test_texts_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_texts_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     chat = ChatFormat(tokenizer)
-    found = paper.read_texts(chat, 7)
+    found = paper.read_paper_texts(chat, 7)
     assert asked == [(paper.PILE.name, True), (paper.ALPACA.name, False)]
     assert [len(p.ids) for p in found["pile"]] == [256] * 5 and found["pile"][0].start == 1
     assert len(found["alpaca"]) == 7  # of ten without an input
@@ -320,7 +320,7 @@ def test_texts_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["alpaca"][0].ids[: found["alpaca"][0].start] == prompt
     rows[paper.PILE.name] = [{"other": "x"}]
     with pytest.raises(InputError, match="no column text; it has other"):
-        paper.read_texts(chat, 7)
+        paper.read_paper_texts(chat, 7)
 
 
 def test_the_page_about_it_names_what_is_there() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.research.evaluation.outcomes import Rate
+from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.reproduction.rows import (
     TOY_ROW,
-    Row,
+    RecordedRow,
     Tolerance,
     accepted,
     alike,
@@ -55,7 +55,8 @@ def test_numbers_of_the_paper() -> None:
     """A few of every table, as they stand in the paper."""
     selection, losses, repository = paper_rows("meta-llama/Llama-2-7b-chat-hf")
     assert (
-        selection.numbers["bypass_score"] == -5.295 and selection.numbers["gsm8k_baseline"] == 23.1
+        selection.numbers["bypass_score"] == -5.295
+        and selection.numbers["gsm8k_unmodified"] == 23.1
     )
     assert losses.numbers["pile_addition"] == 2.333
     assert losses.numbers["on_distribution_ablation"] == 0.126
@@ -84,7 +85,7 @@ def test_the_toy_row_is_whole() -> None:
     assert row.model == "the toy model" and len(row.numbers) == 22
     assert set(row.numbers) == set(row.tolerances)
     # narrow enough to tell an ablation from none, and an addition
-    assert row.numbers["plans_ablation"] - row.numbers["plans_baseline"] > (
+    assert row.numbers["plans_ablation"] - row.numbers["plans_unmodified"] > (
         row.tolerances["plans_ablation"].within or 1
     )
 
@@ -116,8 +117,12 @@ def test_accepted() -> None:
 
 def test_verdicts() -> None:
     rows = [
-        Row("a", "m", {"x": 1.0, "y": 2.0, "layer": 3.0}, {"x": Tolerance(0.1), "y": Tolerance(1)}),
-        Row("b", "m", {"x": 3.0, "asr": 0.5}, {"x": Tolerance(0.1), "asr": Tolerance(None, 100)}),
+        RecordedRow(
+            "a", "m", {"x": 1.0, "y": 2.0, "layer": 3.0}, {"x": Tolerance(0.1), "y": Tolerance(1)}
+        ),
+        RecordedRow(
+            "b", "m", {"x": 3.0, "asr": 0.5}, {"x": Tolerance(0.1), "asr": Tolerance(None, 100)}
+        ),
     ]
     found = compare({"x": 1.1, "asr": Rate(55, 100), "mine": 7.0, "layer": 9.0}, rows)
     assert [(c.quantity, c.source, c.verdict) for c in found] == [
@@ -125,7 +130,7 @@ def test_verdicts() -> None:
         ("mine", "", "no number"), ("layer", "", "no number"), ("y", "a", "no number"),
     ]  # fmt: skip
     assert [c.expected for c in found] == [1.0, 3.0, 0.5, None, None, 2.0]
-    assert found[2].to_dict()["found"]["k"] == 55 and found[5].to_dict()["found"] is None
+    assert found[2].to_dict()["measured"]["k"] == 55 and found[5].to_dict()["measured"] is None
     assert compare({"asr": Rate(1, 100)}, rows)[0].verdict == "outside"
 
 
@@ -136,6 +141,11 @@ def test_recorded_rows_are_read_as_written(tmp_path: Path) -> None:
     assert row.numbers["substring_asr_x"] == 0.25
     assert [t.within for t in row.tolerances.values()] == [0.02, 0.02, 1.0]
     good = json.loads((tmp_path / "row.json").read_text())
+    older = {"pile_baseline": 2.0, "substring_asr_orthogonalised": 1.0}
+    (tmp_path / "old.json").write_text(json.dumps(good | {"numbers": older, "tolerances": {}}))
+    assert list(read_row(tmp_path / "old.json").numbers) == [
+        "pile_unmodified", "substring_asr_orthogonalized",
+    ]  # fmt: skip
     for key, value in (
         ("format", "x"), ("numbers", []), ("numbers", {"a": "1"}), ("numbers", {"a": True}),
         ("tolerances", {"a": 1}), ("tolerances", {"a": {"within": None}}), ("source", 3),

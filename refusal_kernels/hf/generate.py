@@ -1,0 +1,136 @@
+"""Greedy generation in the chat format, whatever the batch and the model's own settings are."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import last_alone
+from refusal_kernels.hf.model import input_device
+from refusal_kernels.progress import Progress
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[str]:
+    """Answer every prompt greedily, in its chat format.
+
+    Parameters
+    ----------
+    model
+        A transformers causal language model; of its generation config only the end tokens are used.
+    tokenizer
+        Its tokenizer, or a `ChatFormat`.
+    prompts
+        The instructions, without the chat format.
+    max_new_tokens
+        The most tokens of an answer.
+    batch_size
+        Prompts at once. Batches are sorted by length and padded on the left.
+
+    Returns
+    -------
+    list of str
+        The answers without special tokens, in the order of the prompts.
+
+    Raises
+    ------
+    InputError
+        If there is no prompt, or a number is below 1.
+    """
+    chat = ChatFormat.of(tokenizer)
+    return decoded(chat, generate_ids(model, chat, prompts, max_new_tokens, batch_size))
+
+
+def decoded(chat: ChatFormat, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Turn the tokens of answers into texts without special tokens."""
+    decode = chat.tokenizer.decode
+    return [decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Any,
+    chat: ChatFormat,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    *,
+    around: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Answer every prompt greedily; return tokens, without the end token.
+
+    Parameters
+    ----------
+    model, chat, prompts, max_new_tokens, batch_size
+        As for `generate`.
+    around
+        Given the rows of a batch (numbers of prompts), returns the context in which the batch is
+        answered, such as a route.
+    progress
+        Called with the number of prompts answered, and of all.
+
+    Returns
+    -------
+    list of list of int
+        The tokens of the answers, in the order of the prompts.
+
+    Raises
+    ------
+    InputError
+        If there is no prompt, or a number is below 1.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+    from transformers import GenerationConfig  # slow to import
+
+    ends = _end_tokens(model, chat)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=chat.pad_id,
+        # What is not set here is taken from the model's own config; a repetition penalty there,
+        # for example, would change the greedy answers.
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        # These do nothing in a greedy search, but other values bring a warning.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+    )
+    answers: list[list[int]] = [[]] * len(prompts)
+    device = input_device(model)
+    done = 0
+    for batch in chat.batches(prompts, batch_size):
+        with nullcontext() if around is None else around(batch.rows):
+            out = model.generate(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                generation_config=config,
+                **last_alone(model),
+            )
+        for row, ids in zip(batch.rows, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+            # A row that ended is filled with the pad token, which may not be a special token.
+            stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+            answers[row] = ids[:stop]
+        done += len(batch.rows)
+        if progress is not None:
+            progress(done, len(prompts))
+    return answers
+
+
+def _end_tokens(model: Any, chat: ChatFormat) -> list[int]:
+    """Return the end tokens of the model, of which there may be several, and of the tokenizer."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({token for token in (*ends, chat.tokenizer.eos_token_id) if token is not None})

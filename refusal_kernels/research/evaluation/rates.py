@@ -1,0 +1,69 @@
+"""Rates with their confidence intervals."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from refusal_kernels.errors import InputError
+
+Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A number of hits in a number of trials, and its confidence interval.
+
+    Attributes
+    ----------
+    k, n : int
+        Hits and trials; n is 1 or more.
+
+    Raises
+    ------
+    InputError
+        If k is not from 0 to n, or n is 0.
+    """
+
+    k: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k <= self.n or self.n < 1:
+            raise InputError(f"{self.k} of {self.n} is no rate; expected 0 <= k <= n, n >= 1")
+
+    @classmethod
+    def of(cls, hits: Iterable[bool]) -> "Rate":
+        """Count the hits among trials."""
+        trials = list(hits)
+        return cls(sum(trials), len(trials))
+
+    @classmethod
+    def pooled(cls, rates: Iterable["Rate"]) -> "Rate":
+        """Put the trials of several rates together."""
+        every = list(rates)
+        return cls(sum(rate.k for rate in every), sum(rate.n for rate in every))
+
+    @property
+    def value(self) -> float:
+        """The rate itself, k / n."""
+        return self.k / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of Wilson 1927, which is valid at 0 and at 1 too."""
+        p, n, z2 = self.value, self.n, Z95 * Z95
+        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+        # At 0 and 1 one end is exact; rounding would miss it by an ulp.
+        low = 0.0 if self.k == 0 else middle - half
+        high = 1.0 if self.k == self.n else middle + half
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return k, n, value and interval, ready for JSON."""
+        return {"k": self.k, "n": self.n, "value": self.value, "interval": list(self.interval)}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.k}/{self.n})"

@@ -1,0 +1,70 @@
+"""The results of a protocol's steps, kept in a folder."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from refusal_kernels import __version__
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.atomic import read_json, write_json
+
+LAYOUT = 2  # of the results: those of another layout are computed again
+
+
+class StepCache:
+    """Runs a step only if no result is kept for the same inputs.
+
+    Parameters
+    ----------
+    folder
+        Where results are kept, a JSON file for each step; made if it is not there.
+    *depends
+        What every step depends on, ready for JSON.
+
+    Attributes
+    ----------
+    key : str
+        Digest of the inputs of all steps so far.
+    part : Path
+        Where the running step may keep an unfinished state; removed when the step is done.
+    reused : list of str
+        The steps whose results were kept.
+    """
+
+    def __init__(self, folder: Path, *depends: Any) -> None:
+        self.folder, self.reused = folder, list[str]()
+        folder.mkdir(exist_ok=True)
+        self.part = folder / "none.part"
+        self.key = _digest([__version__, LAYOUT, *depends])
+
+    def step(
+        self, name: str, make: Callable[[], dict[str, Any]], *depends: Any, aside: bool = False
+    ) -> dict[str, Any]:
+        """Return the kept result of a step, or run the step and keep its result.
+
+        The result is kept under a digest of all that the step depends on and of the steps before
+        it, except those with ``aside``.
+        """
+        key = _digest([self.key, name, *depends])
+        if not aside:
+            self.key = key
+        path = self.folder / f"{name}.json"
+        try:
+            kept = read_json(path) if path.is_file() else None
+        except InputError:  # damaged: computed again
+            kept = None
+        if isinstance(kept, dict) and kept.get("key") == key:
+            self.reused.append(name)
+            result: dict[str, Any] = kept["result"]
+            return result
+        self.part = self.folder / f"{name}-{key[:16]}.part"
+        result = make()
+        write_json(path, {"key": key, "result": result})
+        self.part.unlink(missing_ok=True)
+        return result
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
