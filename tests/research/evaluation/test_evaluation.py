@@ -174,7 +174,8 @@ def test_outcomes_runs_every_intervention_over_every_set() -> None:
     result = measure_outcomes(
         model, tiny_tokenizer(), harmful=HARMFUL, harmless=HARMLESS, skills=skills,
         interventions={"none": None, "ablate": Ablate(direction), "add": Add(direction, layer=1)},
-        judge=SubstringJudge(words), max_new_tokens=4, batch_size=3, progress=lambda *c: calls.append(c),
+        judge=SubstringJudge(words), max_new_tokens=4, batch_size=3,
+        progress=lambda *c: calls.append(c),
     )  # fmt: skip
     assert list(result) == ["none", "ablate", "add"]
     assert calls == [(done, 12) for done in range(1, 13)]
