@@ -1,3 +1,4 @@
+import collections
 import os
 import sys
 
@@ -24,6 +25,17 @@ if EMULATED:
 if NATIVE:
     DEVICES["cuda"] = "cuda"
 EXERCISED: dict[str, int] = {}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    """Leave most cases of the Triton kernels to the full tests: their interpreter is slow."""
+    cases = collections.Counter()
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+            if not GPU and cases[item.function] % 7:  # no product of parameters has this factor
+                item.add_marker(pytest.mark.full)
+            cases[item.function] += 1
 
 
 def pytest_sessionstart(session):
@@ -59,7 +71,7 @@ def pytest_runtest_logreport(report):
 
 def missing(config):
     """Return the backends that were built and not exercised, once a whole tier has run."""
-    narrowed = any("::" in argument or argument.endswith(".py") for argument in config.args)
+    narrowed = config.args != config.getini("testpaths")
     narrowed = narrowed or config.option.keyword or config.option.lf
     a_worker = hasattr(config, "workerinput")  # xdist: it has a share of the tests
     if narrowed or a_worker or config.option.markexpr not in ("", "not full"):

@@ -24,7 +24,14 @@ ROWS = {line.split(" | ")[0].strip("| "): line for line in PAGE.splitlines() if 
 VERDICTS: dict[str, tuple[str, str]] = {}  # of this run
 
 
-@pytest.mark.parametrize("model_type", tiny_families.MODEL_TYPES)
+@pytest.mark.xdist_group("families")
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=() if name in tiny_families.PATHS else pytest.mark.full)
+        for name in tiny_families.MODEL_TYPES
+    ],
+)
 def test_a_family_goes_as_the_page_says(model_type):
     finding = family_matrix.examine(model_type)
     VERDICTS[model_type] = finding.kind, finding.verdict
@@ -35,6 +42,8 @@ def test_a_family_goes_as_the_page_says(model_type):
         assert f" | {finding.verdict} | " in ROWS[model_type]
 
 
+@pytest.mark.full
+@pytest.mark.xdist_group("families")
 def test_the_families_that_are_here_keep_the_promises():
     """Of whatever version is installed: counted in this run, not read from the page."""
     if len(VERDICTS) < len(tiny_families.MODEL_TYPES):

@@ -20,7 +20,13 @@ RECORDED = orthogonalize_matrix.VERSIONS in PAGE
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", tiny_families.MODEL_TYPES)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=() if name in tiny_families.PATHS else pytest.mark.full)
+        for name in tiny_families.MODEL_TYPES
+    ],
+)
 def test_a_family_goes_as_the_page_says(model_type: str) -> None:
     finding = orthogonalize_matrix.examine(model_type)
     assert FAILED not in (finding.memory, finding.shards, finding.adapter), finding

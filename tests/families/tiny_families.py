@@ -32,6 +32,12 @@ VOCAB, HIDDEN, LAYERS, HEADS = 128, 64, 4, 4
 SPECIAL = 8  # token ids below this are special (padding, image, ...): `inputs` does not use them
 
 MODEL_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# one family for each way through the rewriter and each kind of refusal
+PATHS = frozenset(
+    """llama gpt2 gpt_neox falcon bloom opt gemma2 olmo2 phi3 mixtral gpt_oss deepseek_v3
+    deepseek_v4 mamba zamba doge cpmant mllama minimax zaya git openai-gpt inkling2_text gemma3n
+    blt reformer bert xlm bart gemma4_assistant""".split()
+)
 
 _NO_PRODUCER = (
     "its configuration asks for all layers to share keys and values and the text model then finds "

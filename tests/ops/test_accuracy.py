@@ -54,10 +54,10 @@ def test_nan_and_inf_stay_in_their_row(backend, dtype):
 def test_half_precision_conversions_are_exact(backend):
     # every bit pattern of both 16-bit types goes through the widening and the rounding unchanged
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    bank, params = torch.zeros(1, 2, 1, 64), torch.zeros(1, 1, 5)
-    route = torch.full((1024,), -1, dtype=torch.int32)
+    bank, params = torch.zeros(1, 2, 1, 1024), torch.zeros(1, 1, 5)
+    route = torch.full((64,), -1, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float16):
-        x = bits.view(dtype).reshape(1024, 64)
+        x = bits.view(dtype).reshape(64, 1024)
         h = ops.add_steer(x, None, bank, params, route)
         numbers = ~x.isnan()
         assert h[~numbers].isnan().all()
