@@ -120,6 +120,7 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     assert len(lines) == 1 + len(rows) and not any("null" in line for line in lines)
 
 
+@pytest.mark.full
 def test_an_edit_meanwhile_changes_neither_the_commit_of_a_run_nor_what_resumes_it(
     bench, tmp_path, monkeypatch
 ):
@@ -210,6 +211,7 @@ def test_steered_layers_and_programs_are_right(bench):
     assert rows["orthogonalized"]["status"].startswith("cannot: ")
 
 
+@pytest.mark.full
 def test_what_dies_of_one_model_is_tried_again_with_the_next(bench, method):
     dies = method("dies", DIES_OF_FLOAT32) + f"@{sys.executable}"
     given = ("--dtypes", "float32,bfloat16", "--batch", "1,2,4")
@@ -232,6 +234,7 @@ def test_a_methods_file_may_read_its_own_names_in_a_compiled_model(method):
     assert compiled(torch.tensor(4.0)).item() == 3.0
 
 
+@pytest.mark.full
 def test_resume_keeps_what_holds_and_measures_the_rest(bench):
     given = ("--methods", "hooks", "--phases", "decode,prefill")
     _, first = bench(*given, "--phases", "decode")
@@ -259,6 +262,7 @@ def test_resume_refuses_to_write_over_a_run_that_is_not_like_this_one(bench, tmp
     assert kept == first
 
 
+@pytest.mark.full
 def test_a_cell_that_was_cut_in_its_rounds_is_measured_again(bench, monkeypatch):
     given, rounds = ("--methods", "hooks", "--phases", "decode,prefill"), run.Run._rounds
 
@@ -282,6 +286,7 @@ def test_a_cell_that_was_cut_in_its_rounds_is_measured_again(bench, monkeypatch)
     assert [row for row in stopped["rows"] if row["work"] == "decode"] == resumed["rows"][:2]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method, by):
     """Ctrl-C, or the end of a job, while the second cell is prepared."""
@@ -352,6 +357,7 @@ def steer(model, task):
 '''
 
 
+@pytest.mark.full
 def test_a_cell_that_can_not_end_in_time_is_given_up(bench, method):
     # two steps a round: seven rounds take 28 s, beyond the limit however fast the rest is
     result, document = bench(
@@ -467,6 +473,7 @@ def test_a_model_that_does_not_fit_in_one_dtype_is_measured_in_the_other(
     }
 
 
+@pytest.mark.full
 def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
     bench, method, monkeypatch
 ):

@@ -30,6 +30,7 @@ def test_what_this_processor_lacks_is_named():
     assert f"'none such'; this machine runs: {names}" in said.splitlines()[-1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_ops_with(capability):
     if capability not in _C.cpu_capabilities():

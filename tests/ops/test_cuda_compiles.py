@@ -22,6 +22,7 @@ def least_kernels_per_target() -> int:
     return 3 * (steering + others) + 1  # the merge of moments has no element type
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="nvcc is for Linux")
 def test_ahead_of_time_for_three_generations():
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, timeout=900)

@@ -281,6 +281,7 @@ def test_any_alignment_stride_and_program(
         assert (whole == 7.0).all(), "wrote outside of the view"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [n for n, d in DEVICES.items() if n == "cpu" or d == "cuda"])
 def test_more_than_two_to_the_31_elements(name):
     # every input row is the same memory; only the output (4 GB) is real

@@ -58,7 +58,7 @@ def wanted(model, direction, tokens, **settings):
 # --- generation
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -136,6 +136,7 @@ def test_a_dial_turned_in_mid_generation_acts_from_the_next_token(
         assert torch.equal(model.generate(tokens, **settings), ids)
 
 
+@pytest.mark.full
 def test_continuous_batching(model, direction, tokens):
     prompts = [tokens[0].tolist(), tokens[1, :5].tolist()]  # 14 tokens in one row
     config = GenerationConfig(**GREEDY)

@@ -67,9 +67,7 @@ def check_and_finish(folder: Path, begun: int, expected: bytes) -> int:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
-def test_killed_at_random(
-    undisturbed: tuple[bytes, float], tmp_path: Path, kills: int
-) -> None:
+def test_killed_at_random(undisturbed: tuple[bytes, float], tmp_path: Path, kills: int) -> None:
     expected, seconds = undisturbed
     moments = random.Random(0)
     amid = 0

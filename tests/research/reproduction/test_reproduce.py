@@ -118,6 +118,7 @@ def test_a_second_run_uses_the_steps_again(toy_folder: Path, capsys: Any) -> Non
     assert (toy_folder / "candidates.safetensors").read_bytes() == candidates
 
 
+@pytest.mark.full
 def test_a_wrong_direction_is_outside(toy_folder: Path, tmp_path: Path, capsys: Any) -> None:
     right = Direction.load(toy_folder / "direction.safetensors")
     wrong = torch.randn(right.hidden, generator=torch.Generator().manual_seed(5))
