@@ -4,6 +4,8 @@ Which calls do so is found from this processor's share of cache (`refusal_kernel
 are the right ones on any machine.
 """
 
+import itertools
+
 import pytest
 import torch
 from programs import DTYPES, poison, random_program, worst
@@ -14,7 +16,7 @@ from refusal_kernels.ops import use_backend
 FEW = 16  # rows of a call that stays in L2
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -22,15 +24,16 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+CASES = itertools.product(
+    (1, 2), DTYPES, (1, 3), (2048, 2040)
+)  # rows at the start of a line or not
+
+
 @pytest.mark.parametrize(
-    ("hidden", "slots"),  # rows at the start of a line, and elsewhere
-    [
-        (2048, 1),
-        (2040, 3),
-        *(pytest.param(*p, marks=pytest.mark.full) for p in ((2048, 3), (2040, 1))),
-    ],
+    ("threads", "dtype", "slots", "hidden"),
+    [pytest.param(*case, marks=pytest.mark.full if n % 7 else ()) for n, case in enumerate(CASES)],
+    indirect=["threads"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_are_those_of_few_rows(threads, dtype, slots, hidden):
     tokens = threads * (_C.cpu_cache_share() // (4 * hidden * dtype.itemsize) + 9)
     x, residual = torch.randn(2, tokens, hidden).to(dtype)
