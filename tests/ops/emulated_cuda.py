@@ -33,7 +33,8 @@ SANITIZE = ["-fsanitize=address"] if os.environ.get("REFUSAL_KERNELS_SANITIZE") 
 def build() -> Path:
     """Compile, unless nothing has changed since the last time, and return the library."""
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATOR / "schemas.cpp"]
-    inputs = [p for d in (ROOT / "csrc", EMULATOR) for p in sorted(d.rglob("*.*"))]
+    folders = ROOT / "csrc", EMULATOR
+    inputs = [p for d in folders for p in sorted(d.rglob("*.*")) if p.parent.name != "cpu"]
     digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS, *SANITIZE]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
