@@ -65,14 +65,14 @@ class Bar:
             yield middle, f"{case}, {mode}, against {other.provider}"
 
     def _is_mine(self, row: Row) -> bool:
-        return row.own if self.provider is None else row.provider == self.provider
+        return row.serves if self.provider is None else row.provider == self.provider
 
     def check(self, results: Results) -> dict[str, Any]:
         """Return name, target, the worst value, where it was measured, and the verdict."""
         values = list(self.values(results))
-        found: dict[str, Any] = {"name": self.name, "target": self.target, "cases": len(values)}
+        bar: dict[str, Any] = {"name": self.name, "target": self.target, "cases": len(values)}
         if not values:
-            return found | {"value": None, "worst": None, "verdict": "not measured"}
+            return bar | {"value": None, "worst": None, "verdict": "not measured"}
         if self.at_least is None:
             assert self.at_most is not None
             value, worst = max(values)
@@ -80,7 +80,7 @@ class Bar:
         else:
             value, worst = min(values)
             met = value >= self.at_least
-        return found | {"value": value, "worst": worst, "verdict": "met" if met else "missed"}
+        return bar | {"value": value, "worst": worst, "verdict": "met" if met else "missed"}
 
 
 def _cpu(name: str, op: str, against: str, tokens: int, dtype: str | None, **bound: float) -> Bar:

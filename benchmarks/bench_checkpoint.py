@@ -1,6 +1,6 @@
 """Measures the memory and the speed of orthogonalize_checkpoint on a checkpoint of 3 GB.
 
-    python benchmarks/bench_checkpoint.py [--json benchmarks/results/checkpoint-cpu.json]
+    python benchmarks/bench_checkpoint.py [--out benchmarks/results/checkpoint-cpu.jsonl]
 
 The checkpoint is random: Llama with the hidden size, width and vocabulary of an 8B model and two
 layers, bfloat16, in four files. It is made in a temporary folder and removed. Each run is a process
@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.direction import Direction
-from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import write_json
 
 LIMIT = 2.5  # times the largest tensor
 
@@ -34,16 +33,16 @@ import torch
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-found = {"torch": peak()}
+row = {"torch": peak()}
 import refusal_kernels as rk
 from transformers import AutoModelForCausalLM
-found["imported"] = peak()
+row["imported"] = peak()
 if len(sys.argv) > 1:
     direction = rk.Direction.load(sys.argv[3])
     start = time.perf_counter()
     done = rk.orthogonalize_checkpoint(sys.argv[1], sys.argv[2], direction)
-    found |= {"seconds": time.perf_counter() - start, "peak": peak(), "edited": len(done.edited)}
-print(json.dumps(found))
+    row |= {"seconds": time.perf_counter() - start, "peak": peak(), "edited": len(done.edited)}
+print(json.dumps(row))
 """
 
 
@@ -122,14 +121,13 @@ def measure(hidden: int, inner: int, vocabulary: int, layers: int, where: str | 
         "edited": run["edited"],
         "seconds": round(run["seconds"], 2),
         "megabytes_per_second": round(size / run["seconds"] / 1e6, 1),
-        "baseline_torch_bytes": base["torch"],
-        "baseline_imported_bytes": base["imported"],
+        "torch_bytes": base["torch"],
+        "imported_bytes": base["imported"],
         "peak_bytes": run["peak"],
         "over_torch_bytes": over,
         "over_imported_bytes": run["peak"] - base["imported"],
         "ratio_over_torch": round(over / largest, 4),
         "ratio_over_imported": round((run["peak"] - base["imported"]) / largest, 4),
-        "limit": LIMIT,
     }
 
 
@@ -140,7 +138,7 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--folder", help="where the temporary folder is made")
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON lines")
     options = parser.parse_args()
     needed = (
         2
@@ -149,14 +147,12 @@ def main() -> int:
     )
     if shutil.disk_usage(options.folder or tempfile.gettempdir()).free < 2.5 * needed:
         raise InputError(f"the disk is too small; expected {2.5 * needed / 1e9:.0f} GB free")
-    found = measure(
-        options.hidden, options.inner, options.vocabulary, options.layers, options.folder
-    )
-    document = {"versions": versions(), "device": describe_device("cpu"), "checkpoint": found}
-    print(json.dumps(document, indent=2))
-    if options.json:
-        write_json(options.json, document)
-    return int(found["ratio_over_torch"] > LIMIT)
+    row = measure(options.hidden, options.inner, options.vocabulary, options.layers, options.folder)
+    print(json.dumps(row, indent=2))
+    if options.out:
+        head = header("memory and time of editing a checkpoint") | {"limit": LIMIT}
+        write_records(options.out, {**head, "rows": [row]})
+    return int(row["ratio_over_torch"] > LIMIT)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What collecting costs: over the bare forward passes, in memory, and for its checkpoints.
 
-    python benchmarks/bench_collect.py [--json benchmarks/results/collect-cpu.json]
+    python benchmarks/bench_collect.py [--out benchmarks/results/collect-cpu.jsonl]
 
 Over the same batches, all in every round, every other round in reverse order:
 
@@ -35,8 +35,7 @@ from timing import interleaved, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from refusal_kernels import collect, toy
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.hf.batches import Batches
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import model_inputs, read_inputs
@@ -59,9 +58,9 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 model, tokenizer = load("toy", "cpu", "auto")
-own = toy.prompts("harmful", "train") + toy.prompts("harmless", "train")
+base = toy.prompts("harmful", "train") + toy.prompts("harmless", "train")
 count = int(sys.argv[1])
-prompts = [own[i % len(own)] + " " * (i // len(own)) for i in range(count)]  # each its own string
+prompts = [base[i % len(base)] + " " * (i // len(base)) for i in range(count)]  # all are different
 rk.collect(model, tokenizer, prompts[:64])
 loaded, start = peak(), time.perf_counter()
 rk.collect(model, tokenizer, prompts)
@@ -141,7 +140,7 @@ def costs(model: Any, batches: Batches, positions: int, rounds: int, folder: Pat
 
     subjects = {"bare": bare, "cut": cut, "collect": whole, "kept": kept, "save": save}
     seconds = interleaved({k: timed(call) for k, call in subjects.items()}, rounds, 2)
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "prompts": batches.prompts,
         "batches": len(made),
         "tokens": len(batches.tokens),
@@ -151,8 +150,8 @@ def costs(model: Any, batches: Batches, positions: int, rounds: int, folder: Pat
     }
     for name, base in PAIRS:
         quartiles = [round(x, 4) for x in ratio(seconds[name], seconds[base])]
-        found[f"{name}_over_{base}"] = dict(zip(("q1", "median", "q3"), quartiles, strict=True))
-    return found
+        row[f"{name}_over_{base}"] = dict(zip(("q1", "median", "q3"), quartiles, strict=True))
+    return row
 
 
 def memory(count: int) -> dict:
@@ -167,7 +166,7 @@ def memory(count: int) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON lines")
     options = parser.parse_args()
     model, tokenizer = load("toy", "cpu", "auto")
     chat, prompts = ChatFormat(tokenizer), list(toy.prompts("harmful", "train"))
@@ -175,23 +174,19 @@ def main() -> int:
     batches = chat.stream(prompts, 32)
     tokenizing = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        own = costs(model, batches, chat.positions, options.rounds, Path(folder))
+        small = costs(model, batches, chat.positions, options.rounds, Path(folder))
         middle = costs(middle_model(), middle_batches(16, 8), 5, options.rounds // 2, Path(folder))
-    own["tokenizing_ms_per_batch"] = round(1e3 * tokenizing / len(batches), 3)
-    peaks = {str(count): memory(count) for count in COUNTS}
-    few, many = (p["peak_bytes"] - p["loaded_bytes"] for p in peaks.values())
+    small["tokenizing_ms_per_batch"] = round(1e3 * tokenizing / len(batches), 3)
+    peaks = [{"model": "toy", "prompts": count, **memory(count)} for count in COUNTS]
+    few, many = (p["peak_bytes"] - p["loaded_bytes"] for p in peaks)
     growth = many - few
-    found = {
-        "toy": own,
-        "llama-896x6": middle,
-        "memory": {**peaks, "growth_bytes": growth, "growth_limit_bytes": MEMORY_LIMIT},
-        "limit": LIMIT,
-    }
-    document = {"versions": versions(), "device": describe_device("cpu"), "collect": found}
-    print(json.dumps(document, indent=2))
-    if options.json:
-        write_json(options.json, document)
-    slow = max(found[name]["collect_over_bare"]["median"] for name in ("toy", "llama-896x6"))
+    times = [{"model": "toy", **small}, {"model": "llama-896x6", **middle}]
+    limits = {"limit": LIMIT, "growth_bytes": growth, "growth_limit_bytes": MEMORY_LIMIT}
+    print(json.dumps([*times, *peaks, limits], indent=2))
+    if options.out:
+        head = header("what collecting adds to the forward passes, in time and memory")
+        write_records(options.out, {**head, **limits, "rows": [*times, *peaks]})
+    slow = max(row["collect_over_bare"]["median"] for row in times)
     return int(slow > LIMIT or growth > MEMORY_LIMIT)
 
 

@@ -1,6 +1,6 @@
 """An edit inside a graph that Inductor compiles for a CPU: the op, called, against its formula.
 
-    python benchmarks/bench_compiled.py [--json benchmarks/results/compiled-cpu.json]
+    python benchmarks/bench_compiled.py [--out benchmarks/results/compiled-cpu.jsonl]
 
 A graph is a chain of edits, each reading what the last one wrote, as in a model's layers: one
 direction for all tokens, as `patch` compiles it; a route over 32 of them, as in the vLLM plugin;
@@ -23,8 +23,7 @@ from rich.table import Table
 from timing import Timed, interleaved, on_host, ratio, rounds_for
 from torch import Tensor
 
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.ops import inductor, reference
 
 EDITS = 8  # in one graph
@@ -42,8 +41,8 @@ def edited(
     x: Tensor, residual: Tensor, weight: Tensor, bank: Tensor, params: Tensor, route: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
-    found: tuple[Tensor, Tensor] = op(x, residual, weight, 1e-6, bank, params, route, 0.0)
-    return found
+    normed, h = op(x, residual, weight, 1e-6, bank, params, route, 0.0)
+    return normed, h
 
 
 def chain(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -86,13 +85,12 @@ def measure(tokens: int, hidden: int, dtype: str, program: str, limit_s: float) 
         name: on_host(compiled(name, operands), calls) for name in VARIANTS
     }
     seconds = interleaved(subjects, rounds_for(subjects, limit_s, 11, 201), warmup=2)
+    low, middle, high = ratio(seconds["formula"], seconds["op"])
     return {
         "tokens": tokens, "hidden": hidden, "dtype": dtype, "program": program,
         "rounds": len(seconds["op"]),
-        "us_an_edit": {
-            name: 1e6 * statistics.median(times) / EDITS for name, times in seconds.items()
-        },
-        "formula_over_op": ratio(seconds["formula"], seconds["op"]),
+        **{f"{name}_us": 1e6 * statistics.median(s) / EDITS for name, s in seconds.items()},
+        "formula_over_op": middle, "q1": low, "q3": high,
     }  # fmt: skip
 
 
@@ -107,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--limit", type=float, default=1.0, help="seconds for a row")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "dynamo_pgo")
     torch._inductor.config.force_disable_caches = True  # a cache does not know the variants
@@ -118,21 +116,14 @@ def main() -> None:
     for dtype, program, hidden, tokens in axes:
         row = measure(tokens, hidden, dtype, program, args.limit)
         rows.append(row)
-        low, middle, high = row["formula_over_op"]
-        times = [f"{row['us_an_edit'][name]:.1f} us" for name in VARIANTS]
-        spread = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+        times = [f"{row[f'{name}_us']:.1f} us" for name in VARIANTS]
+        spread = f"{row['formula_over_op']:.2f} [{row['q1']:.2f}, {row['q3']:.2f}]"
         table.add_row(dtype, program, str(hidden), str(tokens), *times, spread)
         console.print(dtype, program, hidden, tokens, *times, spread, highlight=False)
     console.print(table)
-    if args.json is not None:
-        document = {
-            "what": "us an edit in a graph of eight, compiled by Inductor for a CPU",
-            "device": describe_device(),
-            "threads": torch.get_num_threads(),
-            "versions": versions(),
-            "rows": rows,
-        }
-        write_json(args.json, document)
+    if args.out is not None:
+        head = header("us an edit in a graph of eight, compiled by Inductor for a CPU")
+        write_records(args.out, {**head, "torch_threads": torch.get_num_threads(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a prompt's last logits cost: asked for as a number, and by position.
 
-    python benchmarks/bench_last.py [--json benchmarks/results/last-cpu.json]
+    python benchmarks/bench_last.py [--out benchmarks/results/last-cpu.jsonl]
 
 number    `logits_to_keep=1`: the model slices, and of what is not contiguous `linear` makes a
           batched product, for which PyTorch copies the head's weights for every row
@@ -22,8 +22,7 @@ import torch
 from timing import interleaved, ratio
 
 from refusal_kernels.bench import shapes
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.hf.forward import LAST
 
 TOKENS = 64
@@ -53,7 +52,9 @@ def costs(model: Any, rows: int, rounds: int) -> dict[str, Any]:
     low, middle, high = ratio(seconds["number"], seconds["position"])
     return {
         "seconds": {name: round(statistics.median(s), 4) for name, s in seconds.items()},
-        "times": {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]},
+        "times": middle,
+        "times_q1": low,
+        "times_q3": high,
         "logits_apart": apart,
     }
 
@@ -61,17 +62,18 @@ def costs(model: Any, rows: int, rounds: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON lines")
     options = parser.parse_args()
-    found = {}
+    rows = []
     for dtype in ("float32", "bfloat16"):
         config = shapes.cut(shapes.config_of("qwen2.5-0.5b"), 6)
         model = shapes.build("qwen2.5-0.5b", config, dtype)
-        found[dtype] = {f"{rows} rows": costs(model, rows, options.rounds) for rows in (1, 8)}
-    document = {"versions": versions(), "device": describe_device("cpu"), "last": found}
-    print(json.dumps(document, indent=2))
-    if options.json:
-        write_json(options.json, document)
+        for batch in (1, 8):
+            rows.append({"dtype": dtype, "batch": batch, **costs(model, batch, options.rounds)})
+    print(json.dumps(rows, indent=2))
+    if options.out:
+        what = "the time of a prompt's last logits, asked for as a number, over that by position"
+        write_records(options.out, {**header(what), "rows": rows})
     return 0
 
 

@@ -5,7 +5,7 @@ to a fixed base. Or the whole grid as a command, on either device::
 
     python benchmarks/bench_ops.py --device cuda --out out/bench
 
-which prints tables and the bars (`bars`) and writes ``ops-<device>.csv``, ``.json`` and ``.png``.
+which prints tables and the bars (`bars`) and writes ``ops-<device>.jsonl`` and ``.png``.
 `cases` says what is computed, `providers` by whom, `timing` how it is timed.
 """
 
@@ -23,11 +23,11 @@ import pytest
 import torch
 from bars import bar_lines, check_bars
 from cases import DTYPES, TRAFFIC, Case, Operands
-from conftest import REPORTS, RESULTS
-from providers import OTHERS, Missing, own_name, providers, public
+from conftest import REPORTS, RESULTS, WHAT
+from providers import OTHERS, Missing, providers, public, serving
 from rich.console import Console
 from roofline import plot_roofline
-from rows import OK, Results, Row, print_tables, write_csv
+from rows import OK, Results, Row, print_tables
 from timing import (
     PREPARE,
     Subject,
@@ -42,8 +42,7 @@ from timing import (
     warm,
 )
 
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.bench.records import header, write_records
 
 # --- through pytest-benchmark --------------------------------------------------------------------
 
@@ -90,12 +89,12 @@ def compare(benchmark, case: Case, base: str, others: Sequence[str] = ()) -> Non
             "ratio": middle,
             "quartiles": [low, high],
         }
-        own = name == case.op
-        provider = own_name(case.op, "cpu", DTYPES[case.dtype]) if own else name
-        RESULTS.append(Row(case, provider, "call", seconds=rounds, calls=calls, own=own))
+        serves = name == case.op
+        provider = serving(case.op, "cpu", DTYPES[case.dtype]) if serves else name
+        RESULTS.append(Row(case, provider, "call", seconds=rounds, calls=calls, serves=serves))
     info = {"base": base, "ratios": ratios}
     benchmark.extra_info.update(info, calls_per_round=calls)
-    REPORTS.append({"title": str(case), "rounds": ROUNDS, **info})
+    REPORTS.append({"case": case, "rounds": ROUNDS, **info})
 
 
 @each_dtype
@@ -207,13 +206,13 @@ def measure(case: Case, device: str, rounds_limit: tuple[float, int, int]) -> li
             continue
         for mode, subject in ready.items():
             subjects.setdefault(mode, {})[name] = subject
-    own = own_name(case.op, device, DTYPES[case.dtype])
+    chosen = serving(case.op, device, DTYPES[case.dtype])
     for mode, by_name in subjects.items():
         timed = {name: subject.timed for name, subject in by_name.items()}
         seconds = interleaved(timed, rounds_for(timed, *rounds_limit), warmup=2)
         for name, subject in by_name.items():
             rest: dict[str, Any] = {"seconds": seconds[name], "host_seconds": subject.host_seconds}
-            rest |= {"calls": subject.calls, "sets": subject.sets, "own": name == own}
+            rest |= {"calls": subject.calls, "sets": subject.sets, "serves": name == chosen}
             rows.append(Row(case, name, mode, OK, **rest))
     return rows
 
@@ -239,22 +238,22 @@ def run_grid(cases: Sequence[Case], device: str, rounds_limit: Any, limit_s: flo
 
 def peer_versions() -> dict[str, str]:
     """Return the versions of the peers that are installed."""
-    found = {}
+    installed = {}
     for name in PEERS:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def write(out: Path, device: str, results: Results, seconds: float) -> None:
-    """Write the three files and print the tables and the bars."""
+    """Write the results and the picture, and print the tables and the bars."""
     records, checked = results.records(), check_bars(results, device)
     peaks = {mode: 1e-9 * peak for mode, peak in results.peak_copies().items()}
-    document = {
-        "device": describe_device(device),
-        "versions": versions() | peer_versions(),
+    document = header(WHAT, device)
+    document["versions"] |= peer_versions()
+    document |= {
         "torch_threads": torch.get_num_threads(),
         "l2_bytes": l2_bytes() if device == "cuda" else None,
         "peak_copy_gb_per_s": peaks,
@@ -262,17 +261,15 @@ def write(out: Path, device: str, results: Results, seconds: float) -> None:
         "bars": checked,
         "rows": records,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / f"ops-{device}.csv", records)
-    write_json(out / f"ops-{device}.json", document)
-    plot_roofline(out / f"ops-{device}.png", results, describe_device(device).split(",")[0])
+    write_records(out / f"ops-{device}.jsonl", document)
+    plot_roofline(out / f"ops-{device}.png", results, document["device"].split(",")[0])
 
     console = Console(width=None if Console().is_terminal else 150)
     print_tables(records, console)
     print("bars", *bar_lines(checked), sep="\n  ")
     for mode, peak in peaks.items():
         console.print(f"peak copy, {mode}: {peak:.1f} GB/s, read and written")
-    console.print(f"{seconds:.0f} s; {out}/ops-{device}.csv, .json, .png")
+    console.print(f"{seconds:.0f} s; {out}/ops-{device}.jsonl, .png")
 
 
 def main() -> None:

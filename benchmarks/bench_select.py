@@ -1,8 +1,8 @@
 """Measures how much faster `select` is than the protocol written out plainly, on the toy model.
 
-    python benchmarks/bench_select.py [--json benchmarks/results/select-cpu.json]
+    python benchmarks/bench_select.py [--out benchmarks/results/select-cpu.jsonl]
 
-The plain implementation is that of the tests (`tests/protocol.py`): the paper's hooks, one
+The plain implementation is that of the tests (`tests/research/selection/protocol.py`): the paper's hooks, one
 candidate after the other, batches of 32 prompts padded on the left, whole passes. It runs in
 float64, which is what `select` is compared with, and in float32, which is what `select` runs in.
 All run in every round, every other round in reverse order; a ratio is that of one round. The scores
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import ratio
 
 from refusal_kernels import mean_difference, select, toy
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.hf.load import load
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "research" / "selection"))
 from protocol import Table, measure, winner
 
 BAR = 5.0  # times faster than the plain implementation in float64
@@ -45,11 +45,13 @@ def subjects(prompts: int) -> tuple[dict[str, Callable[[], Table]], int]:
     tokens = select(model, tokenizer, candidates, **validation).refusal_tokens
 
     def fast() -> Table:
-        found = select(model, tokenizer, candidates, **validation, refusal_tokens=tokens)
-        return {(row.position, row.layer): (row.bypass, row.induce, row.kl) for row in found.scores}
+        chosen = select(model, tokenizer, candidates, **validation, refusal_tokens=tokens)
+        return {
+            (row.position, row.layer): (row.bypass, row.induce, row.kl) for row in chosen.scores
+        }
 
-    def plain(own: Any) -> Callable[[], Table]:
-        return lambda: measure(own, tokenizer, candidates, **validation, tokens=tokens)
+    def plain(model: Any) -> Callable[[], Table]:
+        return lambda: measure(model, tokenizer, candidates, **validation, tokens=tokens)
 
     every = {"plain float64": plain(wide), "plain float32": plain(model), FAST: fast}
     return every, model.config.num_hidden_layers
@@ -57,11 +59,13 @@ def subjects(prompts: int) -> tuple[dict[str, Callable[[], Table]], int]:
 
 def compared(fast: Table, plain: Table, layers: int) -> dict[str, Any]:
     """How far the scores are apart, of all candidates that `select` measures."""
-    measured = {at: found for at, found in fast.items() if None not in found}
+    measured = {at: scores for at, scores in fast.items() if None not in scores}
     apart = [
-        abs(a - b) for at, found in measured.items() for a, b in zip(found, plain[at], strict=True)
+        abs(a - b)
+        for at, scores in measured.items()
+        for a, b in zip(scores, plain[at], strict=True)
     ]
-    chosen = winner({at: plain[at]._make(found) for at, found in measured.items()}, layers)
+    chosen = winner({at: plain[at]._make(scores) for at, scores in measured.items()}, layers)
     return {
         "candidates": len(plain),
         "measured": len(measured),
@@ -77,7 +81,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON lines")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -89,29 +93,30 @@ def main() -> int:
             start = time.perf_counter()
             tables[name] = every[name]()
             seconds[name].append(time.perf_counter() - start)
-        print(*(f"{name} {own[-1]:.2f} s" for name, own in seconds.items()), sep=", ")
+        print(*(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()), sep=", ")
 
-    found: dict[str, Any] = {
-        "prompts": options.prompts,
-        "rounds": options.rounds,
-        "bar": BAR,
-        "seconds": {name: round(statistics.median(own), 3) for name, own in seconds.items()},
-        "times_faster_than": {},
-        **compared(tables[FAST], tables["plain float64"], layers),
-    }
+    facts = compared(tables[FAST], tables["plain float64"], layers)
+    facts = {"prompts": options.prompts, "bar": BAR, **facts}
+    rows = []
     for name in ("plain float64", "plain float32"):
-        ratios = [a / b for a, b in zip(seconds[name], seconds[FAST], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        found["times_faster_than"][name] = {
-            "median": round(middle, 2),
-            "quartiles": [round(low, 2), round(high, 2)],
-        }
-    document = {"versions": versions(), "device": describe_device("cpu"), "select": found}
-    print(json.dumps(document, indent=2))
-    if options.json:
-        write_json(options.json, document)
-    met = found["times_faster_than"]["plain float64"]["median"] >= BAR
-    return int(not (met and found["same_winner"] and found["largest_difference"] <= 1e-4))
+        low, middle, high = ratio(seconds[name], seconds[FAST])
+        rows.append(
+            {
+                "over": name,
+                "times_faster": middle,
+                "q1": low,
+                "q3": high,
+                "seconds": statistics.median(seconds[FAST]),
+                "over_seconds": statistics.median(seconds[name]),
+                "rounds": options.rounds,
+            }
+        )
+    print(json.dumps([facts, *rows], indent=2))
+    if options.out:
+        head = header("the time of select, over the protocol written out plainly")
+        write_records(options.out, {**head, **facts, "rows": rows})
+    met = rows[0]["times_faster"] >= BAR
+    return int(not (met and facts["same_winner"] and facts["largest_difference"] <= 1e-4))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from vllm import LLM, SamplingParams
 
 import refusal_kernels as rk
 from refusal_kernels import _C
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.toy import PATH
 
 PROMPT = 16  # tokens
@@ -145,10 +144,10 @@ def start_all(model: str, steering: dict[str, Any], args: argparse.Namespace) ->
 
 
 # tokens a second, and milliseconds of processor time a step; a list for each start
-Found = dict[str, list[list[tuple[float, float]]]]
+Readings = dict[str, list[list[tuple[float, float]]]]
 
 
-def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     steering = write_programs(model, folder, args.batch)
     tokens = min(args.tokens, longest(model) - PROMPT)  # the toy has 128 positions
     starts, rounds = args.starts, args.rounds
@@ -157,43 +156,50 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> dict[str, Any
     plain: Programs = [None] * args.batch
     programs = dict.fromkeys((BASE, ANOTHER, INERT, PLAIN), plain)
     programs |= {ABLATED: ["0"] * args.batch, EACH: [str(k) for k in range(args.batch)]}
-    found: Found = {case: [] for case in programs}
+    readings: Readings = {case: [] for case in programs}
     for _ in range(starts):
         engines = start_all(model, steering, args)
         for case in programs:
-            found[case].append([])
+            readings[case].append([])
             engines[case].run(programs[case], tokens)
         for number in range(rounds):
             for case in list(programs)[:: 1 if number % 2 == 0 else -1]:
                 engines[case].run(programs[case], 8)  # the caches hold the last engine's
-                found[case][-1].append(engines[case].run(programs[case], tokens))
+                readings[case][-1].append(engines[case].run(programs[case], tokens))
         for engine in set(engines.values()):
             engine.stop()
-        last = {case: statistics.median(rate for rate, _ in one[-1]) for case, one in found.items()}
+        last = {
+            case: statistics.median(rate for rate, _ in one[-1]) for case, one in readings.items()
+        }
         print(
             f"a start: {', '.join(f'{case} {rate:.0f}' for case, rate in last.items())}", flush=True
         )
-    return {case: summary(found, case) for case in found}
+    return [summary(readings, case) for case in readings]
 
 
-def summary(found: Found, case: str) -> dict[str, Any]:
+def summary(readings: Readings, case: str) -> dict[str, Any]:
     base = ABLATED if case == EACH else BASE
-    starts = [list(zip(*both, strict=True)) for both in zip(found[case], found[base], strict=True)]
+    starts = [
+        list(zip(*both, strict=True)) for both in zip(readings[case], readings[base], strict=True)
+    ]
     pairs = [pair for start in starts for pair in start]
-    rate = quartiles([own[0] / its[0] for own, its in pairs])
-    processor = quartiles([its[1] / own[1] for own, its in pairs])
+    rate = quartiles([here[0] / there[0] for here, there in pairs])
+    processor = quartiles([there[1] / here[1] for here, there in pairs])
     return {
-        "to": base,
-        "tokens_per_second": statistics.median(own[0] for own, _ in pairs),
+        "case": case,
+        "over": base,
+        "tokens_per_second": statistics.median(here[0] for here, _ in pairs),
         "ratio": rate[1],
-        "quartiles": [rate[0], rate[2]],
+        "ratio_q1": rate[0],
+        "ratio_q3": rate[2],
         "ratio_of_each_start": [
-            statistics.median(own[0] / its[0] for own, its in start) for start in starts
+            statistics.median(here[0] / there[0] for here, there in start) for start in starts
         ],
-        "processor_ms_per_step": statistics.median(own[1] for own, _ in pairs),
+        "processor_ms_per_step": statistics.median(here[1] for here, _ in pairs),
         "processor_ratio": processor[1],  # above 1: less processor time than the base
-        "processor_quartiles": [processor[0], processor[2]],
-        "more_ms_per_step": statistics.median(own[1] - its[1] for own, its in pairs),
+        "processor_q1": processor[0],
+        "processor_q3": processor[2],
+        "more_ms_per_step": statistics.median(here[1] - there[1] for here, there in pairs),
     }
 
 
@@ -217,33 +223,28 @@ def main() -> None:
     args = parser.parse_args()
     if args.starts < 1 or args.rounds < 4:
         parser.error("expected --starts of 1 or more, --rounds of 4 or more")
-    found: dict[str, Any] = {}
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in args.models.split(","):
             path = str(PATH) if model == "toy" else random_model(folder / "model", args.layers)
-            found[model] = measure(path, folder, args)
-            for case, one in found[model].items():
-                spread, busy = one["quartiles"], one["processor_quartiles"]
-                step, more = one["processor_ms_per_step"], one["more_ms_per_step"]
+            for row in measure(path, folder, args):
+                rows.append({"model": model, **row})
+                starts = " ".join(f"{ratio:.3f}" for ratio in row["ratio_of_each_start"])
                 print(
-                    f"{model:5} {case:17} {one['tokens_per_second']:6.0f} tokens/s, "
-                    f"{one['ratio']:.3f} [{spread[0]:.3f}, {spread[1]:.3f}] of {one['to']}; starts "
-                    f"{' '.join(f'{ratio:.3f}' for ratio in one['ratio_of_each_start'])}; by "
-                    f"processor {one['processor_ratio']:.3f} [{busy[0]:.3f}, {busy[1]:.3f}], "
-                    f"{step:.2f} ms a step ({more:+.3f})",
+                    f"{model:5} {row['case']:17} {row['tokens_per_second']:6.0f} tokens/s, "
+                    f"{row['ratio']:.3f} [{row['ratio_q1']:.3f}, {row['ratio_q3']:.3f}] of "
+                    f"{row['over']}; starts {starts}; by processor {row['processor_ratio']:.3f} "
+                    f"[{row['processor_q1']:.3f}, {row['processor_q3']:.3f}], "
+                    f"{row['processor_ms_per_step']:.2f} ms a step "
+                    f"({row['more_ms_per_step']:+.3f})",
                     flush=True,
                 )
     if args.out is not None:
+        head = header("vLLM throughput, interleaved")
+        head["versions"]["vllm"] = vllm.__version__
         settings = {k: v for k, v in vars(args).items() if k != "out"}
-        document = {
-            "what": "vLLM throughput, interleaved",
-            "settings": settings,
-            "results": found,
-            "device": describe_device(),
-            "versions": {**versions(), "vllm": vllm.__version__},
-        }
-        write_json(args.out, document)
+        write_records(args.out, {**head, "settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

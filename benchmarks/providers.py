@@ -25,7 +25,7 @@ class Missing(Exception):
     """A provider can't serve here, for the reason given."""
 
 
-# --- the package's own backends ------------------------------------------------------------------
+# --- the package's backends ----------------------------------------------------------------------
 
 ARGUMENTS: dict[str, Callable[[Operands], tuple[Any, ...]]] = {
     "add_steer": lambda o: (o.x, o.residual, o.bank, o.params),
@@ -196,13 +196,13 @@ OTHERS: dict[str, dict[str, Provider]] = {
 
 def providers(op: str) -> dict[str, Provider]:
     """Return every provider of one op: the ceiling, what it replaces, the backends."""
-    own: dict[str, Provider] = {name: partial(backend, name, op) for name in ops.BACKENDS}
+    backends: dict[str, Provider] = {name: partial(backend, name, op) for name in ops.BACKENDS}
     if op == "add_steer_backward":  # no public function; the dispatcher picks by device
-        own = {"dispatcher": partial(public, op), **own}
-    return {"copy": copy, **OTHERS[op], **own}
+        backends = {"dispatcher": partial(public, op), **backends}
+    return {"copy": copy, **OTHERS[op], **backends}
 
 
-def own_name(op: str, device: str, dtype: torch.dtype) -> str:
+def serving(op: str, device: str, dtype: torch.dtype) -> str:
     """Return which of `providers` is what the package serves by itself."""
     if op == "add_steer_backward":
         return "dispatcher"
