@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(shell find csrc -type f)
 
 .PHONY: help setup setup-test setup-full demo test test-full coverage mutants test-vllm soak-vllm \
-	bench-vllm lint bench bench-models bench-experiment bench-overhead sanitize cuda clean
+	bench-vllm lint bench bench-models bench-experiment bench-overhead docs-tables sanitize cuda clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,7 +101,7 @@ soak-vllm: .venv-vllm/.ready  ## the vLLM server under load for two minutes
 	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm/test_server.py -m soak
 
 bench-vllm: .venv-vllm/.ready  ## the benchmark of the vLLM plugin
-	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.json
+	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.jsonl
 
 lint: setup-full  ## ruff, mypy, import contracts, clang-format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -132,30 +132,34 @@ cuda: setup-full  ## compile the CUDA kernels for three GPU generations, without
 
 bench: setup-test  ## the benchmarks of the ops; results go to benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks/bench_ops.py \
-		--benchmark-columns=median,iqr,rounds --benchmark-json=benchmarks/results/ops-cpu.json
+		--benchmark-columns=median,iqr,rounds --records benchmarks/results/ops-cpu.jsonl
 	@# the same without the clearing of fresh pages: the allocator keeps what it has
 	@MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 \
 		MALLOC_TOP_PAD_=268435456 $(BIN)/python -m pytest benchmarks/bench_ops.py \
-		--benchmark-columns=median --benchmark-json=benchmarks/results/ops-cpu-kept-memory.json
-	@$(BIN)/refusal-kernels demo --out out/demo --rounds 31 --json benchmarks/results/demo-cpu.json
+		--benchmark-columns=median --records benchmarks/results/ops-cpu-kept-memory.jsonl
+	@$(BIN)/python benchmarks/bench_demo.py --out benchmarks/results/demo-cpu.jsonl
 
 # whole models; 6 layers of each, so that it ends in about half an hour; and an edit in a compiled
 # graph, called and as a formula
 bench-models: setup  ## whole models, half an hour
-	@$(BIN)/python benchmarks/bench_model.py --layers 6 --out benchmarks/results
-	@$(BIN)/python benchmarks/bench_compiled.py --json benchmarks/results/compiled-cpu.json
+	@$(BIN)/refusal-kernels bench --profile models --device cpu --out benchmarks/results \
+		--methods refusal_kernels:cpu,norms_apart,hooks
+	@$(BIN)/python benchmarks/bench_compiled.py --out benchmarks/results/compiled-cpu.jsonl
 
 # the experiment: what collecting adds to the passes, what selecting and asking for the last logits by
 # position save, a checkpoint of 3 GB
 bench-experiment: setup  ## extraction, selection, checkpoints
 	@for part in collect select last checkpoint; do \
-		$(BIN)/python benchmarks/bench_$$part.py --json benchmarks/results/$$part-cpu.json || exit 1; done
+		$(BIN)/python benchmarks/bench_$$part.py --out benchmarks/results/$$part-cpu.jsonl || exit 1; done
 
 # what steering costs, side by side with other packages, each in its own environment; 15 minutes
 bench-overhead: setup  ## what steering costs beside other packages, 15 minutes
-	@$(BIN)/python benchmarks/overhead/setup_peers.py
-	@$(BIN)/refusal-kernels bench --profile quick --out benchmarks/results
-	@$(BIN)/refusal-kernels bench --document docs/benchmarks.md
+	@$(BIN)/python benchmarks/setup_peers.py
+	@$(BIN)/refusal-kernels bench --profile quick --device cpu --out benchmarks/results
+	@$(BIN)/python benchmarks/tables.py
+
+docs-tables: setup  ## the generated tables and pictures of README and docs
+	@$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove all that make made
 	rm -rf .venv .venv-vllm .venv-peers build out *.egg-info refusal_kernels/*.so

@@ -7,7 +7,7 @@
 # ninja (with pytest-xdist the tests take a fraction of the time); installs and downloads nothing,
 # and leaves the GPU's settings alone. Where the build fails it ends there; else it runs every step,
 # all of them in about nine and a half minutes, and fails at the end if one did.
-# Leaves eight files in $OUT: ops-cuda and models-cuda, each .csv, .json and .png (the benchmarks),
+# Leaves in $OUT: ops-cuda.jsonl and .png, models-cuda.jsonl, .html and .png (the benchmarks),
 # logs.tar.gz and summary.txt.
 #
 # PREBUILT=1 takes the extension that lies there, built elsewhere for that Python, torch and GPU.
@@ -125,10 +125,12 @@ step tests 120 "$PYTHON" -m pytest tests/ops/test_ops.py tests/ops/test_accuracy
 step memcheck 90 bash -c 'sanitize memcheck "route or test_scores_come or test_moments"'
 step racecheck 90 bash -c 'sanitize racecheck "test_route or test_scores_come"' # the slower by far
 step bench 200 "$PYTHON" benchmarks/bench_ops.py --device cuda --out "$OUT" --limit-s 165
-brief=(--device cuda --dtypes bfloat16 --rounds 9 --seconds 2.5 --within 0.002)
-step models 150 "$PYTHON" benchmarks/bench_model.py "${brief[@]}" --modes eager graph --out "$OUT"
+brief=(bench --profile models --device cuda --dtypes bfloat16 --rounds 31
+  --methods refusal_kernels:cuda,norms_apart,hooks)
+step models 150 "$PYTHON" -m refusal_kernels "${brief[@]}" --modes eager,graph --minutes 2 \
+  --out "$OUT"
 # compiling takes as long as there are layers; its results are among the logs
-step compiled 120 "$PYTHON" benchmarks/bench_model.py "${brief[@]}" --modes compile \
+step compiled 120 "$PYTHON" -m refusal_kernels "${brief[@]}" --modes compile --minutes 1.5 \
   --models qwen2.5-0.5b --layers 2 --out "$LOGS/compiled"
 
 echo
@@ -141,13 +143,13 @@ echo "===== summary ====="
     grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY|(passed|failed).* in ' "$LOGS/$tool.log" 2> /dev/null |
       sed "s/^/$tool: /"
   done
-  if [[ -f $OUT/ops-cuda.json ]]; then
-    "$PYTHON" - "$OUT/ops-cuda.json" << 'EOF'
+  if [[ -f $OUT/ops-cuda.jsonl ]]; then
+    "$PYTHON" - "$OUT/ops-cuda.jsonl" << 'EOF'
 import json
 import sys
 
-for bar in json.load(open(sys.argv[1]))["bars"]:
-    value = "" if bar["value"] is None else f"{bar['value']:.3f}"
+for bar in json.loads(open(sys.argv[1]).readline())["bars"]:
+    value = f"{bar['value']:.3f}" if bar.get("value") else ""
     print(f"{bar['verdict']:<13}{value:>7} {bar['target']:>8}  {bar['name']}")
 EOF
   fi

@@ -16,7 +16,7 @@ OWN = "this environment"
 PACKAGE = "refusal_kernels"
 METHODS = Path(__file__).parent / "methods"
 CHECKOUT = Path(__file__).parents[2]
-PEERS = CHECKOUT / "benchmarks" / "overhead" / "peers"
+PEERS = CHECKOUT / "benchmarks" / "peers"
 RECORDED = CHECKOUT / "benchmarks" / "results"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
 # the interpreter of Triton serves a CPU too, but is no way to run a model

@@ -203,6 +203,10 @@ PROFILES = {
         780, ("toy", "qwen2.5-0.5b"), None, PHASES, (1, 8), ("bfloat16",), ("eager",),
         (None, 1), (1, 4), rounds=41,
     ),
+    "models": Grid(
+        1800, ("qwen2.5-0.5b", "llama-3.2-1b"), None, PHASES, (1, 8), ("float32", "bfloat16"),
+        ("eager",), rounds=2001, measure_s=0.05,
+    ),
     "full": Grid(
         7200, ("qwen2.5-72b", "llama-3-8b", "llama-3.2-1b", "qwen2.5-0.5b", "toy"), None,
         PHASES, (1, 8, 32), ("float32", "bfloat16"), ("eager", "compile"), (None, 1, 4), (1, 8),
@@ -217,6 +221,7 @@ PROFILES = {
 ON_CPU: dict[str, dict[str, Any]] = {
     "smoke": {},
     "quick": {"shape_layers": 4, "shared": True},
+    "models": {"shape_layers": 6, "shared": True},
     "full": {
         "limit_s": 6300, "batch": (1, 8), "vary": tuple(AXES), "vary_weights": 5e7,
         "shape_layers": 6, "shape_weights": 5e8, "prompt_work": 1e11, "shared": True,

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from refusal_kernels.bench import plots, report
-from refusal_kernels.bench.catalog import PACKAGE, RECORDED
+from refusal_kernels.bench.catalog import PACKAGE
 from refusal_kernels.bench.results import (
     LOGITS_TIMES,
     RESIDUAL_EPS,
@@ -30,12 +30,12 @@ OPS = "The ops by themselves: achieved bandwidth over bytes moved, beside a copy
 
 def write_page(path: Path, document: Mapping[str, Any]) -> None:
     """Write the page of `render`, replacing the file in one step."""
-    text = render(document, (path.parent, RECORDED))
+    text = render(document, (path.parent,))
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def render(document: Mapping[str, Any], pictures: Sequence[Path] = (RECORDED,)) -> str:
+def render(document: Mapping[str, Any], pictures: Sequence[Path] = ()) -> str:
     """Make the page.
 
     Parameters

@@ -42,7 +42,8 @@ class Settings:
     @property
     def path(self) -> Path:
         """What is written, without its suffix."""
-        return self.out / f"overhead-{self.device.split(':')[0]}"
+        kind = "models" if self.profile == "models" else "overhead"
+        return self.out / f"{kind}-{self.device.split(':')[0]}"
 
 
 def command_for(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -99,7 +99,7 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     rows = by_method(document)
     assert set(rows) == {
         *("unmodified", "hooks", "orthogonalized", "refusal_kernels:cpu"),
-        "refusal_kernels:reference",
+        *("refusal_kernels:reference", "norms_apart"),
     }
     assert document["complete"] and document == results.read_results(tmp_path / "copy.jsonl")
     page = (tmp_path / "out" / "overhead-cpu.html").read_text()

@@ -1,6 +1,6 @@
 """Make the environments of the peers: `.venv-peers/NAME`, each with what `peers/NAME.txt` pins.
 
-    python benchmarks/overhead/setup_peers.py [NAME ...]
+    python benchmarks/setup_peers.py [NAME ...]
 
 PyTorch goes first and alone, as the Makefile does it: whatever else asks for torch is then
 satisfied by it. An environment that has what its file pins is left as it is.
@@ -13,7 +13,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 
 

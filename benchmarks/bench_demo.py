@@ -1,0 +1,56 @@
+"""The demo's refusals, skills and speed, as a result file.
+
+python benchmarks/bench_demo.py --out benchmarks/results/demo-cpu.jsonl
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from refusal_kernels.bench.records import header, write_records
+
+NAMES = {"baseline": "unmodified", "fused": "ablated"}  # as the report calls them
+
+
+def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return rates of refusal, skills and speed of every method."""
+    rows: list[dict[str, Any]] = []
+    for category, rates in report["refusal_rate"].items():
+        for method, rate in rates.items():
+            low, high = report["refusal_interval"][category][method]
+            row = {"method": NAMES.get(method, method), "prompts": category, "refused": rate}
+            count = report["prompts"]["test"][category]
+            rows.append({**row, "low": low, "high": high, "count": count})
+    for method, skills in report["skills"].items():
+        right = report["capability"].get(method)
+        rows.append({"method": NAMES.get(method, method), "skills": skills, "right": right})
+    for method, speed in report["speed"].items():
+        low, high = speed["quartiles"]
+        row = {"method": NAMES.get(method, method), "ratio": speed["median"]}
+        row |= {"ratio_q1": low, "ratio_q3": high, "rounds": speed["rounds"]}
+        rows.append({**row, "tokens_per_second": speed["tokens_per_second"]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", default="31")
+    parser.add_argument("--out", type=Path, required=True, help="write the results here")
+    options = parser.parse_args()
+    head = header("the demo: refusals, skills and speed of the toy model")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "refusal_kernels", "demo", "--device", "cpu"]
+        command += ["--rounds", options.rounds, "--out", folder]
+        subprocess.run(command, check=True)
+        report = json.loads((Path(folder) / "report.json").read_text())
+    head |= {name: report["selection"][name] for name in ("layer", "position")}
+    head |= {"sites": report["sites"]["claimed"], "residual": report["residual"]["max_abs_score"]}
+    write_records(options.out, {**head, "rows": rows_of(report)})
+
+
+if __name__ == "__main__":
+    main()
