@@ -17,7 +17,6 @@ PACKAGE = "refusal_kernels"
 METHODS = Path(__file__).parent / "methods"
 CHECKOUT = Path(__file__).parents[2]
 PEERS = CHECKOUT / "benchmarks" / "peers"
-RECORDED = CHECKOUT / "benchmarks" / "results"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
 # the interpreter of Triton serves a CPU too, but is no way to run a model
 SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

@@ -23,7 +23,7 @@ from refusal_kernels.files.atomic import replacing
 from refusal_kernels.research.evaluation.html import templates
 
 TEMPLATE = "overhead.html"
-OVERHEAD = "Overhead by batch. An open marker: not right, or only in part."
+OVERHEAD = "Every cell. An open marker: not right, or only in part."
 MEMORY = "Memory above the unmodified model's; a mark for each cell."
 OPS = "The ops by themselves: achieved bandwidth over bytes moved, beside a copy (bench_ops.py)."
 
@@ -104,7 +104,7 @@ def _cell(document: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
 
 def _figures(document: Mapping[str, Any], pictures: Sequence[Path]) -> list[dict[str, Any]]:
     found = []
-    for draw, text in ((plots.plot_overhead, OVERHEAD), (plots.plot_memory, MEMORY)):
+    for draw, text in ((plots.plot_cells, OVERHEAD), (plots.plot_memory, MEMORY)):
         file = io.BytesIO()
         draw(file, document)
         if file.tell():

@@ -23,6 +23,7 @@ is more sensitive to rounding than the unmodified one, as many times more: `refe
 it by noise."""
 CELL = tuple("model layers of_layers hidden dtype mode work batch tokens steered programs".split())
 NOT_MEASURED = "not measured"
+ALTERNATIVES = (BASE, "hooks", "orthogonalized", "vllm:hooks")  # neither this nor another package
 USUAL: dict[str, Any] = {
     "steered": None, "programs": 1, "status": OK, "sites": list(SITES), "rounds": 0,
     "tokens_per_second": None, "ratio": None, "ratio_low": None, "ratio_high": None,
@@ -101,16 +102,17 @@ def faster(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[
     """
     good = [r for r in rows if timed(r) and at_run_time(r) and r["verdict"] in ("yes", "part")]
     good = [r for r in good if r["method"] not in ENGINES] or good
-    own = [r for r in good if _ours(r) and r["verdict"] == "yes"]
+    own = [r for r in good if is_package(r) and r["verdict"] == "yes"]
     best = max(own, key=lambda r: r["ratio"], default=None)
-    others = [r for r in good if not _ours(r)]
+    others = [r for r in good if not is_package(r)]
     if best is None:
         return None, others
     return best, [r for r in others if r["ratio"] > best["ratio"]]
 
 
-def _ours(row: Mapping[str, Any]) -> bool:
-    return row["method"] == PLUGIN or row["method"].partition(":")[0] == PACKAGE
+def is_package(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of this package, steering at run time."""
+    return row["method"] in (PLUGIN, "norms_apart") or row["method"].partition(":")[0] == PACKAGE
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[str], int]:

@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 
 from refusal_kernels.bench import catalog, report
-from refusal_kernels.bench.docs import write_document
 from refusal_kernels.bench.grid import ALL, PROFILES, grid_for
 from refusal_kernels.bench.page import write_page
-from refusal_kernels.bench.plots import plot_overhead
+from refusal_kernels.bench.plots import plot_cells
 from refusal_kernels.bench.results import compare, read_results, write_results
 from refusal_kernels.bench.run import Run
 from refusal_kernels.bench.settings import Settings
@@ -58,22 +57,12 @@ def bench(
         Path | None, typer.Option("--compare", help="An earlier .jsonl; exit code 1 if slower.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what --out has already.")] = False,
-    document_file: Annotated[
-        Path | None, typer.Option("--document", help="Measure nothing: write this page instead.")
-    ] = None,
-    recorded: Annotated[
-        Path, typer.Option(help="The folder of the results that --document tells of.")
-    ] = catalog.RECORDED,
     json_file: JsonOption = None,
 ) -> None:
     """Time every way to ablate beside the unmodified model, and check each.
 
     Writes overhead-DEVICE.jsonl, .png and .html to --out, the first after every cell.
     """
-    if document_file is not None:
-        write_document(document_file, recorded)
-        console.print(f"written: {document_file}")
-        return
     old = read_results(compare_with) if compare_with is not None else None
     try:
         torch.empty(0, device=device)
@@ -124,7 +113,7 @@ def bench(
     wide = console if console.is_terminal else Console(width=200)
     report.print_table(document, wide, device)
     write_page(settings.path.with_suffix(".html"), document)
-    plot_overhead(settings.path.with_suffix(".png"), document)
+    plot_cells(settings.path.with_suffix(".png"), document)
     console.print(f"written: {settings.path}.jsonl, .html, .png")
     if json_file is not None:
         write_results(json_file, document)

@@ -11,14 +11,13 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from refusal_kernels import Ablate, Direction, environment, patch
-from refusal_kernels.bench import docs, grid, results, run, settings, shapes, worker
+from refusal_kernels.bench import grid, results, run, settings, shapes, worker
 from refusal_kernels.bench.process import Process, WorkerError
 from refusal_kernels.bench.reference import reference_logits
 from refusal_kernels.bench.settings import Settings
@@ -604,30 +603,6 @@ def test_the_exit_code_of_bad_input_is_two(monkeypatch, capsys):
     assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-RECORDED = Path(__file__).parents[2] / "benchmarks" / "results"
-DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-
-
-def test_the_page_is_what_the_recorded_results_make(tmp_path):
-    docs.write_document(tmp_path / "page.md", RECORDED)
-    assert (tmp_path / "page.md").read_text() == DOCS.read_text(), (
-        "docs/benchmarks.md is made by: refusal-kernels bench --document docs/benchmarks.md"
-    )
-
-
-def test_the_page_has_every_run_and_a_devices_whole_one_first(tmp_path):
-    whole, part, own = "overhead-cuda.jsonl", "overhead-cuda-compiled.jsonl", "overhead-cpu.jsonl"
-    (tmp_path / "engines").mkdir()
-    for name, folder in ((whole, "."), (part, "."), (own, "engines")):
-        (tmp_path / folder / name).write_text((RECORDED / name).read_text())
-    docs.write_document(tmp_path / "page.md", tmp_path)
-    lines = (tmp_path / "page.md").read_text().splitlines()
-    found = [line.split("`")[1] for line in lines if line.startswith("## ")]
-    assert found == [f"engines/{own}", whole, part]
-    with pytest.raises(InputError, match="holds no overhead"):
-        docs.write_document(tmp_path / "page.md", tmp_path / "engines" / "none")
-
-
 def test_engines_are_compared_with_engines():
     def row(method, ratio):
         return {"method": method, "ratio": ratio, "status": "ok", "verdict": "yes"}
@@ -637,16 +612,3 @@ def test_engines_are_compared_with_engines():
     assert results.faster([plugin, hooked]) == (plugin, [hooked])
     assert results.faster([plugin, hooked, ours, hooks]) == (ours, [])
     assert results.faster([plugin, ours, hooks | {"ratio": 0.85}])[1] == [hooks | {"ratio": 0.85}]
-
-
-def test_a_faster_method_has_its_reason_or_is_said_to_have_none():
-    ours = {"method": "refusal_kernels:cpu", "ratio": 0.9, "ratio_low": 0.89, "ratio_high": 0.91}
-    common = {"steered": None, "programs": 1, "work": "decode", "mode": "eager"}
-    common |= {"dtype": "float32", "model": "toy", "batch": 1, "verdict": "yes"}
-    other = {**common, "method": "theirs", "ratio": 0.95, "ratio_low": 0.94, "ratio_high": 0.96}
-    rules = [{"methods": ["others"], "why": "a"}, {"overlap": True, "why": "b"}]
-    assert docs.reason_for(ours, other, rules) == "not explained"
-    assert docs.reason_for(ours, {**other, "ratio_low": 0.9}, rules) == "b"
-    assert docs.reason_for(ours, {**other, "method": "others"}, rules) == "a"
-    for rule in json.loads(docs.REASONS.read_text()):
-        assert rule["why"] and set(rule) <= {"methods", "overlap", "why", *common}
