@@ -3,10 +3,10 @@
     python benchmarks/bench_select.py [--out benchmarks/results/select-cpu.jsonl]
 
 The plain implementation is that of the tests (`tests/research/selection/protocol.py`): the paper's
-hooks, one candidate after the other, batches of 32 prompts padded on the left, whole passes. It runs in
-float64, which is what `select` is compared with, and in float32, which is what `select` runs in.
-All run in every round, every other round in reverse order; a ratio is that of one round. The scores
-are compared too: a fast selection of something else is worth nothing.
+hooks, one candidate after the other, batches of 32 prompts padded on the left, whole passes. It
+runs in float64, which is what `select` is compared with, and in float32, which is what `select`
+runs in. All run in every round, every other round in reverse order; a ratio is that of one round.
+The scores are compared too.
 """
 
 import argparse

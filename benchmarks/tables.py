@@ -123,9 +123,9 @@ def verdicts(cells: Sequence[Sequence[Row]]) -> str:
             counts["overlap"] += 1
     return (
         f"Of {len(cells)} cells this package is faster than every other way to steer at run time "
-        f"in {counts['faster']} and slower than one in {counts['slower']}; in {counts['overlap']} the "
-        "95 % intervals overlap. The table has the cells in which this package and plain hooks are "
-        "told apart, or it is slower than the unmodified model; the file has all.\n\n"
+        f"in {counts['faster']} and slower than one in {counts['slower']}; in {counts['overlap']} "
+        "the 95 % intervals overlap. The table has the cells in which this package and plain "
+        "hooks are told apart, or it is slower than the unmodified model.\n\n"
     )
 
 
@@ -362,9 +362,9 @@ def panel(device: str, mode: str) -> tuple[str, list[Bar]]:
         ("unmodified", plain, "#dddddd"),
     ]
     kept, layers = rows[0]["layers"], rows[0]["of_layers"]
-    count = f"{layers} layers" if kept == layers else f"{kept} of {layers} layers"
-    graph = ", in a CUDA graph" if mode == "graph" else ""
-    return f"Qwen2.5-0.5B's shape, {count}, bfloat16, decoding{graph}", bars
+    count = "" if kept == layers else f", {kept} of {layers} layers"
+    graph = " in a CUDA graph" if mode == "graph" else ""
+    return f"Qwen2.5-0.5B's shape{count}, bfloat16, decoding{graph}", bars
 
 
 def draw() -> None:

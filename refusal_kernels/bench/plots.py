@@ -141,6 +141,7 @@ def plot_glance(path: Target, panels: Sequence[tuple[str, str, Sequence[Bar]]]) 
                 axes.text(
                     x, row["ratio_high"] + 0.03, f"{row['ratio']:.2f}", ha="center",
                     fontweight="bold", zorder=4,
+                    bbox={"color": "white", "pad": 0.5, "linewidth": 0},
                 )  # fmt: skip
             axes.axhline(1.0, color=INK, linewidth=1, linestyle="--", zorder=1)
             axes.set_xticks(range(len(bars)), [name for name, _, _ in bars], fontsize=9.5)
