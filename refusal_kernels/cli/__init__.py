@@ -1,52 +1,53 @@
-"""The command line: `refusal-kernels COMMAND`."""
+"""The command line: `refusal-kernels COMMAND`.
 
+A command is a module of this package that defines a function of the module's name. The function's
+parameters are the options and its docstring is the help text, so a new command is one new file.
+Import what is slow to import (torch, transformers, most of this package) inside the function:
+every module here is imported to show a help text.
+"""
+
+import importlib
+import pkgutil
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 from rich.text import Text
 
-from refusal_kernels.cli import (
-    bench,
-    convert,
-    demo,
-    doctor,
-    evaluate,
-    extract,
-    orthogonalize,
-    reproduce,
-    select,
-)
 from refusal_kernels.cli.common import errors
 from refusal_kernels.errors import InputError
+
+
+def commands() -> Iterator[Callable[..., Any]]:
+    """Give the function of every command, by name."""
+    for module in pkgutil.iter_modules(__path__):
+        command = getattr(importlib.import_module(f"{__name__}.{module.name}"), module.name, None)
+        if callable(command):
+            yield command
+
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: brackets stay, and descriptions get the width
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Find, remove, add and measure one direction in a chat model's residual stream.",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "default_map": {"help": False},  # without a value Typer loads pydantic to convert it
+    },
+    help="Find, remove, add and measure one direction in a chat model's residual stream. "
+    "'demo' shows all of it on a toy model; on your own model run extract, select, evaluate.",
 )
-for command in (
-    demo.demo,
-    extract.extract,
-    select.select,
-    evaluate.evaluate,
-    evaluate.generate,
-    reproduce.reproduce,
-    orthogonalize.orthogonalize,
-    convert.convert,
-    bench.bench,
-    doctor.doctor,
-):
-    # said outright, so that it is not cut
+for command in commands():
+    # given whole, because Typer would cut the docstring
     app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
 
 
 def main() -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 2."""
-    # a job that is ended from outside keeps what it has and leaves nothing behind, as with Ctrl-C
+    # SIGTERM is treated as Ctrl-C: what is done is kept, and temporary files are removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()

@@ -1,73 +1,90 @@
-"""What steering costs: bench."""
+"""What steering costs: every way to ablate, timed beside the unmodified model."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 
-from refusal_kernels.bench import catalog, report
-from refusal_kernels.bench.grid import ALL, PROFILES, grid_for
-from refusal_kernels.bench.page import write_page
-from refusal_kernels.bench.plots import plot_cells
-from refusal_kernels.bench.results import compare, read_results, write_results
-from refusal_kernels.bench.run import Run
-from refusal_kernels.bench.settings import Settings
-from refusal_kernels.bench.shapes import SHAPES
-from refusal_kernels.cli.common import JsonOption, console, errors, progress_bars, writable
-from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.cli import options
+from refusal_kernels.cli.common import choose_device, console, errors, prepare, progress_bars
+from refusal_kernels.errors import InputError
 
 T = TypeVar("T")
-_MODELS = f"{', '.join(SHAPES)} (random weights), toy, a hub id or a folder"
+_PROFILES = options.names("bench.grid", "PROFILES")
+_SHAPES = options.names("bench.shapes", "SHAPES")
 
 
 def bench(
-    profile: Annotated[str, typer.Option(help=f"How much: {', '.join(PROFILES)}.")] = "quick",
+    profile: Annotated[
+        str,
+        typer.Option(
+            help=f"How much is measured: {', '.join(_PROFILES)}.",
+            callback=options.one_of(_PROFILES),
+        ),
+    ] = "quick",
     methods: Annotated[
         str | None,
         typer.Option(
-            help="own, peers, engines, names, FILE.py[@PYTHON]; with commas. Default: own,peers."
+            help="own, peers, engines, a method's name or FILE.py[@PYTHON], separated by commas. "
+            "Default: own,peers."
         ),
     ] = None,
-    models: Annotated[str | None, typer.Option("--models", "--model", help=_MODELS)] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            "--models",
+            "--model",
+            help=f"{', '.join(_SHAPES)} (random weights), toy, a hub id or a folder.",
+        ),
+    ] = None,
     phases: Annotated[str | None, typer.Option(help="decode, prefill.")] = None,
     batch: Annotated[str | None, typer.Option(help="Rows at once: 1,8.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     modes: Annotated[str | None, typer.Option(help="eager, compile, graph (GPU).")] = None,
     steered_layers: Annotated[
-        str | None, typer.Option(help="In how many blocks to ablate, or all: all,1.")
+        str | None, typer.Option(help="In how many blocks to ablate: all,1.")
     ] = None,
     programs: Annotated[
-        str | None, typer.Option(help="Directions in a batch, a row taking one: 1,4.")
+        str | None, typer.Option(help="Directions in a batch, one for each row: 1,4.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Keep so many layers of each model.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="At most, 7 or more.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Begin no cell after so long.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch; default: all cores.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder of what is written.")] = Path("out/bench"),
-    peers: Annotated[Path, typer.Option(help="Folder of the peers' method files.")] = catalog.PEERS,
+    layers: Annotated[int | None, typer.Option(help="Keep this many layers of each model.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="The most rounds, 7 or more.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no cell after this many minutes.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    device: options.Device = "auto",
+    out: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("out/bench"),
+    peers: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the peers' methods; default: the checkout's."),
+    ] = None,
     answer_s: Annotated[
-        float, typer.Option("--answer-limit", help="Seconds that a method may take to answer.")
+        float, typer.Option("--answer-limit", help="The most seconds a method may take to answer.")
     ] = 240.0,
     compare_with: Annotated[
         Path | None, typer.Option("--compare", help="An earlier .jsonl; exit code 1 if slower.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what --out has already.")] = False,
-    json_file: JsonOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells of --out.")] = False,
+    json_file: options.Json = None,
 ) -> None:
     """Time every way to ablate beside the unmodified model, and check each.
 
     Writes overhead-DEVICE.jsonl, .png and .html to --out, the first after every cell.
     """
+    from refusal_kernels.bench import catalog, report
+    from refusal_kernels.bench.grid import grid_for
+    from refusal_kernels.bench.page import write_page
+    from refusal_kernels.bench.plots import plot_cells
+    from refusal_kernels.bench.results import compare, read_results, write_results
+    from refusal_kernels.bench.run import Run
+    from refusal_kernels.bench.settings import Settings
+
     old = read_results(compare_with) if compare_with is not None else None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device '{device}': {first_line(error)}") from None
+    where = choose_device(device)
     if threads is not None and not 1 <= threads <= 1024:
         raise InputError(f"--threads is {threads}; expected 1 to 1024")
     if minutes is not None and not 0 < minutes < 1e5:
@@ -88,15 +105,14 @@ def bench(
     }
     settings = Settings(
         profile,
-        grid_for(profile, device, given),
-        tuple(catalog.find(_list("--methods", methods, str), device, peers)),
-        device,
+        grid_for(profile, where, given),
+        tuple(catalog.find(_list("--methods", methods, str), where, peers or catalog.PEERS)),
+        where,
         threads or os.cpu_count() or 1,
         out,
         answer_s,
     )
-    if json_file is not None:
-        writable(json_file)
+    prepare(json_file)
     with progress_bars() as step:
         tell = step("bench")
         last = ""
@@ -111,7 +127,7 @@ def bench(
 
         document = Run(settings, resume, say)()
     wide = console if console.is_terminal else Console(width=200)
-    report.print_table(document, wide, device)
+    report.print_table(document, wide, where)
     write_page(settings.path.with_suffix(".html"), document)
     plot_cells(settings.path.with_suffix(".png"), document)
     console.print(f"written: {settings.path}.jsonl, .html, .png")
@@ -128,7 +144,7 @@ def bench(
 
 
 def _layers(text: str) -> int | None:
-    return None if text == ALL else int(text)
+    return None if text == "all" else int(text)
 
 
 def _list(option: str, text: str | None, kind: Callable[[str], T]) -> tuple[T, ...] | None:
@@ -136,9 +152,9 @@ def _list(option: str, text: str | None, kind: Callable[[str], T]) -> tuple[T, .
     if text is None:
         return None
     try:
-        found = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+        values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
     except ValueError:
         raise InputError(f"{option} is '{text}'; expected whole numbers with commas") from None
-    if "" in found:
+    if "" in values:
         raise InputError(f"{option} is '{text}'; expected values with commas between them")
-    return found
+    return values

@@ -1,62 +1,61 @@
-"""What the commands share: their options, the terminal, and how a result is written."""
+"""What the commands share besides their options: the terminal, the model and the files."""
 
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column
 from rich.text import Text
 
-from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import write_json
-from refusal_kernels.files.convert import SUFFIXES, Candidates, read
-from refusal_kernels.progress import Progress, Step
-from refusal_kernels.research.sources import PRESETS
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from refusal_kernels.direction import Direction
+    from refusal_kernels.progress import Progress, Step
 
 console = Console()
 errors = Console(stderr=True)
 SPEED_S = 600.0  # the rate is that of the last ten minutes: a batch of a large model takes one
 
-ModelOption = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
-DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-_PROMPTS = (
-    "Prompts: a .txt, .jsonl, .json or .csv file, hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one "
-    f"of {', '.join(PRESETS)}; several with +. Cut into train, validation and test by a seed."
-)
-HarmfulOption = Annotated[str | None, typer.Option(help=_PROMPTS)]
-HarmlessOption = Annotated[str | None, typer.Option(help="Prompts, as for --harmful.")]
-SeedOption = Annotated[int, typer.Option(help="Of the cut into train, validation and test.")]
-FilterOption = Annotated[
-    bool,
-    typer.Option("--filter", help="Only prompts that the model refuses, or answers, as it should."),
-]
-SystemOption = Annotated[
-    str | None, typer.Option("--system", help="A system prompt; default: what the template says.")
-]
-ThinkingOption = Annotated[
-    bool, typer.Option("--thinking", help="Let a model that can think before it answers do so.")
-]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Where an answer is cut.")]
-BatchOption = Annotated[int, typer.Option(help="Prompts at once.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what was found here too.")]
-DirectionOption = Annotated[
-    Path, typer.Option("--direction", help="Made by 'select', or the paper's direction.pt.")
-]
+
+def choose_device(device: str) -> str:
+    """Check a device, and say which one "auto" is.
+
+    Raises
+    ------
+    InputError
+        If it can not be used.
+    """
+    from refusal_kernels.environment import describe_device
+    from refusal_kernels.hf.load import find_device
+
+    chosen = find_device(device)
+    if device == "auto":
+        errors.print(Text(f"device: {chosen} ({describe_device(chosen)})"), soft_wrap=True)
+    return str(chosen)
+
+
+def provenance(model: str, language_model: Any) -> dict[str, Any]:
+    """Return what a result depends on: model, versions, device, command and time."""
+    from refusal_kernels.environment import describe_device, versions
+    from refusal_kernels.hf.model import input_device
+
+    return {
+        "model": "the toy model" if model == "toy" else model,
+        "versions": versions(),
+        "device": describe_device(input_device(language_model)),
+        "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
 def read_direction(path: Path) -> Direction:
@@ -67,43 +66,48 @@ def read_direction(path: Path) -> Direction:
     InputError
         As `refusal_kernels.files.convert.read`; also if it holds something else.
     """
+    from refusal_kernels.direction import Direction
+    from refusal_kernels.files.convert import SUFFIXES, Candidates, read
+
     if path.suffix.lower() not in SUFFIXES:
         return Direction.load(path)
-    found = read(path)
-    if not isinstance(found, Direction):
-        what = "candidates" if isinstance(found, Candidates) else "a control vector"
+    content = read(path)
+    if not isinstance(content, Direction):
+        what = "candidates" if isinstance(content, Candidates) else "a control vector"
         raise InputError(f"{path} holds {what}; expected a direction: take one out with 'convert'")
-    return found
+    return content
 
 
-def writable(path: Path) -> None:
-    """Make the folder of a file that will be written; before the long work, not after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
+def prepare(*paths: Path | None) -> None:
+    """Make the folders of the files that will be written, before the long work."""
+    for path in paths:
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
 
 
 def unfinished(path: Path) -> Path:
-    """Return where the state of a run is kept that will write a file: beside it, as a part."""
+    """Return the file that keeps the state of the run that will write ``path``."""
     return path.with_name(f"{path.stem}.part{path.suffix}")
 
 
 def finish(out: Path | None, json_file: Path | None, document: Any) -> None:
-    """Say what was written, and write the machine-readable result where one is wanted."""
+    """Name the files that are written, and write the JSON if it is wanted."""
     if out is not None:
-        console.print(f"written: {out}")
+        console.print(f"written: {out}", soft_wrap=True)
     if json_file is not None:
-        writable(json_file)
+        prepare(json_file)
         write_json(json_file, document)
-        console.print(f"written: {json_file}")
+        console.print(f"written: {json_file}", soft_wrap=True)
 
 
-class _Rate(ProgressColumn):
-    """How fast a step goes: a second's worth, or how long one takes where that is more."""
+class _Rate(progress.ProgressColumn):
+    """The speed of a step: items a second, or seconds an item if one takes longer."""
 
-    def render(self, task: Task) -> Text:
-        """Show nothing until there is something to go by."""
+    def render(self, task: progress.Task) -> Text:
+        """Show nothing until something is done."""
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
@@ -111,47 +115,39 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bars(
-    visible: bool = True,
-) -> Iterator[Step]:
-    """Give a function that announces a step and returns what is told of its progress.
-
-    Shown are how much is done, how fast, since when, and for how much longer.
-    """
-    columns = (
-        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
-        BarColumn(16),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def progress_bars(visible: bool = True) -> Iterator[Step]:
+    """Give the `Step` that shows a bar: how much is done, how fast, since when, what is left."""
     bars = progress.Progress(
-        *columns,
+        progress.TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
+        progress.BarColumn(16),
+        progress.MofNCompleteColumn(),
+        _Rate(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
         console=errors,
         speed_estimate_period=SPEED_S,
         expand=True,
         disable=not visible,
     )
+
+    def step(description: str) -> Progress:
+        task = bars.add_task(description, total=None)
+        return lambda done, total: bars.update(task, completed=done, total=total)
+
     with bars:
-
-        def step(description: str) -> Progress:
-            task = bars.add_task(description, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
         yield step
 
 
 def named_sources(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:
-    """Split NAME=FILE; a file without a name has its own."""
-    found: dict[str, str] = {}
+    """Split NAME=FILE into name and file; the stem is the name of a file without one."""
+    sources: dict[str, str] = {}
     for item in given:
         name, equals, file = item.partition("=")
         if not equals:
             if needs_name:
                 raise InputError(f"{option} is '{item}'; expected NAME=SOURCE")
             name, file = Path(item).stem, item
-        if not name or not file or name in found:
+        if not name or not file or name in sources:
             raise InputError(f"{option} is '{item}'; expected NAME=FILE, each name once")
-        found[name] = file
-    return found
+        sources[name] = file
+    return sources

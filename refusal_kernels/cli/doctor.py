@@ -1,44 +1,40 @@
-"""What is here: doctor."""
+"""What is installed, and whether it works."""
 
-import torch
 from rich.table import Table
 
-from refusal_kernels import ops
-from refusal_kernels.cli.common import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    console,
-    finish,
-)
-from refusal_kernels.direction import Direction
-from refusal_kernels.environment import describe_device, versions
-from refusal_kernels.hf.load import load
-from refusal_kernels.hf.model import hidden_size, input_device
-from refusal_kernels.interventions import Ablate
-from refusal_kernels.patching.patch import patch
+from refusal_kernels.cli import options
+from refusal_kernels.cli.common import choose_device, console, finish
 
 
 def doctor(
-    model: ModelOption = "toy",
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    json_file: JsonOption = None,
+    model: options.Model = "toy",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_file: options.Json = None,
 ) -> None:
     """Say what is installed, which backend serves what, and whether a model can be patched."""
-    table = Table("what", "found", title="refusal-kernels doctor")
-    found = {**versions(), "cuda device": str(torch.cuda.is_available())}
+    import torch
+
+    from refusal_kernels import ops
+    from refusal_kernels.direction import Direction
+    from refusal_kernels.environment import describe_device, versions
+    from refusal_kernels.hf.load import load
+    from refusal_kernels.hf.model import hidden_size, input_device
+    from refusal_kernels.interventions import Ablate
+    from refusal_kernels.patching.patch import patch
+
+    facts = {**versions(), "cuda device": str(torch.cuda.is_available())}
     for kind in ("cpu", "cuda"):
         for precision in (torch.float32, torch.bfloat16, torch.float64):
             key = f"{kind} {str(precision).removeprefix('torch.')}"
-            found[key] = str(ops.explain(device=kind, dtype=precision))
-    language_model, _ = load(model, device, dtype)
-    vector = torch.ones(hidden_size(language_model))
-    with patch(language_model, Ablate(Direction(vector))) as handle:
-        found[f"patch of {model}"] = str(handle.report()).splitlines()[0]
-    found["device"] = describe_device(input_device(language_model))
-    for name, value in found.items():
+            facts[key] = str(ops.explain(device=kind, dtype=precision))
+    language_model, _ = load(model, choose_device(device), dtype)
+    direction = Direction(torch.ones(hidden_size(language_model)))
+    with patch(language_model, Ablate(direction)) as handle:
+        facts[f"patch of {model}"] = str(handle.report()).splitlines()[0]
+    facts["device"] = describe_device(input_device(language_model))
+    table = Table("what", "found", title="refusal-kernels doctor")
+    for name, value in facts.items():
         table.add_row(name, value)
     console.print(table)
-    finish(None, json_file, found)
+    finish(None, json_file, facts)

@@ -1,58 +1,51 @@
-"""The first step of the experiment: candidate directions, by one process or several."""
+"""The first step of the experiment: candidate directions, from one process or several."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from torch import Tensor
 
+from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    BatchOption,
-    DeviceOption,
-    DtypeOption,
-    FilterOption,
-    HarmfulOption,
-    HarmlessOption,
-    JsonOption,
-    ModelOption,
-    SeedOption,
-    SystemOption,
-    ThinkingOption,
+    choose_device,
     console,
     errors,
     finish,
+    prepare,
     progress_bars,
     unfinished,
-    writable,
 )
-from refusal_kernels.direction import MEAN_DIFFERENCE, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
-from refusal_kernels.files.convert import CANDIDATES
-from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.load import load
-from refusal_kernels.research.extraction.distributed import PeerError, joined
-from refusal_kernels.research.extraction.methods import (
-    METHODS,
-    check_method,
-    find_candidates,
-)
-from refusal_kernels.research.prompts import filtered, prompts_for
 from refusal_kernels.research.sources import SEED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_METHODS = ("mean_difference", *options.names("research.extraction.methods", "FITS"))
 
 
 def extract(
-    model: ModelOption = "toy",
-    harmful: HarmfulOption = None,
-    harmless: HarmlessOption = None,
+    model: options.Model = "toy",
+    harmful: options.Harmful = None,
+    harmless: options.Harmless = None,
     out: Annotated[Path, typer.Option(help="The candidates' file.")] = Path(
         "out/candidates.safetensors"
     ),
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = MEAN_DIFFERENCE,
+    method: Annotated[
+        str, typer.Option(help=", ".join(_METHODS), callback=options.one_of(_METHODS))
+    ] = _METHODS[0],
     positions: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from the end; default: the template's.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens to read, counted from the end; default: those that the chat template "
+            "puts after the instruction.",
+        ),
     ] = None,
     last_layer: Annotated[
         int | None, typer.Option(min=0, help="Read up to this layer, and do not run the rest.")
@@ -60,37 +53,48 @@ def extract(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="The state after every batch, for a killed run to go on from; removed at the end. "
-            "Default: beside the candidates, with '.part' in its name."
+            help="The state after every batch, from which an interrupted run resumes; removed at "
+            "the end. Default: beside the candidates, with '.part' in its name."
         ),
     ] = None,
-    seed: SeedOption = SEED,
-    filter_prompts: FilterOption = False,
-    system: SystemOption = None,
-    thinking: ThinkingOption = False,
-    batch_size: BatchOption = 32,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    json_file: JsonOption = None,
+    filter_prompts: options.Filter = False,
+    system: options.System = None,
+    thinking: options.Thinking = False,
+    seed: options.Seed = SEED,
+    batch_size: options.Batch = options.BATCH_SIZE,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_file: options.Json = None,
 ) -> None:
     """Compute the candidate directions: one for every layer and end-of-instruction position.
 
-    Under torchrun the processes share the work, and the result is the same. The other methods than
-    the mean difference keep the activations and run in one process, without a checkpoint.
+    Under torchrun the processes share the work, and the result is the same. Methods other than the
+    mean difference keep the activations in memory and run in one process, without a checkpoint.
     """
-    check_method(method)
-    if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"method '{method}' runs in one process; expected no torchrun")
     state = checkpoint or unfinished(out)
     if state.resolve() == out.resolve():
         raise InputError(f"{out} cannot be both the checkpoint and the candidates' file")
+
+    from refusal_kernels.direction import MEAN_DIFFERENCE, write_tensors
+    from refusal_kernels.files.convert import CANDIDATES
+    from refusal_kernels.hf.chat import ChatFormat
+    from refusal_kernels.hf.load import load
+    from refusal_kernels.research.extraction.distributed import PeerError, joined
+    from refusal_kernels.research.extraction.methods import check_method, find_candidates
+    from refusal_kernels.research.prompts import filtered, prompts_for
+
+    check_method(method)
+    if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"method '{method}' runs in one process; expected no torchrun")
     with joined() as (rank, local_rank):
         prompts = prompts_for(model, "train", harmful, harmless, seed)
-        for path in (out, state, *([json_file] if json_file else [])):
-            writable(path)
-            if rank == 0:
+        prepare(out, state, json_file)
+        if rank == 0:
+            for path in filter(None, (out, state, json_file)):
                 sweep(path)
-        where = f"cuda:{local_rank}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+        where = choose_device(device)
+        if where == "cuda" and "LOCAL_RANK" in os.environ:
+            where = f"cuda:{local_rank}"
         language_model, tokenizer = load(model, where, dtype)
         chat = ChatFormat(tokenizer, system, thinking=thinking)
         if filter_prompts:
@@ -118,8 +122,10 @@ def extract(
         )
         norms = candidates.norm(dim=-1)  # [position, layer]
         console.print(_table(norms, model, method))
-        found = {"candidates": str(out), "norm": norms.tolist(), "model": model, "method": method}
-        finish(out, json_file, found)
+        document = {
+            "candidates": str(out), "norm": norms.tolist(), "model": model, "method": method
+        }  # fmt: skip
+        finish(out, json_file, document)
         if method == MEAN_DIFFERENCE:
             state.unlink(missing_ok=True)
 

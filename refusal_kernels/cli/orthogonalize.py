@@ -1,85 +1,82 @@
-"""Into the weights: orthogonalize."""
+"""Ablation in the weights, for good: orthogonalize."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
+from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    DeviceOption,
-    DirectionOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
+    choose_device,
     console,
     errors,
     finish,
+    prepare,
     progress_bars,
     read_direction,
-    writable,
 )
-from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.load import load
 from refusal_kernels.progress import Step, single_step
-from refusal_kernels.weights.adapter import orthogonalize_lora
-from refusal_kernels.weights.certificate import Certificate, certify_checkpoint
-from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
-from refusal_kernels.weights.folder import check_new, new_folder
-from refusal_kernels.weights.weights import orthogonalize as orthogonalize_
+
+if TYPE_CHECKING:
+    from refusal_kernels.direction import Direction
+    from refusal_kernels.weights.certificate import Certificate
 
 
 def orthogonalize(
-    direction: DirectionOption,
-    out: Annotated[Path, typer.Option(help="The folder to be made.")],
-    model: ModelOption = "toy",
+    direction: options.Direction,
+    out: Annotated[Path, typer.Option(help="The folder of the edited model; it must not exist.")],
+    model: options.Model = "toy",
     lora: Annotated[
         bool, typer.Option("--lora", help="Write a PEFT adapter instead of a model.")
     ] = False,
     text_only: Annotated[
         bool,
-        typer.Option("--text-only", help="Take a multimodal model: its text path is edited."),
+        typer.Option("--text-only", help="Accept a multimodal model, and edit its text path."),
     ] = False,
     in_memory: Annotated[
         bool,
-        typer.Option("--in-memory", help="Load the model, also where its folder is here."),
+        typer.Option("--in-memory", help="Load the model, even if it is a local folder."),
     ] = False,
     certify: Annotated[
         bool | None,
         typer.Option(
             "--certify/--no-certify",
-            help="Run both models at the end. By default where they fit into memory.",
+            help="Run both models at the end. Default: if they fit into memory.",
         ),
     ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    json_file: JsonOption = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_file: options.Json = None,
 ) -> None:
-    """Project the direction out of the weights, and say how far from ablation that is.
+    """Write a copy of a model with the direction projected out of its weights.
 
-    A folder that is here is edited shard by shard: it takes little more memory than its largest
-    tensor, and a run that was interrupted goes on where it was. A model of the hub, another --dtype
-    and --lora load the model.
+    The model itself stays as it is. A certificate says how far the copy is from the ablated model.
+    A local folder is edited shard by shard: that takes little more memory than the largest tensor,
+    and an interrupted run resumes. A model of the hub, another --dtype and --lora load the model.
     """
+    from refusal_kernels.weights.folder import check_new
+
     check_new(out)
-    writable(out)
+    prepare(out)
     loaded = read_direction(direction)
-    here = model != "toy" and Path(model).is_dir()
-    shards = here and not lora and not in_memory and dtype == "auto"
+    where = choose_device(device)
+    local = model != "toy" and Path(model).is_dir()
     with progress_bars() as step:
-        if shards:
-            found = _by_shards(Path(model), out, loaded, text_only, certify, device, step)
+        if local and not lora and not in_memory and dtype == "auto":
+            result = _by_shards(Path(model), out, loaded, text_only, certify, where, step)
         else:
-            found = _in_memory(model, out, loaded, text_only, lora, device, dtype, step)
-    _tell(found)
-    certificate: Certificate | None = found["certificate"]
-    document = {"model": str(out), "text_only": text_only, **found}
+            result = _in_memory(model, out, loaded, text_only, lora, where, dtype, step)
+    _print(result, model, out)
+    certificate: Certificate | None = result["certificate"]
+    document = {"model": str(out), "text_only": text_only, **result}
     finish(out, json_file, {**document, "certificate": certificate and certificate.to_dict()})
     if certificate is not None and certificate.problem:
-        said = f"error: {out} is not the ablated model: {certificate.problem}"
-        errors.print(said, style="red", soft_wrap=True)
+        message = f"error: {out} is not the ablated model: {certificate.problem}"
+        errors.print(message, style="red", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -92,13 +89,17 @@ def _by_shards(
     device: str,
     step: Step,
 ) -> dict[str, Any]:
+    from refusal_kernels.hf.load import load
+    from refusal_kernels.weights.certificate import certify_checkpoint
+    from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
+
     told = step("Edit shard by shard, MiB")
-    done = orthogonalize_checkpoint(
+    edit = orthogonalize_checkpoint(
         folder,
         out,
         direction,
         text_only=text_only,
-        progress=lambda sofar, total: told(sofar >> 20, total >> 20),
+        progress=lambda done, total: told(done >> 20, total >> 20),
     )
     certificate: Certificate | None = None
     why_not = "--no-certify" if certify is False else "the model may not fit into memory"
@@ -107,22 +108,18 @@ def _by_shards(
 
         def loaded(path: str) -> Any:
             with single_step(step(f"Load {next(sides)}")):
-                return load(path, device, "auto")[0]
+                return load(path, device)[0]
 
         try:
             certificate = certify_checkpoint(folder, out, direction, loaded)
-        except InputError as error:  # what is written stands: it was proved without running it
+        except InputError as error:  # the copy is complete: its edit is proved without running it
             if certify:
                 raise
             why_not = str(error)
+    fields = ("edited", "untied", "unread", "unproved", "left_out", "resumed")
     return {
         "way": "shard by shard",
-        "edited": done.edited,
-        "untied": done.untied,
-        "unread": done.unread,
-        "unproved": done.unproved,
-        "left_out": done.left_out,
-        "resumed": done.resumed,
+        **{name: getattr(edit, name) for name in fields},
         "certificate": certificate,
         "no_certificate": None if certificate else why_not,
     }
@@ -138,52 +135,52 @@ def _in_memory(
     dtype: str,
     step: Step,
 ) -> dict[str, Any]:
+    from refusal_kernels.hf.load import load
+    from refusal_kernels.weights.adapter import orthogonalize_lora
+    from refusal_kernels.weights.folder import new_folder
+    from refusal_kernels.weights.weights import orthogonalize
+
+    edit: Any
+    more: tuple[str, ...]
     with single_step(step("Load the model")):
         language_model, tokenizer = load(model, device, dtype, direction)
     if lora:
+        way, more = "adapter", ("biases", "tied")
         with single_step(step("Write the adapter, and certify it")):
-            adapter = orthogonalize_lora(language_model, direction, out, text_only=text_only)
-        return {
-            "way": "adapter",
-            "edited": adapter.edited,
-            "biases": adapter.biases,
-            "tied": adapter.tied,
-            "unproved": adapter.unproved,
-            "certificate": adapter.certificate,
-        }
-    with single_step(step("Certify the edit, and make it")):
-        done = orthogonalize_(language_model, direction, text_only=text_only)
-    with single_step(step("Write the model")), new_folder(out) as temporary:
-        language_model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return {
-        "way": "in memory",
-        "edited": done.edited,
-        "untied": done.untied,
-        "unproved": done.unproved,
-        "certificate": done.certificate,
-    }
+            edit = orthogonalize_lora(language_model, direction, out, text_only=text_only)
+    else:
+        way, more = "in memory", ("untied",)
+        with single_step(step("Edit the loaded model, and certify it")):
+            edit = orthogonalize(language_model, direction, text_only=text_only)
+        with single_step(step("Write the model")), new_folder(out) as temporary:
+            language_model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    fields = ("edited", *more, "unproved", "certificate")
+    return {"way": way, **{name: getattr(edit, name) for name in fields}}
 
 
-def _tell(found: dict[str, Any]) -> None:
-    """Print what was done, in lines."""
-    console.print(f"{len(found['edited'])} tensors edited, {found['way']}")
-    if found.get("untied"):
-        console.print("the embedding is untied from the output matrix, which stays as it was")
-    if found.get("tied"):
+def _print(result: dict[str, Any], model: str, out: Path) -> None:
+    what = "an adapter with the edit of" if result["way"] == "adapter" else "an edited copy of"
+    console.print(f"{out} is {what} {model}, which is unchanged", soft_wrap=True)
+    console.print(f"{len(result['edited'])} tensors edited, {result['way']}")
+    if result.get("untied"):
+        console.print(
+            "the copy's embedding is edited and its output matrix is not: they are untied"
+        )
+    if result.get("tied"):
         console.print("the embedding is tied to the output matrix: untie it before a merge")
-    if found.get("biases"):
-        console.print(f"{len(found['biases'])} biases are in the adapter as they become")
+    if result.get("biases"):
+        console.print(f"the adapter replaces {len(result['biases'])} biases")
     for name, words in (
-        ("unproved", "may write from images or audio, and are as they were"),
-        ("unread", "are of no part that is loaded, and are as they were"),
-        ("left_out", "hold weights that are not edited, and are not copied"),
+        ("unproved", "may write from images or audio; they are not edited"),
+        ("unread", "belong to no part that is loaded; they are not edited"),
+        ("left_out", "hold weights that are not edited; they are not copied"),
     ):
-        if found.get(name):
-            console.print(f"{len(found[name])} {words}: {found[name][0]}, ...", soft_wrap=True)
-    certificate: Certificate | None = found["certificate"]
+        if result.get(name):
+            console.print(f"{len(result[name])} {words}: {result[name][0]}, ...", soft_wrap=True)
+    certificate: Certificate | None = result["certificate"]
     if certificate is None:
-        console.print(f"no certificate: {found['no_certificate']}", soft_wrap=True)
+        console.print(f"no certificate: {result['no_certificate']}", soft_wrap=True)
         return
     console.print(f"certificate: {certificate}", soft_wrap=True)
     shares = ", ".join(f"{name} {share:.0e}" for name, share in certificate.layers.items())
@@ -191,10 +188,12 @@ def _tell(found: dict[str, Any]) -> None:
 
 
 def _fits(folder: Path, device: str) -> bool:
-    """Whether the model of a folder can be run: its weights, and a quarter for all else."""
+    """Whether the model of a folder can run: its weights, and a quarter more for the rest."""
+    import torch
+
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     try:
-        if torch.device(device).type == "cuda":
+        if device.startswith("cuda"):
             available = torch.cuda.mem_get_info(device)[0]
         else:
             fields = Path("/proc/meminfo").read_text().split("MemAvailable:")

@@ -1,49 +1,37 @@
-"""The second step of the experiment: one direction of the candidates."""
+"""The second step of the experiment: select one direction from the candidates."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    BatchOption,
-    DeviceOption,
-    DtypeOption,
-    FilterOption,
-    HarmfulOption,
-    HarmlessOption,
-    JsonOption,
-    ModelOption,
-    SeedOption,
-    SystemOption,
-    ThinkingOption,
+    choose_device,
     console,
     finish,
+    prepare,
     progress_bars,
     unfinished,
-    writable,
 )
-from refusal_kernels.direction import MEAN_DIFFERENCE, read_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
-from refusal_kernels.files.convert import CANDIDATES
-from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.load import load
-from refusal_kernels.research import plots
-from refusal_kernels.research.prompts import filtered, prompts_for
-from refusal_kernels.research.selection.algorithm import AUTO, PAPER, Selection
-from refusal_kernels.research.selection.algorithm import select as select_
 from refusal_kernels.research.sources import SEED
+
+if TYPE_CHECKING:
+    from refusal_kernels.research.selection.algorithm import Selection
 
 
 def select(
     candidates: Annotated[Path, typer.Option(help="A file made by 'extract'.")] = Path(
         "out/candidates.safetensors"
     ),
-    model: ModelOption = "toy",
-    harmful: HarmfulOption = None,
-    harmless: HarmlessOption = None,
+    model: options.Model = "toy",
+    harmful: options.Harmful = None,
+    harmless: options.Harmless = None,
     out: Annotated[Path, typer.Option(help="The direction's file.")] = Path(
         "out/direction.safetensors"
     ),
@@ -53,27 +41,27 @@ def select(
     refusal_tokens: Annotated[
         str,
         typer.Option(
-            help="Tokens that begin a refusal: 'auto' (found from the model's own refusals), "
-            "'paper' (its table, for its families), or token ids: 40,2121."
+            help="Tokens that begin a refusal: 'auto' (found in the model's refusals), "
+            "'paper' (the paper's table, for its model families), or token ids: 40,2121."
         ),
-    ] = AUTO,
+    ] = "auto",
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="The scores so far, for a killed run to go on from; removed at the end. "
+            help="The scores so far, from which an interrupted run resumes; removed at the end. "
             "Default: beside the direction, with '.part' in its name."
         ),
     ] = None,
-    seed: SeedOption = SEED,
-    filter_prompts: FilterOption = False,
-    system: SystemOption = None,
-    thinking: ThinkingOption = False,
-    batch_size: BatchOption = 64,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "auto",
-    json_file: JsonOption = None,
+    filter_prompts: options.Filter = False,
+    system: options.System = None,
+    thinking: options.Thinking = False,
+    seed: options.Seed = SEED,
+    batch_size: options.Batch = options.BATCH_SIZE,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_file: options.Json = None,
 ) -> None:
-    """Choose the direction by the paper's three scores, on validation prompts."""
+    """Select the direction by the paper's three scores, on validation prompts."""
     tokens = _tokens(refusal_tokens)
     picture = plot or out.with_suffix(".png")
     state = checkpoint or unfinished(out)
@@ -81,16 +69,24 @@ def select(
     names = [candidates, *written]
     if len({path.resolve() for path in names}) < len(names):
         raise InputError(f"two of these are one file: {', '.join(map(str, names))}")
+
+    from refusal_kernels.direction import MEAN_DIFFERENCE, read_tensors
+    from refusal_kernels.files.convert import CANDIDATES
+    from refusal_kernels.hf.chat import ChatFormat
+    from refusal_kernels.hf.load import load
+    from refusal_kernels.research import plots
+    from refusal_kernels.research.prompts import filtered, prompts_for
+    from refusal_kernels.research.selection import algorithm
+
     prompts = prompts_for(model, "validation", harmful, harmless, seed)
     tensors, metadata = read_tensors(candidates, CANDIDATES, ("candidates",))
-    for path in written:
-        writable(path)
-    language_model, tokenizer = load(model, device, dtype)
+    prepare(*written)
+    language_model, tokenizer = load(model, choose_device(device), dtype)
     chat = ChatFormat(tokenizer, system, thinking=thinking)
     if filter_prompts:
         prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
     with progress_bars() as step:
-        selection = select_(
+        selection = algorithm.select(
             language_model,
             chat,
             tensors["candidates"],
@@ -108,21 +104,21 @@ def select(
     plots.plot_candidates(picture, selection.scores, (selection.position, selection.layer))
     selection.direction.save(out)
     console.print(_table(selection, model))
-    console.print(f"written: {picture}")
+    console.print(f"written: {picture}", soft_wrap=True)
     document = {**selection.to_dict(), "model": model, "method": selection.direction.method}
     finish(out, json_file, document)
-    state.unlink(missing_ok=True)  # now that everything stands
+    state.unlink(missing_ok=True)  # now that everything is written
 
 
 def _tokens(text: str) -> list[int] | str:
     """Parse --refusal-tokens."""
-    if text in (AUTO, PAPER):
+    if text in ("auto", "paper"):
         return text
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"--refusal-tokens is '{text}'; expected {AUTO}, {PAPER}, or token ids such as 40,2121"
+            f"--refusal-tokens is '{text}'; expected auto, paper, or token ids such as 40,2121"
         ) from None
 
 

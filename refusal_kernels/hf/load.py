@@ -10,18 +10,43 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.hf.model import hidden_size
 
-DTYPES = {"auto", "float32", "bfloat16", "float16"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load(name: str, device: str, dtype: str, direction: Direction | None = None) -> tuple[Any, Any]:
+def find_device(device: str | torch.device = "auto") -> torch.device:
+    """Return a device; "auto" is an accelerator if there is one, else the CPU.
+
+    Raises
+    ------
+    InputError
+        If the device can not be used, with the first line of the reason.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{device}': {first_line(error)}") from None
+    return chosen
+
+
+def load(
+    name: str,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    direction: Direction | None = None,
+) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and check that a direction fits it.
 
     Parameters
     ----------
     name
         A hub id, a folder, or "toy".
-    device, dtype
-        Where and how it runs; "auto" is the checkpoint's own dtype (float32 for the toy model).
+    device
+        Where it runs; "auto" is an accelerator if there is one, else the CPU.
+    dtype
+        How it runs; "auto" is the checkpoint's dtype (float32 for the toy model).
     direction
         To be checked against the model's hidden size.
 
@@ -31,12 +56,8 @@ def load(name: str, device: str, dtype: str, direction: Direction | None = None)
         If one of these can not be had, with the first line of the reason.
     """
     if dtype not in DTYPES:
-        raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(sorted(DTYPES))}")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{device}': {first_line(error)}") from None
+        raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
+    where = find_device(device)
     if name != "toy" and not os.path.isdir(name) and _means_a_folder(name):
         raise InputError(f"model '{name}': there is no such folder")
     path = str(toy.PATH) if name == "toy" else name

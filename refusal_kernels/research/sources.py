@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import parse_json, read_text
+
+if TYPE_CHECKING:  # the command line's help reads this module without torch
+    from torch import Tensor
 
 # The columns that hold a prompt, as public sets name them, the best first: in JailbreakBench's
 # files "Behavior" is only a title of the "Goal". Upper and lower case are the same.
@@ -361,7 +362,7 @@ def split_sizes(count: int) -> dict[str, int]:
 
 
 def keep_refused(
-    prompts: Sequence[str], scores: Tensor | Sequence[float], threshold: float = 0.0
+    prompts: Sequence[str], scores: "Tensor | Sequence[float]", threshold: float = 0.0
 ) -> list[str]:
     """The prompts that the model refuses: those whose refusal score is above the threshold.
 
@@ -382,7 +383,7 @@ def keep_refused(
 
 
 def keep_answered(
-    prompts: Sequence[str], scores: Tensor | Sequence[float], threshold: float = 0.0
+    prompts: Sequence[str], scores: "Tensor | Sequence[float]", threshold: float = 0.0
 ) -> list[str]:
     """The prompts that the model answers: those below the threshold, as for `keep_refused`."""
     return [p for p, score in zip(prompts, scores, strict=True) if float(score) < threshold]

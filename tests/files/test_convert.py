@@ -413,7 +413,7 @@ def test_a_direction_from_another_place_is_told(run: Any, tmp_path: Path) -> Non
     [
         (["{f}/a.safetensors", "{f}/b.gguf"], "add or ablate"),
         (["{f}/a.safetensors", "{f}/b.gguf", "--as", "ablate", "--layers", "3"], "can only add"),
-        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "subtract"], "expected add or ablate"),
+        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "subtract"], "expected one of add, ablate"),
         (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "3-2"], "ranges such as"),
         (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "x"], "ranges such as"),
         (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "1-99999"], "ranges"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_kernels import cli
 from refusal_kernels.cli import orthogonalize as command
+from refusal_kernels.weights import certificate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -117,9 +118,9 @@ def test_a_certificate_where_both_models_fit(
 def test_a_certificate_that_says_no_ends_in_an_error(
     folder: Path, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    certify = command.certify_checkpoint
+    certify = certificate.certify_checkpoint
     monkeypatch.setattr(  # as if nothing had been edited
-        command, "certify_checkpoint", lambda a, b, *rest: certify(a, a, *rest)
+        certificate, "certify_checkpoint", lambda a, b, *rest: certify(a, a, *rest)
     )
     code, found, _, err = run("--model", folder / "model", "--out", tmp_path / "edited")
     assert code == 1 and "is still written at embed" in found["certificate"]["problem"]

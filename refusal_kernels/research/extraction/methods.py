@@ -75,12 +75,12 @@ def probe_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
 
 
 # the function, and the library that it needs beside torch: its module and its name
-_METHODS: dict[str, tuple[Fit, str | None, str]] = {
+FITS: dict[str, tuple[Fit, str | None, str]] = {
     "leace": (leace_vector, "concept_erasure", "concept-erasure"),
     "pca": (pca_vector, None, ""),
     "probe": (probe_vector, "sklearn", "scikit-learn"),
 }
-METHODS = (MEAN_DIFFERENCE, *_METHODS)
+METHODS = (MEAN_DIFFERENCE, *FITS)
 
 
 def check_method(method: str) -> None:
@@ -93,7 +93,7 @@ def check_method(method: str) -> None:
     """
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    _, module, library = _METHODS.get(method, (None, None, ""))
+    _, module, library = FITS.get(method, (None, None, ""))
     try:
         if module is not None:
             __import__(module)
@@ -161,7 +161,7 @@ def find_candidates(
     for layer in range(layers):
         for place in range(positions):
             pair = [part[:, layer, place].double() for part in kept]
-            found[place, layer] = _candidate(_METHODS[method][0], *pair)
+            found[place, layer] = _candidate(FITS[method][0], *pair)
     return found
 
 

@@ -13,15 +13,14 @@ import torch
 import torch.distributed
 
 from refusal_kernels import cli, direction, toy
-from refusal_kernels.cli import extract
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.load import load
+from refusal_kernels.hf import load as loading
 from refusal_kernels.research.extraction.distributed import PeerError
 
 # the package names functions as it names their modules
 COLLECT: Any = importlib.import_module("refusal_kernels.research.extraction.collect")
 torch.set_num_threads(1)  # before anything runs: what is forked has no other threads
-LOADED = load("toy", "cpu", "auto")
+LOADED = loading.load("toy", "cpu", "auto")
 
 
 def tell_of_batches(tell: Any) -> None:
@@ -38,7 +37,7 @@ def tell_of_batches(tell: Any) -> None:
 def command_line(arguments: list[str], die_at: tuple[str, int] | None, tell: Any) -> None:
     """Run the command line; `die_at` is a moment, and the which of its kind."""
     tell_of_batches(tell)
-    extract.load = lambda *_: LOADED  # it is here already
+    loading.load = lambda *_: LOADED  # it is here already
     if die_at is not None:
         _plan_death(*die_at)
     for stream in (1, 2):

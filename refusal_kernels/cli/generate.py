@@ -1,0 +1,58 @@
+"""Answers of a model, with an intervention and without."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from refusal_kernels.cli import options
+from refusal_kernels.cli.common import choose_device, console, finish, prepare, read_direction
+from refusal_kernels.errors import InputError
+
+
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="One or more instructions.")],
+    direction: Annotated[
+        Path | None, typer.Option(help="Ablate this direction: a file as 'select' writes it.")
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add the direction instead.")] = False,
+    layer: Annotated[
+        int | None, typer.Option(help="Act at the input of this block; --add: default, the file's.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="0 is no edit, 1 the whole edit.")] = 1.0,
+    model: options.Model = "toy",
+    system: options.System = None,
+    thinking: options.Thinking = False,
+    max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
+    batch_size: options.Batch = options.BATCH_SIZE,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json_file: options.Json = None,
+) -> None:
+    """Answer prompts greedily, without an intervention and with it."""
+    loaded = None if direction is None else read_direction(direction)
+    if loaded is not None and add and layer is None and (layer := loaded.layer) is None:
+        raise InputError(f"{direction} does not say at which layer to add; give --layer")
+
+    from refusal_kernels.hf.chat import ChatFormat
+    from refusal_kernels.hf.generate import generate as answers
+    from refusal_kernels.hf.load import load
+    from refusal_kernels.interventions import Ablate, Add
+    from refusal_kernels.patching.patch import patch
+
+    prepare(json_file)
+    language_model, tokenizer = load(model, choose_device(device), dtype, loaded)
+    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    texts = {"unmodified": answers(language_model, chat, prompt, max_new_tokens, batch_size)}
+    if loaded is not None:
+        kind = Add if add else Ablate
+        with patch(language_model, kind(loaded, strength=strength, layer=layer)):
+            texts[kind.__name__.lower()] = answers(
+                language_model, chat, prompt, max_new_tokens, batch_size
+            )
+    for i, text in enumerate(prompt):
+        console.print(Text(text, style="bold"))
+        for name, completions in texts.items():
+            console.print(Text(f"  {name}: {completions[i]}"))
+    finish(None, json_file, {"prompts": prompt, **texts})

@@ -1,0 +1,92 @@
+"""The options that commands share: one name, meaning and default for each."""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.research.sources import PRESETS
+
+BATCH_SIZE = 64  # of every command
+ANSWER_TOKENS = 64
+
+
+def names(module: str, constant: str) -> tuple[str, ...]:
+    """Read the strings of a constant, or the keys of a dict, without importing its module.
+
+    A help text lists them; importing the module would take seconds.
+    """
+    spec = importlib.util.find_spec(f"refusal_kernels.{module}")
+    assert spec is not None and spec.origin is not None
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    # the line that begins with the constant, and those that follow indented or close a bracket
+    match = re.search(rf"^{constant}\b.*= *((?:.*\n)(?:[ )\]}}].*\n|\n)*)", text, re.MULTILINE)
+    assert match is not None, f"{module} has no {constant}"
+    value: Any = ast.parse(match[1].strip(), mode="eval").body
+    return tuple(part.value for part in getattr(value, "keys", None) or value.elts)
+
+
+def one_of(values: tuple[str, ...]) -> Callable[[typer.CallbackParam, str], str]:
+    """Make the check of an option that takes one of these values."""
+
+    def check(parameter: typer.CallbackParam, value: str) -> str:
+        if value is not None and value not in values:
+            option = parameter.opts[0]
+            raise InputError(f"{option} is '{value}'; expected one of {', '.join(values)}")
+        return value
+
+    return check
+
+
+_DTYPES = names("hf.load", "DTYPES")
+_PROMPTS = (
+    "Prompts: a .txt, .jsonl, .json or .csv file, hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one "
+    f"of {', '.join(PRESETS)}; join several with +. They are split into train, validation and test."
+)
+
+Model = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one, else the CPU.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help=f"{', '.join(_DTYPES)}; auto: the checkpoint's.", callback=one_of(_DTYPES)
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option("--batch-size", min=1, help="Prompts at once; fewer take less memory."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the splits and of random directions.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the results here, as JSON.")]
+Harmful = Annotated[str | None, typer.Option("--harmful", help=_PROMPTS)]
+Harmless = Annotated[str | None, typer.Option("--harmless", help="Prompts, as for --harmful.")]
+Filter = Annotated[
+    bool,
+    typer.Option(
+        "--filter", help="Keep only harmful prompts that are refused, harmless ones answered."
+    ),
+]
+System = Annotated[
+    str | None, typer.Option("--system", help="A system prompt; default: the chat template's.")
+]
+Thinking = Annotated[
+    bool, typer.Option("--thinking", help="Let the model think before it answers, if it can.")
+]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")
+]
+Direction = Annotated[
+    Path,
+    typer.Option("--direction", help="A direction's file, from 'select' or in any known format."),
+]
