@@ -51,7 +51,7 @@ def subjects(prompts: int) -> tuple[dict[str, Callable[[], Table]], int]:
         }
 
     def plain(model: Any) -> Callable[[], Table]:
-        return lambda: measure(model, tokenizer, candidates, **validation, tokens=tokens)
+        return lambda: measure(model, tokenizer, candidates.vectors, **validation, tokens=tokens)
 
     every = {"plain float64": plain(wide), "plain float32": plain(model), FAST: fast}
     return every, model.config.num_hidden_layers

@@ -1,6 +1,7 @@
 """The public names. `__init__.py` reads this list and loads each name when it is first used."""
 
 from refusal_kernels import ops as ops
+from refusal_kernels.direction import Candidates as Candidates
 from refusal_kernels.direction import Direction as Direction
 from refusal_kernels.errors import InputError as InputError
 from refusal_kernels.files.control_vector import ControlVector as ControlVector

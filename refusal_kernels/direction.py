@@ -1,29 +1,22 @@
-"""A direction in the residual stream, and the files that hold one.
+"""Directions in the residual stream: one, or the candidates of every layer and position.
 
-A file is a safetensors file with the raw vector under the key ``direction`` and the rest as string
-metadata, so that any tool can read it and nothing in it can run.
+Both are kept in safetensors files: the raw vectors as a tensor, the rest as string metadata.
 """
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import LIMIT_BYTES, check_size, replacing
+from refusal_kernels.files.atomic import LIMIT_BYTES
+from refusal_kernels.files.tensors import read_tensors, write_tensors
 
-FORMAT = "refusal_kernels.direction"
-FORMAT_VERSION = "1"
-MEAN_DIFFERENCE = "mean_difference"  # how a direction was found, unless it says otherwise
-LIMIT_HEADER = 1 << 20  # of a safetensors file, bytes: these files hold three tensors at most
-LIMIT_TENSORS = 4 << 30  # bytes: candidates and moments of the largest models are far below
+DIRECTION = "refusal_kernels.direction"  # formats of files
+CANDIDATES = "refusal_kernels.candidates"
+MEAN_DIFFERENCE = "mean_difference"  # the method, unless another is named
 # What the file says by itself; the metadata of a direction may not use these names.
 RESERVED = frozenset(
     ("format", "format_version", "model", "layer", "position", "norm", "method", "version")
@@ -115,7 +108,7 @@ class Direction:
             "method": self.method,
             "version": _package_version(),
         }
-        write_tensors(path, FORMAT, {"direction": self.vector}, metadata)
+        write_tensors(path, DIRECTION, {"direction": self.vector}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], hidden: int | None = None) -> "Direction":
@@ -133,8 +126,7 @@ class Direction:
         InputError
             If the file is missing, damaged or something else, or the vector does not fit.
         """
-        tensors, metadata = read_tensors(path, FORMAT, ("direction",), LIMIT_BYTES)
-        own = {key: value for key, value in metadata.items() if key not in RESERVED}
+        tensors, metadata = read_tensors(path, DIRECTION, ("direction",), LIMIT_BYTES)
         try:
             layer, position = (
                 int(metadata[key]) if key in metadata else None for key in ("layer", "position")
@@ -145,7 +137,7 @@ class Direction:
                 layer=layer,
                 position=position,
                 method=metadata.get("method", MEAN_DIFFERENCE),
-                metadata=own,
+                metadata={k: v for k, v in metadata.items() if k not in RESERVED},
             )
         except ValueError as error:  # InputError is one too
             raise InputError(f"{path}: {error}") from None
@@ -154,6 +146,105 @@ class Direction:
                 f"{path}: the direction has hidden size {direction.hidden}; the model has {hidden}"
             )
         return direction
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Candidate directions, one for every token position and layer.
+
+    Parameters
+    ----------
+    vectors : Tensor
+        Floating point [position, layer, hidden]: the raw vectors, read at the input of each decoder
+        layer. Position -1 is the last token. A float32 copy on the CPU is kept.
+    model : str, optional
+        The name of the model they were read from.
+    method : str
+        How they were computed.
+    template : str, optional
+        The chat format they were read in: the text of a prompt, with ``{instruction}`` in place of
+        the instruction.
+
+    Raises
+    ------
+    InputError
+        If the vectors have another shape or dtype, or there are none.
+    """
+
+    vectors: Tensor
+    model: str | None = None
+    method: str = MEAN_DIFFERENCE
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        vectors = self.vectors
+        if vectors.ndim != 3 or not vectors.is_floating_point() or not vectors.numel():
+            raise InputError(
+                f"candidates are {vectors.dtype} {list(vectors.shape)}; "
+                "expected floating point [position, layer, hidden]"
+            )
+        vectors = vectors.detach().to("cpu", torch.float32)
+        vectors = vectors.clone(memory_format=torch.contiguous_format)
+        object.__setattr__(self, "vectors", vectors)
+
+    @property
+    def positions(self) -> range:
+        """The token positions, counted from the end of the prompt: -1 is the last one."""
+        return range(-self.vectors.shape[0], 0)
+
+    @property
+    def layers(self) -> range:
+        """The decoder layers at whose inputs the vectors were read."""
+        return range(self.vectors.shape[1])
+
+    @property
+    def hidden(self) -> int:
+        """The hidden size."""
+        return self.vectors.shape[2]
+
+    def at(self, layer: int, position: int) -> Direction:
+        """Return the direction of one layer and position.
+
+        Raises
+        ------
+        InputError
+            If there is none there, or it is zero or not finite.
+        """
+        if layer not in self.layers or position not in self.positions:
+            raise InputError(
+                f"there is no candidate of layer {layer} and position {position}; expected layers "
+                f"0 to {self.layers[-1]} and positions {self.positions[0]} to -1"
+            )
+        return Direction(self.vectors[position, layer], self.model, layer, position, self.method)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the candidates to a safetensors file, replacing it in one step.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be written; an earlier file there is untouched.
+        """
+        texts = {"model": self.model, "method": self.method, "template": self.template}
+        metadata = {key: text for key, text in texts.items() if text is not None}
+        write_tensors(path, CANDIDATES, {"candidates": self.vectors}, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Candidates":
+        """Read candidates from a file that `save` wrote.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, damaged or something else.
+        """
+        tensors, metadata = read_tensors(path, CANDIDATES, ("candidates",))
+        method = metadata.get("method", MEAN_DIFFERENCE)
+        try:
+            model, template = metadata.get("model"), metadata.get("template")
+            return cls(tensors["candidates"], model, method, template)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 def _checked(vector: Tensor) -> Tensor:
@@ -165,12 +256,12 @@ def _checked(vector: Tensor) -> Tensor:
         )
         raise InputError(f"a direction cannot be {what}; expected a floating-point tensor [hidden]")
     # A clone, so that neither a later edit of the source nor its whole storage comes along.
-    own = vector.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-    if not own.isfinite().all():
+    copied = vector.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+    if not copied.isfinite().all():
         raise InputError("the direction holds NaN or infinity; expected finite float32 numbers")
-    if not own.any():
+    if not copied.any():
         raise InputError("the direction is zero; expected a vector that points somewhere")
-    return own
+    return copied
 
 
 def _package_version() -> str:
@@ -178,87 +269,3 @@ def _package_version() -> str:
         return version("refusal-kernels")
     except PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-def write_tensors(
-    path: str | os.PathLike[str],
-    kind: str,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file of one of the package's formats, replacing it in one step.
-
-    What is equal gives a file that is equal byte for byte.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written; nothing is left behind.
-    """
-    known = {"format": kind, "format_version": FORMAT_VERSION}
-    blob = memoryview(save(dict(tensors), metadata={**metadata, **known}))
-    start = 8 + int.from_bytes(blob[:8], "little")
-    header = json.loads(bytes(blob[8:start]))
-    # The library's order of the metadata changes from run to run; by name, equal is equal.
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-len(text) % 8 + len(text))  # the data stays aligned
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
-        file.writelines((len(text).to_bytes(8, "little"), text, blob[start:]))
-
-
-def read_tensors(
-    path: str | os.PathLike[str],
-    kind: str,
-    keys: tuple[str, ...],
-    limit_bytes: int = LIMIT_TENSORS,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the named tensors and the metadata of a file that `write_tensors` wrote.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, larger than the limit, of another format, or without one
-        of the tensors.
-    """
-    metadata, tensors = _opened(path, f"a {kind} file", keys, limit_bytes)
-    found = metadata.get("format"), metadata.pop("format_version", None)
-    if found != (kind, FORMAT_VERSION):
-        name = "nothing of this package" if found[0] is None else f"{found[0]} version {found[1]}"
-        raise InputError(f"{path} holds {name}; expected {kind} version {FORMAT_VERSION}")
-    if missing := [key for key in keys if key not in tensors]:
-        raise InputError(f"{path} has no tensor named {missing[0]!r}; expected a {kind} file")
-    del metadata["format"]
-    return tensors, metadata
-
-
-def format_of(path: str | os.PathLike[str]) -> str | None:
-    """Which of the package's formats a safetensors file has; None for a file of anyone else.
-
-    Raises
-    ------
-    InputError
-        As `read_tensors`.
-    """
-    return _opened(path, "a safetensors file", (), LIMIT_TENSORS)[0].get("format")
-
-
-def _opened(
-    path: str | os.PathLike[str], what: str, keys: tuple[str, ...], limit_bytes: int
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read the metadata, and those of the named tensors that are there."""
-    size = check_size(path, what, limit_bytes)
-    try:
-        with open(path, "rb") as raw:
-            header = int.from_bytes(raw.read(8), "little")
-        if not 0 < header <= min(size, LIMIT_HEADER):
-            raise InputError(
-                f"{path} is damaged or no safetensors file: the length of its header is {header}"
-            )
-        with safe_open(path, framework="pt") as file:
-            there = set(file.keys())
-            tensors = {key: file.get_tensor(key) for key in keys if key in there}
-            return dict(file.metadata() or {}), tensors
-    except (OSError, SafetensorError, RuntimeError, TypeError, AttributeError) as error:
-        # the last three: a dtype that this torch does not have
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from None

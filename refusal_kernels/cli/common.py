@@ -66,8 +66,8 @@ def read_direction(path: Path) -> Direction:
     InputError
         As `refusal_kernels.files.convert.read`; also if it holds something else.
     """
-    from refusal_kernels.direction import Direction
-    from refusal_kernels.files.convert import SUFFIXES, Candidates, read
+    from refusal_kernels.direction import Candidates, Direction
+    from refusal_kernels.files.convert import SUFFIXES, read
 
     if path.suffix.lower() not in SUFFIXES:
         return Direction.load(path)

@@ -69,7 +69,7 @@ def convert(
         names = ("layer", "position", "norm", "hidden", "model")
         facts = {name: getattr(content, name) for name in names}
     else:
-        facts = {"candidates": list(content.tensor.shape), "model": content.model}
+        facts = {"candidates": list(content.vectors.shape), "model": content.model}
     direction = content.directions[0] if isinstance(content, ControlVector) else content
     if isinstance(direction, Direction) and (derived := direction.metadata.get("derived_at")):
         facts["derived_at"] = derived

@@ -138,8 +138,7 @@ def evaluate(
         raise InputError(f"{direction} does not say at which layer to add; give --layer")
 
     from refusal_kernels import toy
-    from refusal_kernels.direction import read_tensors
-    from refusal_kernels.files.convert import CANDIDATES
+    from refusal_kernels.direction import Candidates
     from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.hf.load import load
     from refusal_kernels.research.evaluation import evidence
@@ -165,9 +164,7 @@ def evaluate(
         layer_controls = min(layer_controls, QUICK_LAYERS)
     tasks = {n: read_pairs(Path(f)) for n, f in named_sources(task or [], "--task").items()}
     chosen = None if selection is None else read_selection(selection)
-    vectors = None
-    if candidates is not None:
-        vectors = read_tensors(candidates, CANDIDATES, ("candidates",))[0]["candidates"]
+    others = None if candidates is None else Candidates.load(candidates)
     harness: Callable[..., Any] | None = None
     if lm_eval is not None:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks, run_tasks
@@ -201,7 +198,7 @@ def evaluate(
             harmless=sets.pop("harmless"),
             extra=sets,
             judges=judge or ["substrings"],
-            candidates=vectors,
+            candidates=others,
             refusal_tokens=chosen["refusal_tokens"] if chosen is not None else None,
             layer=at,
             skills=tasks,

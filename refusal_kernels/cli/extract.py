@@ -75,8 +75,7 @@ def extract(
     if state.resolve() == out.resolve():
         raise InputError(f"{out} cannot be both the checkpoint and the candidates' file")
 
-    from refusal_kernels.direction import MEAN_DIFFERENCE, write_tensors
-    from refusal_kernels.files.convert import CANDIDATES
+    from refusal_kernels.direction import MEAN_DIFFERENCE
     from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.hf.load import load
     from refusal_kernels.research.extraction.distributed import PeerError, joined
@@ -110,6 +109,7 @@ def extract(
                     positions=positions,
                     last_layer=last_layer,
                     batch_size=batch_size,
+                    model_name=model,
                     checkpoint=state,
                     progress=step("Extract"),
                 )
@@ -117,10 +117,8 @@ def extract(
                 errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
                 raise typer.Exit(1) from None
     if rank == 0:
-        write_tensors(
-            out, CANDIDATES, {"candidates": candidates}, {"model": model, "method": method}
-        )
-        norms = candidates.norm(dim=-1)  # [position, layer]
+        candidates.save(out)
+        norms = candidates.vectors.norm(dim=-1)  # [position, layer]
         console.print(_table(norms, model, method))
         document = {
             "candidates": str(out), "norm": norms.tolist(), "model": model, "method": method

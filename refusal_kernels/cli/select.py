@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,8 +71,7 @@ def select(
     if len({path.resolve() for path in names}) < len(names):
         raise InputError(f"two of these are one file: {', '.join(map(str, names))}")
 
-    from refusal_kernels.direction import MEAN_DIFFERENCE, read_tensors
-    from refusal_kernels.files.convert import CANDIDATES
+    from refusal_kernels.direction import Candidates
     from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.hf.load import load
     from refusal_kernels.research import plots
@@ -79,7 +79,7 @@ def select(
     from refusal_kernels.research.selection import algorithm
 
     prompts = prompts_for(model, "validation", harmful, harmless, seed)
-    tensors, metadata = read_tensors(candidates, CANDIDATES, ("candidates",))
+    loaded = Candidates.load(candidates)
     prepare(*written)
     language_model, tokenizer = load(model, choose_device(device), dtype)
     chat = ChatFormat(tokenizer, system, thinking=thinking)
@@ -89,13 +89,11 @@ def select(
         selection = algorithm.select(
             language_model,
             chat,
-            tensors["candidates"],
+            replace(loaded, model=model),
             prompts["harmful"],
             prompts["harmless"],
             refusal_tokens=tokens,
             batch_size=batch_size,
-            model_name=model,
-            method=metadata.get("method", MEAN_DIFFERENCE),
             checkpoint=state,
             progress=step("Select"),
         )

@@ -121,7 +121,7 @@ class ControlVector:
         InputError
             If it acts behind the last layer.
         """
-        found: list[Intervention] = []
+        edits: list[Intervention] = []
         for direction, strength in zip(self.directions, self.strengths, strict=True):
             assert direction.layer is not None
             where: dict[str, Any] = {"layer": direction.layer}
@@ -133,8 +133,8 @@ class ControlVector:
                     f"the model has {layers} blocks"
                 )
             kind = Add if self.mode == "add" else Ablate
-            found.append(kind(direction, strength=strength, **where))
-        return found
+            edits.append(kind(direction, strength=strength, **where))
+        return edits
 
     def save(self, path: str | os.PathLike[str], *, glp: bool = False) -> None:
         """Write a GGUF file, replacing it in one step.

@@ -79,9 +79,9 @@ def _checked_header(data: bytes) -> Iterator[tuple[str, Any]]:
 
     def take(kind: str) -> Any:
         nonlocal at
-        (found,) = struct.unpack_from("<" + kind, data, at)
+        (item,) = struct.unpack_from("<" + kind, data, at)
         at += struct.calcsize("<" + kind)
-        return found
+        return item
 
     def limited(count: int, most: int, what: str) -> int:
         if count > most:
@@ -118,10 +118,10 @@ def _checked_header(data: bytes) -> Iterator[tuple[str, Any]]:
     alignment = 32
     for _ in range(keys):
         key = text()
-        found = value(take("I"))
+        item = value(take("I"))
         if key == "general.alignment":
-            alignment = found
-        yield key, found
+            alignment = item
+        yield key, item
     if not isinstance(alignment, int) or not 0 < alignment <= 4096 or alignment & (alignment - 1):
         raise InputError(f"general.alignment is {alignment!r}; expected a power of two up to 4096")
     ends = []

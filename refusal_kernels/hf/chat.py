@@ -9,6 +9,7 @@ from torch import Tensor
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 
+INSTRUCTION = "{instruction}"  # its place in a format that is kept as text
 CHUNK = 512  # prompts that the tokenizer sees at once: what it says of them takes 100 times more
 
 

@@ -6,7 +6,7 @@ for families that count their layers by the configuration, or index masks and ca
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch
+from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder, decoder_layers, input_device
 
 LAST = torch.tensor([-1])
@@ -100,3 +101,21 @@ def read_inputs(
             f"{seen} of the {len(layers)} decoder layers of {type(model).__name__} were called in "
             "order; expected every one of them once"
         )
+
+
+def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """The logits at the last token of every prompt: float32 [prompts, vocabulary] on the CPU."""
+    return batch_logits(model, ChatFormat.of(tokenizer).batches(prompts, batch_size))
+
+
+@torch.inference_mode()
+def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
+    """`last_logits` of prompts that are tokenized already, in the order of the prompts."""
+    rows, logits = [], []
+    for batch in batches:
+        inputs = model_inputs(batch, input_device(model))
+        # One row of logits per prompt: all of them would be the largest tensor of the run.
+        out = model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
+        logits.append(out.to("cpu", torch.float32))
+        rows += batch.rows
+    return torch.cat(logits)[torch.tensor(rows).argsort()]

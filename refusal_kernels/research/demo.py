@@ -104,6 +104,7 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoR
         chat,
         inputs.train["harmful"],
         inputs.train["harmless"],
+        model_name=inputs.name,
         progress=step("Extract: mean differences, train split"),
     )
     selection = select(
@@ -112,7 +113,6 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoR
         candidates,
         inputs.validation["harmful"],
         inputs.validation["harmless"],
-        model_name=inputs.name,
         progress=step("Select: three scores, validation split"),
     )
     direction = selection.direction

@@ -238,7 +238,7 @@ def plot_candidates(
     Parameters
     ----------
     scores
-        Rows with position, layer, bypass, induce, kl and discarded: `Candidate`, or as dicts.
+        Rows with position, layer, bypass, induce, kl and discarded: `ScoredCandidate`, or as dicts.
     selected
         Position and layer of the winner; by default the one kept with the lowest bypass.
     """

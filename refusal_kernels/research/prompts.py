@@ -7,9 +7,9 @@ from typing import Any
 from refusal_kernels import toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.hf.load import load
 from refusal_kernels.research.demo import DemoInputs
-from refusal_kernels.research.extraction.collect import last_logits
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 from refusal_kernels.research.sources import (
     SEED,

@@ -7,8 +7,8 @@ import tiny_families
 import torch
 
 import refusal_kernels as rk
+from refusal_kernels.hf.forward import batch_logits
 from refusal_kernels.hf.model import decoder_layers, hidden_size
-from refusal_kernels.research.extraction.collect import batch_logits
 from refusal_kernels.research.selection import measurement
 from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
 from refusal_kernels.research.selection.replay import Replay

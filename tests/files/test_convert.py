@@ -14,10 +14,11 @@ from tiny import tiny_model
 
 import refusal_kernels as rk
 from refusal_kernels import cli, toy
-from refusal_kernels.direction import Direction, write_tensors
+from refusal_kernels.direction import CANDIDATES, Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.control_vector import SITE, ControlVector
-from refusal_kernels.files.convert import CANDIDATES, Candidates, convert, read
+from refusal_kernels.files.convert import convert, read
+from refusal_kernels.files.tensors import write_tensors
 
 HIDDEN, LAYERS = 64, 5
 UNIT = {block: torch.eye(HIDDEN)[block] for block in range(8)}
@@ -318,7 +319,7 @@ def test_the_papers_files_are_read(tmp_path: Path) -> None:
     assert (tmp_path / "small.safetensors").stat().st_size < 1000
 
     found = read(tmp_path / "mean_diffs.pt")
-    assert isinstance(found, Candidates) and torch.equal(found.tensor, candidates.float())
+    assert isinstance(found, Candidates) and torch.equal(found.vectors, candidates.float())
     convert(tmp_path / "mean_diffs.pt", tmp_path / "candidates.safetensors")
     for source in ("mean_diffs.pt", "candidates.safetensors"):
         target = tmp_path / f"{source}.safetensors"
@@ -434,11 +435,12 @@ def test_the_commands_take_a_direction_of_any_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     model, tokenizer = toy.load()
-    vectors = rk.mean_difference(
+    candidates = rk.mean_difference(
         model, tokenizer, *(toy.prompts(c, "train")[:32] for c in ("harmful", "harmless"))
     )
+    vectors = candidates.vectors
     torch.save(vectors[-1, 5], tmp_path / "direction.pt")
-    Candidates(vectors).save(tmp_path / "candidates.safetensors")
+    candidates.save(tmp_path / "candidates.safetensors")
     ControlVector.of(Direction(vectors[-1, 5]), "add", (5,)).save(tmp_path / "a.gguf")
     (prompt,) = toy.prompts("harmful", "test")[:1]
 

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from refusal_kernels.cli.evaluate import read_selection
-from refusal_kernels.direction import Direction, write_tensors
+from refusal_kernels.direction import CANDIDATES, Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import convert
 from refusal_kernels.files.atomic import read_json
 from refusal_kernels.files.control_vector import ControlVector
-from refusal_kernels.files.convert import CANDIDATES, Candidates
+from refusal_kernels.files.tensors import write_tensors
 from refusal_kernels.research import plots
 from refusal_kernels.research.evaluation.likelihood import read_texts
 from refusal_kernels.research.evaluation.tasks import read_pairs
@@ -98,7 +98,7 @@ def is_valid(found: Any) -> bool:
     if isinstance(found, Direction):
         return bool(found.vector.isfinite().all())
     if isinstance(found, Candidates):
-        return found.tensor.ndim == 3 and found.tensor.dtype == torch.float32
+        return found.vectors.ndim == 3 and found.vectors.dtype == torch.float32
     if isinstance(found, ControlVector):
         return all(is_valid(direction) for direction in found.directions)
     if isinstance(found, list):

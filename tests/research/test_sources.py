@@ -12,7 +12,8 @@ from refusal_kernels import cli, toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import convert
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.research.extraction.collect import last_logits, mean_difference
+from refusal_kernels.hf.forward import last_logits
+from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.prompts import demo_material, filtered, prompts_for
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 from refusal_kernels.research.sources import (
@@ -329,17 +330,17 @@ def test_extract_filters_and_takes_a_system_prompt(
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         assert not exit_.value.code
-        return convert.read(out).tensor
+        return convert.read(out).vectors
 
     train = prompts_for("toy", "train", *files, 7)
     expected = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
-    assert torch.equal(extracted(), expected)
+    assert torch.equal(extracted(), expected.vectors)
     kept = filtered(model, tokenizer, train)
     assert kept != train
     expected = mean_difference(model, tokenizer, kept["harmful"], kept["harmless"])
-    assert torch.equal(extracted("--filter"), expected)
+    assert torch.equal(extracted("--filter"), expected.vectors)
     system = "please repeat after me"
     chat = ChatFormat(tokenizer, system)
     expected = mean_difference(model, chat, train["harmful"], train["harmless"])
     found = extracted("--system", system)
-    assert torch.equal(found, expected) and not torch.equal(found, extracted())
+    assert torch.equal(found, expected.vectors) and not torch.equal(found, extracted())

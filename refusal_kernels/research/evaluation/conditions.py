@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import LAST, model_inputs
+from refusal_kernels.hf.forward import LAST, batch_logits, model_inputs
 from refusal_kernels.hf.generate import decoded, generate_ids
 from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Intervention
@@ -20,7 +20,6 @@ from refusal_kernels.research.evaluation.judges import Judge, judged
 from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
-from refusal_kernels.research.extraction.collect import batch_logits
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
 

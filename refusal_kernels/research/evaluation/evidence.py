@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers, input_device
@@ -95,7 +94,7 @@ def evaluate(
     harmless: Sequence[str],
     extra: Mapping[str, Sequence[str]] | None = None,
     judges: Sequence[Judge | str] = ("substrings",),
-    candidates: Tensor | None = None,
+    candidates: Candidates | None = None,
     refusal_tokens: Sequence[int] | None = None,
     layer: int | None = None,
     skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
@@ -238,7 +237,7 @@ def evaluate(
 def _controls(
     model: Any,
     direction: Direction,
-    candidates: Tensor | None,
+    candidates: Candidates | None,
     layer: int,
     random: int,
     others: int,
@@ -252,17 +251,17 @@ def _controls(
     if candidates is not None and others > 0:
         layers = len(decoder_layers(model))
         position = -1 if direction.position is None else direction.position
-        if candidates.ndim != 3 or (*candidates.shape[1:],) != (layers, direction.hidden):
+        if (len(candidates.layers), candidates.hidden) != (layers, direction.hidden):
             raise InputError(
-                f"candidates {list(candidates.shape)}; expected [position, {layers} layers, "
-                f"{direction.hidden}]"
+                f"candidates {list(candidates.vectors.shape)}; "
+                f"expected [position, {layers} layers, {direction.hidden}]"
             )
-        if -position > len(candidates):
+        if position not in candidates.positions:
             raise InputError(
                 f"the direction was read at position {position}; the candidates have "
-                f"{len(candidates)} positions"
+                f"{len(candidates.positions)} positions"
             )
-        rows = candidates[position].float()
+        rows = candidates.vectors[position]
         largest = float(rows.norm(dim=-1).nan_to_num(0).max())
         usable = [
             i for i, row in enumerate(rows)

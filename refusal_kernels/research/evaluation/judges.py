@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.research.evaluation.judge_models import (
     load_classifier,
     load_guard,
     load_judge,
 )
 from refusal_kernels.research.evaluation.rates import Rate
-from refusal_kernels.research.extraction.collect import last_logits
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 
 REFUSAL_SUBSTRINGS = (

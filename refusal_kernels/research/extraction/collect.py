@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refusal_kernels.direction import Candidates
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
-from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import LAST, model_inputs, read_inputs
+from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
+from refusal_kernels.hf.forward import read_inputs
 from refusal_kernels.hf.model import decoder_layers, hidden_size, input_device, text_config
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.extraction.distributed import Team, team
@@ -114,10 +115,11 @@ def mean_difference(
     positions: int | None = None,
     last_layer: int | None = None,
     batch_size: int = 32,
+    model_name: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-) -> Tensor:
-    """The candidate directions: mean activation on harmful prompts minus that on harmless ones.
+) -> Candidates:
+    """Compute the candidate directions: the mean activation on harmful minus on harmless prompts.
 
     Parameters
     ----------
@@ -125,13 +127,15 @@ def mean_difference(
         As for `collect`.
     harmful, harmless
         The two sets of instructions.
+    model_name
+        Kept in the candidates.
     progress
         Called with the number of prompts done, and of all of both sets.
 
     Returns
     -------
-    Tensor
-        float32 [position, layer, hidden] on the CPU; position -1 is the last token.
+    Candidates
+        Differences computed in float64 and rounded to float32 once.
 
     Raises
     ------
@@ -140,7 +144,7 @@ def mean_difference(
 
     Notes
     -----
-    Arditi et al. 2024, section 2.3 (difference-in-means), computed in float64.
+    Arditi et al. 2024, section 2.3 (difference-in-means).
     """
     chat = ChatFormat.of(tokenizer)
     parts = [(i, chat.stream(p, batch_size)) for i, p in enumerate((harmful, harmless))]
@@ -148,25 +152,8 @@ def mean_difference(
     for _, batches in parts:
         _check_lengths(model, batches)
     _stream(model, parts, moments, progress, checkpoint)
-    return moments.compute().mean_difference.float().cpu()
-
-
-def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """The logits at the last token of every prompt: float32 [prompts, vocabulary] on the CPU."""
-    return batch_logits(model, ChatFormat.of(tokenizer).batches(prompts, batch_size))
-
-
-@torch.inference_mode()
-def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """`last_logits` of prompts that are tokenized already, in the order of the prompts."""
-    rows, logits = [], []
-    for batch in batches:
-        inputs = model_inputs(batch, input_device(model))
-        # One row of logits per prompt: all of them would be the largest tensor of the run.
-        out = model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
-        logits.append(out.to("cpu", torch.float32))
-        rows += batch.rows
-    return torch.cat(logits)[torch.tensor(rows).argsort()]
+    difference = moments.compute().mean_difference
+    return Candidates(difference, model_name, template=chat.render(INSTRUCTION))
 
 
 def layers_to_read(model: Any, last_layer: int | None) -> int:

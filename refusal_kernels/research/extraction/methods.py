@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_kernels.direction import MEAN_DIFFERENCE
+from refusal_kernels.direction import MEAN_DIFFERENCE, Candidates
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
 from refusal_kernels.hf.forward import read_inputs
 from refusal_kernels.hf.model import hidden_size
 from refusal_kernels.progress import Progress
@@ -113,15 +113,16 @@ def find_candidates(
     positions: int | None = None,
     last_layer: int | None = None,
     batch_size: int = 32,
+    model_name: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-) -> Tensor:
+) -> Candidates:
     """Find a candidate direction for every layer and position, by any of the methods.
 
     Parameters
     ----------
-    model, tokenizer, harmful, harmless, positions, last_layer, batch_size, checkpoint
-        As for `mean_difference`, which alone has use for a checkpoint.
+    model, tokenizer, harmful, harmless, positions, last_layer, batch_size, model_name, checkpoint
+        As for `mean_difference`; the other methods write no checkpoint.
     method
         "mean_difference"; "leace", "pca" and "probe" as `leace_vector`, `pca_vector` and
         `probe_vector` say.
@@ -130,9 +131,9 @@ def find_candidates(
 
     Returns
     -------
-    Tensor
-        float32 [position, layer, hidden] on the CPU, towards the harmful prompts; zero where the
-        method finds nothing, as where the activations do not depend on the prompt.
+    Candidates
+        Vectors that point towards the harmful prompts; zero where the method finds none, for
+        example where the activations do not depend on the prompt.
 
     Raises
     ------
@@ -143,7 +144,7 @@ def find_candidates(
     if method == MEAN_DIFFERENCE:
         return mean_difference(
             model, tokenizer, harmful, harmless, positions=positions, last_layer=last_layer,
-            batch_size=batch_size, checkpoint=checkpoint, progress=progress,
+            batch_size=batch_size, model_name=model_name, checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
     chat = ChatFormat.of(tokenizer)
     layers = layers_to_read(model, last_layer)
@@ -157,12 +158,12 @@ def find_candidates(
         _activations(model, chat, prompts, positions, layers, batch_size, told(before))
         for prompts, before in ((harmful, 0), (harmless, len(harmful)))
     ]
-    found = torch.zeros(positions, layers, hidden_size(model))
+    vectors = torch.zeros(positions, layers, hidden_size(model))
     for layer in range(layers):
         for place in range(positions):
             pair = [part[:, layer, place].double() for part in kept]
-            found[place, layer] = _candidate(FITS[method][0], *pair)
-    return found
+            vectors[place, layer] = _candidate(FITS[method][0], *pair)
+    return Candidates(vectors, model_name, method, chat.render(INSTRUCTION))
 
 
 def _candidate(fit: Fit, harmful: Tensor, harmless: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from refusal_kernels import ops
-from refusal_kernels.direction import read_tensors, write_tensors
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import parse_json
+from refusal_kernels.files.tensors import read_tensors, write_tensors
 
 FORMAT = "refusal_kernels.moments"
 

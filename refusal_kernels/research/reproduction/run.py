@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.convert import Candidates, read
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers
 from refusal_kernels.progress import Step, single_step
@@ -110,9 +108,7 @@ class _Protocol:
         candidates = self.candidates(used["train"])
         given = inputs.direction and inputs.direction.vector.tolist()
         selection = cache.step("selection", lambda: self.select(candidates, used), given)
-        direction = Candidates(candidates, inputs.name).at(
-            selection["layer"], selection["position"]
-        )
+        direction = candidates.at(selection["layer"], selection["position"])
         direction.save(self.folder / "direction.safetensors")
 
         texts = {n: [[list(p.ids), p.start] for p in text] for n, text in inputs.texts.items()}
@@ -156,10 +152,10 @@ class _Protocol:
                 for split in ("train", "validation")
             }
 
-    def candidates(self, train: Mapping[str, list[str]]) -> Tensor:
-        """Return mean differences, or the given direction: float32 [position, layer, hidden]."""
+    def candidates(self, train: Mapping[str, list[str]]) -> Candidates:
+        """Return the mean differences, or the given direction alone."""
         if self.inputs.direction is not None:
-            return _alone(self.model, self.inputs.direction)
+            return _alone(self.model, self.inputs.direction, self.inputs.name)
         file = self.folder / "candidates.safetensors"
         kept = _read_candidates(file)
 
@@ -167,11 +163,11 @@ class _Protocol:
             nonlocal kept
             kept = mean_difference(
                 self.model, self.chat, train["harmful"], train["harmless"],
-                batch_size=self.size, checkpoint=self.cache.part,
+                batch_size=self.size, model_name=self.inputs.name, checkpoint=self.cache.part,
                 progress=self.announce("Extract: mean differences"),
             )  # fmt: skip
-            Candidates(kept, self.inputs.name).save(file)
-            return {"sha256": _sha256(kept), "norm": kept.norm(dim=-1).tolist()}
+            kept.save(file)
+            return {"sha256": _sha256(kept), "norm": kept.vectors.norm(dim=-1).tolist()}
 
         result = self.cache.step("candidates", extract)
         if kept is None or _sha256(kept) != result["sha256"]:  # not the file of the kept step
@@ -180,7 +176,7 @@ class _Protocol:
         assert kept is not None
         return kept
 
-    def select(self, candidates: Tensor, used: Mapping[str, Any]) -> dict[str, Any]:
+    def select(self, candidates: Candidates, used: Mapping[str, Any]) -> dict[str, Any]:
         """Select; a given direction is only measured, whatever its scores."""
         anyway: dict[str, Any] = {}
         if self.inputs.direction is not None:
@@ -189,11 +185,11 @@ class _Protocol:
             self.model, self.chat, candidates,
             used["validation"]["harmful"], used["validation"]["harmless"],
             refusal_tokens=used["refusal_tokens"], batch_size=self.size, checkpoint=self.cache.part,
-            model_name=self.inputs.name, progress=self.announce("Select: three scores"), **anyway,
+            progress=self.announce("Select: three scores"), **anyway,
         ).to_dict()  # fmt: skip
 
     def evaluate(
-        self, direction: Direction, candidates: Tensor, tokens: list[int]
+        self, direction: Direction, candidates: Candidates, tokens: list[int]
     ) -> dict[str, Any]:
         """Measure refusals, losses and skills under each edit; controls and dose where wanted."""
         inputs, controls = self.inputs, dict[str, Any]()
@@ -244,19 +240,18 @@ class _Protocol:
         return {edit: self.cache.step(f"benchmarks_{edit}", measure, *depends, aside=True)}
 
 
-def _read_candidates(file: Path) -> Tensor | None:
+def _read_candidates(file: Path) -> Candidates | None:
     try:
-        content = read(file)
-    except InputError:  # missing or damaged: extracted again
+        return Candidates.load(file)
+    except InputError:  # missing, damaged or something else: extracted again
         return None
-    return content.tensor if isinstance(content, Candidates) else None
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+def _sha256(candidates: Candidates) -> str:
+    return hashlib.sha256(candidates.vectors.numpy().tobytes()).hexdigest()
 
 
-def _alone(model: Any, direction: Direction) -> Tensor:
+def _alone(model: Any, direction: Direction, name: str) -> Candidates:
     """Return candidates that are zero except for one; select does not measure zero ones."""
     layers = len(decoder_layers(model))
     if direction.layer is None or direction.layer >= layers:
@@ -265,9 +260,9 @@ def _alone(model: Any, direction: Direction) -> Tensor:
             "as it is added there"
         )
     position = -1 if direction.position is None else direction.position
-    candidates = torch.zeros(-position, layers, direction.hidden)
-    candidates[position, direction.layer] = direction.vector
-    return candidates
+    vectors = torch.zeros(-position, layers, direction.hidden)
+    vectors[position, direction.layer] = direction.vector
+    return Candidates(vectors, name)
 
 
 def _numbers(

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from refusal_kernels.direction import MEAN_DIFFERENCE, Direction
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import batch_logits
 from refusal_kernels.hf.model import decoder_layers, hidden_size, text_config
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.extraction.collect import batch_logits
 from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
 from refusal_kernels.research.selection.scoring import (
     check_tokens,
@@ -36,7 +35,7 @@ ZERO = 1e-6
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredCandidate:
     """One row of the table of scores.
 
     Attributes
@@ -73,12 +72,12 @@ class Selection:
     layer, position : int
         Where it was read; the position counts from the end.
     bypass, induce, kl : float
-        Its scores, as in `Candidate`.
+        Its scores, as in `ScoredCandidate`.
     baseline, baseline_harmless : float
         Mean refusal score of the unmodified model on the harmful and on the harmless prompts.
     refusal_tokens : list of int
         The tokens whose probability the scores are made of.
-    scores : list of Candidate
+    scores : list of ScoredCandidate
         All candidates, by position and layer.
     """
 
@@ -91,7 +90,7 @@ class Selection:
     baseline: float
     baseline_harmless: float
     refusal_tokens: list[int]
-    scores: list[Candidate]
+    scores: list[ScoredCandidate]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vector itself, ready for JSON."""
@@ -102,7 +101,7 @@ class Selection:
 def select(
     model: Any,
     tokenizer: Any,
-    candidates: Tensor,
+    candidates: Candidates,
     harmful: Sequence[str],
     harmless: Sequence[str],
     *,
@@ -111,8 +110,6 @@ def select(
     induce_threshold: float = 0.0,
     prune_last: float = 0.2,
     batch_size: int = 64,
-    model_name: str | None = None,
-    method: str = MEAN_DIFFERENCE,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
@@ -128,8 +125,8 @@ def select(
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     candidates
-        [position, layer, hidden], as `mean_difference` or `find_candidates` returns them; of the
-        first layers alone, if the others are left out.
+        What `mean_difference` or `find_candidates` returns, or vectors [position, layer, hidden]
+        of one's own as ``Candidates(vectors)``; they may leave the last layers out.
     harmful, harmless
         Validation prompts, other than those that the candidates were read from.
     refusal_tokens
@@ -144,8 +141,6 @@ def select(
     batch_size
         Rows at once: each is a prompt under one candidate. Of the unmodified stream, the inputs of
         the candidates' layers are kept for so many prompts at most, and for no others.
-    model_name, method
-        Kept in the direction.
     checkpoint
         A file that always holds the scores so far. Where it is there, the run goes on from it, and
         gives the same bits as one that was never disturbed. It stays; remove it when the selection
@@ -166,10 +161,12 @@ def select(
         it.
     """
     layers, hidden = len(decoder_layers(model)), hidden_size(model)
-    shape = list(candidates.shape)
-    if len(shape) != 3 or not 0 < shape[1] <= layers or shape[2] != hidden or not shape[0]:
+    if not isinstance(candidates, Candidates):
+        raise InputError(f"candidates is a {type(candidates).__name__}; expected rk.Candidates")
+    if len(candidates.layers) > layers or candidates.hidden != hidden:
         raise InputError(
-            f"candidates {shape}; expected [position, {layers} layers or fewer, {hidden}]"
+            f"candidates {list(candidates.vectors.shape)}; "
+            f"expected [position, {layers} layers or fewer, {hidden}]"
         )
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
@@ -180,10 +177,9 @@ def select(
     baseline = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
     parts = baseline[: len(ids[0])], baseline[len(ids[0]) :]
     tokens = distinctive_tokens(*parts) if given is None else given
-    vectors = candidates.detach().float().cpu()
-    unfit = _unfit(vectors, int(layers * (1.0 - prune_last)))
+    unfit = _unfit(candidates, int(layers * (1.0 - prune_last)))
     measured = {
-        (position, layer): Direction(vectors[position, layer], model_name, layer, position, method)
+        (position, layer): candidates.at(layer, position)
         for (position, layer), reason in unfit.items()
         if reason is None
     }
@@ -197,7 +193,7 @@ def select(
         found = dict(zip(measured, means.tolist(), strict=True))
 
     rows = [
-        Candidate(*at, None, None, None, reason)
+        ScoredCandidate(*at, None, None, None, reason)
         if at not in found
         else _judged(at, found[at], kl_threshold, induce_threshold)
         for at, reason in unfit.items()
@@ -236,7 +232,7 @@ def _given_tokens(
 
 def _judged(
     at: tuple[int, int], scores: Sequence[float], kl_threshold: float, induce_threshold: float
-) -> Candidate:
+) -> ScoredCandidate:
     """A measured candidate's row: bypass, induce and kl as they are given."""
     bypass, induce, kl = (s if math.isfinite(s) else None for s in scores)
     reason = None
@@ -246,17 +242,17 @@ def _judged(
         reason = f"kl > {kl_threshold:g}"
     elif induce < induce_threshold:
         reason = f"induce < {induce_threshold:g}"
-    return Candidate(*at, bypass, induce, kl, reason)
+    return ScoredCandidate(*at, bypass, induce, kl, reason)
 
 
-def _unfit(vectors: Tensor, limit: int) -> dict[tuple[int, int], str | None]:
+def _unfit(candidates: Candidates, limit: int) -> dict[tuple[int, int], str | None]:
     """Why a candidate (position, layer) needs no measuring; None for those that do."""
-    norms = torch.linalg.vector_norm(vectors.double(), dim=-1)
+    norms = torch.linalg.vector_norm(candidates.vectors.double(), dim=-1)
     finite = norms.isfinite()
     smallest = ZERO * float(norms[finite].max()) if finite.any() else 0.0
     reasons: dict[tuple[int, int], str | None] = {}
-    for position in range(-vectors.shape[0], 0):
-        for layer in range(vectors.shape[1]):
+    for position in candidates.positions:
+        for layer in candidates.layers:
             reason = None
             if layer >= limit:
                 reason = f"layer >= {limit}"
@@ -268,12 +264,14 @@ def _unfit(vectors: Tensor, limit: int) -> dict[tuple[int, int], str | None]:
     return reasons
 
 
-def _best(rows: list[Candidate], kl_threshold: float, induce_threshold: float) -> Candidate:
+def _best(
+    rows: list[ScoredCandidate], kl_threshold: float, induce_threshold: float
+) -> ScoredCandidate:
     left = [row for row in rows if row.discarded is None]
     if left:
         return min(left, key=lambda row: row.bypass or 0.0)
 
-    def shortfall(row: Candidate) -> float:
+    def shortfall(row: ScoredCandidate) -> float:
         # Both scores are in nats, so the larger miss says how far a candidate is from staying.
         return max((row.kl or 0.0) - kl_threshold, induce_threshold - (row.induce or 0.0))
 

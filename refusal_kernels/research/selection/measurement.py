@@ -28,9 +28,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from refusal_kernels.direction import Direction, read_tensors, write_tensors
+from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
+from refusal_kernels.files.tensors import read_tensors, write_tensors
 from refusal_kernels.hf.batches import Batch
 from refusal_kernels.hf.forward import LAST, model_inputs, read_inputs
 from refusal_kernels.hf.model import decoder_layers, input_device

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.hf.model import text_config
-from refusal_kernels.research.extraction.collect import last_logits
 
 SCORE_EPS = 1e-8
 KL_EPS = 1e-6

@@ -9,9 +9,10 @@ import torch
 from tiny import plain_hooks, tiny_model, tiny_tokenizer
 
 from refusal_kernels import cli, toy
-from refusal_kernels.direction import Direction, write_tensors
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.hf.generate import generate, generate_ids
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
@@ -21,7 +22,7 @@ from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudg
 from refusal_kernels.research.evaluation.likelihood import answers, cross_entropy
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.statements import statements
-from refusal_kernels.research.extraction.collect import last_logits, mean_difference
+from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex me"]
@@ -47,8 +48,9 @@ def tiny():
     steps: dict[str, list[tuple[int, int]]] = {}
     evidence = evaluate(
         model, tokenizer, direction, harmful=HARMFUL, harmless=HARMLESS, extra={"mixed": EXTRA},
-        judges=judges, candidates=vectors, refusal_tokens=TOKENS, skills={"words": pairs},
-        texts={"pairs": answers(tokenizer, pairs)}, strengths=(1.0, -1.0, 0.0, 2.5),
+        judges=judges, candidates=Candidates(vectors), refusal_tokens=TOKENS,
+        skills={"words": pairs}, texts={"pairs": answers(tokenizer, pairs)},
+        strengths=(1.0, -1.0, 0.0, 2.5),
         random_controls=2, layer_controls=5, seed=7, max_new_tokens=5, batch_size=5,
         step=lambda name: lambda *c: steps.setdefault(name, []).append(c),
     )  # fmt: skip
@@ -240,8 +242,8 @@ def test_bad_input_before_any_work() -> None:
         ({"extra": {"more": []}}, "'more' are empty"),
         ({"judges": []}, "there is none"),
         ({"judges": [SubstringJudge(), SubstringJudge()]}, "one name"),
-        ({"candidates": torch.randn(4, 5, 64)}, r"expected \[position, 3 layers, 64\]"),
-        ({"candidates": torch.randn(1, 3, 64)}, "have 1 positions"),
+        ({"candidates": Candidates(torch.randn(4, 5, 64))}, r"expected \[position, 3 layers, 64\]"),
+        ({"candidates": Candidates(torch.randn(1, 3, 64))}, "have 1 positions"),
         ({"layer": 9}, "the model has 3 layers"),
     ):
         with pytest.raises(InputError, match=words):
@@ -274,10 +276,12 @@ def toy_evidence():
         {c: toy.prompts(c, split)[:n] for c in ("harmful", "harmless")}
         for split, n in (("train", 128), ("test", 40))
     )
-    vectors = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
-    direction = Direction(vectors[-2, 5], layer=5, position=-2, model="toy")
+    candidates = mean_difference(
+        model, tokenizer, train["harmful"], train["harmless"], model_name="toy"
+    )
+    direction = candidates.at(5, -2)
     return evaluate(
-        model, tokenizer, direction, **test, candidates=vectors, strengths=(0.0, 1.0),
+        model, tokenizer, direction, **test, candidates=candidates, strengths=(0.0, 1.0),
         skills={"facts": toy.skills()["facts"][:20]}, max_new_tokens=32,
     )  # fmt: skip
 
@@ -327,9 +331,7 @@ def folder(tmp_path_factory):
     vectors = torch.randn(4, LAYERS, 64, generator=torch.Generator().manual_seed(2))
     Direction(vectors[-1, 1], layer=1, position=-1).save(path / "direction.safetensors")
     Direction(vectors[-1, 1]).save(path / "homeless.safetensors")
-    write_tensors(
-        path / "candidates.safetensors", "refusal_kernels.candidates", {"candidates": vectors}, {}
-    )
+    Candidates(vectors).save(path / "candidates.safetensors")
     rows = [
         {"position": -1, "layer": i, "bypass": -1.0, "induce": 1.0, "kl": 0.1, "discarded": None}
         for i in range(LAYERS)

@@ -88,8 +88,8 @@ def world(offline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     model, tokenizer = toy.load()
     train = {c: toy.prompts(c, "train")[:64] for c in ("harmful", "harmless")}
-    vectors = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
-    direction = Direction(vectors[POSITION, LAYER], layer=LAYER, position=POSITION)
+    candidates = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
+    direction = candidates.at(LAYER, POSITION)
     direction.save(folder / "direction.safetensors")
     chat = ChatFormat(tokenizer)
     # with which word does an answer rather begin: that of a refusal, or one of a plan?

@@ -24,22 +24,24 @@ from refusal_kernels.research.evaluation.likelihood import answers
 from refusal_kernels.research.evaluation.outcomes import Outcome
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.statements import percent
-from refusal_kernels.research.selection.algorithm import Candidate
+from refusal_kernels.research.selection.algorithm import ScoredCandidate
 
 ATTACK = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
 FIGURES = ("refusals", "controls", "dose", "projections", "candidates")
 
 
-def candidates() -> list[Candidate]:
+def candidates() -> list[ScoredCandidate]:
     rows = []
     for position in (-3, -2, -1):
         for layer in range(6):
             if layer >= 4:
-                rows.append(Candidate(position, layer, None, None, None, "layer >= 4"))
+                rows.append(ScoredCandidate(position, layer, None, None, None, "layer >= 4"))
             else:
                 kl = 0.05 * layer
                 why = "kl > 0.1" if kl > 0.1 else None
-                rows.append(Candidate(position, layer, -float(layer + position), 1.0, kl, why))
+                rows.append(
+                    ScoredCandidate(position, layer, -float(layer + position), 1.0, kl, why)
+                )
     return rows
 
 

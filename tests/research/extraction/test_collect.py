@@ -13,8 +13,9 @@ from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from refusal_kernels import Ablate, Direction, patch, toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.hf.load import load
-from refusal_kernels.research.extraction.collect import collect, last_logits, mean_difference
+from refusal_kernels.research.extraction.collect import collect, mean_difference
 from refusal_kernels.research.extraction.moments import Moments
 
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
@@ -65,14 +66,18 @@ def test_mean_difference_is_position_layer_hidden() -> None:
     model = tiny_model()
     seen: list[tuple[int, int]] = []
     candidates = mean_difference(
-        model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=3,
+        model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=3, model_name="tiny",
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     expected = plain_mean(model, HARMFUL, POSITIONS) - plain_mean(model, HARMLESS, POSITIONS)
-    assert candidates.dtype == torch.float32 and candidates.shape == (POSITIONS, 3, 64)
-    torch.testing.assert_close(candidates.double(), expected.transpose(0, 1), rtol=0, atol=5e-6)
-    assert not candidates[:, 0].any()  # the template's own tokens: the same embedding everywhere
-    assert candidates[:, 1].any()
+    vectors = candidates.vectors
+    assert vectors.dtype == torch.float32 and vectors.shape == (POSITIONS, 3, 64)
+    assert list(candidates.positions) == [-4, -3, -2, -1] and list(candidates.layers) == [0, 1, 2]
+    assert (candidates.model, candidates.method) == ("tiny", "mean_difference")
+    assert candidates.template == "<s> <|user|> {instruction} <|end|> <|assistant|> answer :"
+    torch.testing.assert_close(vectors.double(), expected.transpose(0, 1), rtol=0, atol=5e-6)
+    assert not vectors[:, 0].any()  # the template's own tokens: the same embedding everywhere
+    assert vectors[:, 1].any()
     assert seen == [(3, 8), (4, 8), (7, 8), (8, 8)]
 
 
@@ -102,7 +107,7 @@ def test_a_state_goes_on(tmp_path: Any) -> None:
     whole = collect(model, tiny_tokenizer(), HARMFUL, batch_size=2)
     collect(model, tiny_tokenizer(), HARMLESS, batch_size=2, group=1, moments=whole)
     expected = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=2)
-    assert torch.equal(whole.compute().mean_difference.float(), expected)
+    assert torch.equal(whole.compute().mean_difference.float(), expected.vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -224,11 +229,11 @@ def test_the_mean_differences_are_float64_sums() -> None:
         means.append(sums / len(prompts))
     expected = (means[0] - means[1]).transpose(0, 1)
 
-    found = mean_difference(model, tokenizer, *sets, batch_size=8)
+    found = mean_difference(model, tokenizer, *sets, batch_size=8).vectors
     error = (found.double() - expected).abs()
     # a float32 number is within 6e-8 of what it stands for; 1e-12: of a difference that is none
     assert (error <= 1e-6 * expected.abs() + 1e-12).all()
-    again = mean_difference(model, tokenizer, *sets, batch_size=8)
+    again = mean_difference(model, tokenizer, *sets, batch_size=8).vectors
     assert torch.equal(found, again)
 
 
@@ -249,7 +254,7 @@ def test_what_lies_above_the_last_layer_is_not_run(last_layer: int) -> None:
         of_part, of_whole = (getattr(m, read)("harmful") for m in (part, whole))
         assert torch.equal(of_part, of_whole[: last_layer + 1])
     candidates = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, last_layer=last_layer)
-    assert candidates.shape == (POSITIONS, last_layer + 1, 64)
+    assert candidates.vectors.shape == (POSITIONS, last_layer + 1, 64)
 
 
 OTHERS = "gpt2 bloom falcon gptj gemma2 gemma3n_text mixtral mamba phi3 qwen3_next olmo2 cohere2"
@@ -330,7 +335,7 @@ def test_compiled_and_offloaded_models(how: str) -> None:
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "state.safetensors"
-    whole = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=1)
+    whole = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=1).vectors
     seen: list[int] = []
 
     def stop(done: int, _: int) -> None:
@@ -341,13 +346,15 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     arguments = (model, tiny_tokenizer(), HARMFUL, HARMLESS)
     with pytest.raises(KeyboardInterrupt):
         mean_difference(*arguments, batch_size=1, checkpoint=path, progress=stop)
-    again = mean_difference(*arguments, batch_size=1, checkpoint=path, progress=stop_not(seen))
+    again = mean_difference(
+        *arguments, batch_size=1, checkpoint=path, progress=stop_not(seen)
+    ).vectors
     assert seen == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert torch.equal(whole, again)
     # a finished run says it again, without a pass
     passes: list[Any] = []
     model.model.layers[1].register_forward_pre_hook(lambda *_: passes.append(_))
-    assert torch.equal(whole, mean_difference(*arguments, batch_size=1, checkpoint=path))
+    assert torch.equal(whole, mean_difference(*arguments, batch_size=1, checkpoint=path).vectors)
     assert len(passes) == 1  # the probe
 
 

@@ -10,9 +10,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from refusal_kernels import cli
-from refusal_kernels.direction import Direction, read_tensors
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.convert import CANDIDATES, Candidates, read
+from refusal_kernels.files.convert import read
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.extraction.methods import (
     METHODS,
@@ -96,12 +96,14 @@ def test_a_planted_direction_is_found_in_a_model(
     model: Any, planted: torch.Tensor, method: str
 ) -> None:
     calls: list[tuple[int, int]] = []
-    found = find_candidates(
+    candidates = find_candidates(
         model, tiny_tokenizer(), HARMFUL, HARMLESS, method=method, batch_size=7,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
+    assert candidates.method == method and candidates.template is not None
+    found = candidates.vectors
     assert found.shape == (4, 4, 64) and found.dtype == torch.float32
-    means = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
+    means = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS).vectors
     for position in range(4):
         assert cosine(found[position, LAYER], planted) > (0.8 if method == "leace" else 0.97)
     assert not found[:, 0].any()  # the template's embeddings do not depend on the prompt
@@ -111,14 +113,13 @@ def test_a_planted_direction_is_found_in_a_model(
         assert float(unit @ mean.double()) == pytest.approx(float(c.double().norm()), rel=1e-4)
     assert calls[-1] == (88, 88) and [done for done, _ in calls] == sorted({d for d, _ in calls})
     again = find_candidates(model, tiny_tokenizer(), HARMFUL, HARMLESS, method=method, batch_size=7)
-    assert torch.equal(found, again)
+    assert torch.equal(found, again.vectors)
 
 
 def test_the_default_is_the_mean_difference(model: Any) -> None:
     expected = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=5)
-    assert torch.equal(
-        find_candidates(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=5), expected
-    )
+    default = find_candidates(model, tiny_tokenizer(), HARMFUL, HARMLESS, batch_size=5)
+    assert torch.equal(default.vectors, expected.vectors) and default.method == "mean_difference"
 
 
 def test_the_first_layers_and_positions_alone(model: Any) -> None:
@@ -127,7 +128,7 @@ def test_the_first_layers_and_positions_alone(model: Any) -> None:
     part = find_candidates(
         model, tiny_tokenizer(), HARMFUL, HARMLESS, positions=2, last_layer=2, **options
     )
-    assert torch.equal(part, every[-2:, :3])
+    assert torch.equal(part.vectors, every.vectors[-2:, :3])
 
 
 def test_bad_input(model: Any, monkeypatch: Any) -> None:
@@ -166,8 +167,8 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
 
     file, out = tmp_path / "candidates.safetensors", tmp_path / "direction.safetensors"
     assert run("extract", "--method", "probe", "--out", file) == 0
-    tensors, metadata = read_tensors(file, CANDIDATES, ("candidates",))
-    assert metadata["method"] == "probe" and tensors["candidates"].shape == (4, 3, 64)
+    loaded = Candidates.load(file)
+    assert loaded.method == "probe" and loaded.vectors.shape == (4, 3, 64)
     monkeypatch.setattr(
         "refusal_kernels.research.selection.algorithm._judged",
         lambda at, scores, *_: kept(at, scores),
@@ -175,7 +176,7 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
     assert run("select", "--candidates", file, "--out", out, "--refusal-tokens", "7,9") == 0
     direction = Direction.load(out)
     assert direction.method == "probe"
-    assert torch.equal(direction.vector, tensors["candidates"][direction.position, direction.layer])
+    assert torch.equal(direction.vector, loaded.vectors[direction.position, direction.layer])
     candidates = read(file)
     assert isinstance(candidates, Candidates)
     assert candidates.at(direction.layer, direction.position).method == "probe"
@@ -187,6 +188,6 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
 
 def kept(at: tuple[int, int], scores: list[float]) -> Any:
     """A candidate that no threshold discards: a random model refuses nothing."""
-    from refusal_kernels.research.selection.algorithm import Candidate
+    from refusal_kernels.research.selection.algorithm import ScoredCandidate
 
-    return Candidate(*at, *scores, None)
+    return ScoredCandidate(*at, *scores, None)

@@ -13,6 +13,7 @@ from protocol import last_logits, mean_refusal_score, measure
 from protocol import winner as plain_winner
 from tiny import tiny_model, tiny_tokenizer
 
+from refusal_kernels.direction import Candidates
 from refusal_kernels.errors import InputError
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.selection.algorithm import Selection, select
@@ -36,12 +37,13 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def candidates(model: Any) -> torch.Tensor:
-    return 3 * mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
+    return 3 * mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS).vectors
 
 
 def run(model: Any, candidates: torch.Tensor, **options: Any) -> Selection:
     options = {"refusal_tokens": TOKENS, "kl_threshold": 1e9, "induce_threshold": -1e9, **options}
-    return select(model, tiny_tokenizer(), candidates, HARMFUL, HARMLESS, **options)
+    made = Candidates(candidates, "tiny", "by hand")
+    return select(model, tiny_tokenizer(), made, HARMFUL, HARMLESS, **options)
 
 
 def last(model: Any, prompts: list[str]) -> torch.Tensor:
@@ -60,8 +62,7 @@ def test_filters_and_winner_are_the_protocols(model: Any, candidates: torch.Tens
     calls: list[tuple[int, int]] = []
     selection = run(
         model, candidates, kl_threshold=kl_threshold, induce_threshold=induce_threshold,
-        batch_size=3, model_name="tiny", method="by hand",
-        progress=lambda *call: calls.append(call),
+        batch_size=3, progress=lambda *call: calls.append(call),
     )  # fmt: skip
 
     assert [(row.position, row.layer) for row in selection.scores] == [
@@ -185,7 +186,12 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
     hook = model.model.register_forward_pre_hook(never)
     try:
         longer = torch.cat([candidates, candidates], dim=1)
-        for bad in (candidates[0], longer, candidates[:, :0], candidates[..., :32]):
+        for bad in (candidates[0], candidates[:, :0]):
+            with pytest.raises(InputError, match=r"expected floating point \[position, layer, hid"):
+                run(model, bad)
+        with pytest.raises(InputError, match=r"candidates is a Tensor; expected rk.Candidates"):
+            select(model, tiny_tokenizer(), candidates, HARMFUL, HARMLESS)  # type: ignore[arg-type]
+        for bad in (longer, candidates[..., :32]):
             with pytest.raises(InputError, match=r"expected \[position, 5 layers or fewer, 64\]"):
                 run(model, bad)
         for tokens in ([], [7, 10_000], [-1]):
@@ -198,7 +204,9 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
         with pytest.raises(InputError, match="batch size is 0"):
             run(model, candidates, batch_size=0)
         with pytest.raises(InputError, match="no prompt"):
-            select(model, tiny_tokenizer(), candidates, HARMFUL, [], refusal_tokens=TOKENS)
+            select(
+                model, tiny_tokenizer(), Candidates(candidates), HARMFUL, [], refusal_tokens=TOKENS
+            )
     finally:
         hook.remove()
 

@@ -12,6 +12,7 @@ from protocol import Table, discarded, measure, winner
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from refusal_kernels import toy
+from refusal_kernels.direction import Candidates
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.load import load
 from refusal_kernels.interventions import Ablate
@@ -39,7 +40,7 @@ def family_model(family: str) -> Any:
 
 
 def candidates_of(model: Any) -> torch.Tensor:
-    return 3 * mean_difference(model, tiny.tiny_tokenizer(), HARMFUL, HARMLESS)
+    return 3 * mean_difference(model, tiny.tiny_tokenizer(), HARMFUL, HARMLESS).vectors
 
 
 def plain(model: Any, candidates: torch.Tensor) -> Table:
@@ -74,7 +75,8 @@ def check(selection: Selection, table: Table, layers: int, **limits: float) -> N
 
 def run(model: Any, candidates: torch.Tensor, **options: Any) -> Selection:
     options = {"refusal_tokens": TOKENS, "kl_threshold": 1e9, "induce_threshold": -1e9, **options}
-    return select(model, tiny.tiny_tokenizer(), candidates, HARMFUL, HARMLESS, **options)
+    made = Candidates(candidates)
+    return select(model, tiny.tiny_tokenizer(), made, HARMFUL, HARMLESS, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +111,7 @@ def test_the_toy_model(toy_model: tuple[Any, Any]) -> None:
     selection = select(model, tokenizer, candidates, **validation)
     tokens = selection.refusal_tokens  # found from the model's own refusals
     wide = copy.deepcopy(model).double()
-    table = measure(wide, tokenizer, candidates, **validation, tokens=tokens)
+    table = measure(wide, tokenizer, candidates.vectors, **validation, tokens=tokens)
     check(selection, table, 8)
 
 

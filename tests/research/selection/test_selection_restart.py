@@ -18,9 +18,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from refusal_kernels import toy
-from refusal_kernels.direction import read_tensors, write_tensors
+from refusal_kernels.direction import Candidates
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.convert import CANDIDATES
+from refusal_kernels.files.tensors import read_tensors, write_tensors
 from refusal_kernels.hf.load import load
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.selection import measurement
@@ -93,7 +93,7 @@ def inputs(tmp_path_factory: Any) -> Path:
     model, tokenizer = load("toy", "cpu", "auto")
     prompts = {name: list(toy.prompts(name, "train")[:80]) for name in ("harmful", "harmless")}
     candidates = mean_difference(model, tokenizer, **prompts)
-    write_tensors(path / "candidates.safetensors", CANDIDATES, {"candidates": candidates}, {})
+    candidates.save(path / "candidates.safetensors")
     for name, some in prompts.items():
         (path / f"{name}.txt").write_text("\n".join(some))
     return path
@@ -160,7 +160,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def candidates(model: Any) -> torch.Tensor:
-    return 3 * mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
+    return 3 * mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS).vectors
 
 
 def run(model: Any, candidates: torch.Tensor, *prompts: list[str], **options: Any) -> Selection:
@@ -168,7 +168,8 @@ def run(model: Any, candidates: torch.Tensor, *prompts: list[str], **options: An
         "refusal_tokens": [7, 9], "kl_threshold": 1e9, "induce_threshold": -1e9, "batch_size": 3,
         **options,
     }  # fmt: skip
-    return select(model, tiny_tokenizer(), candidates, *(prompts or (HARMFUL, HARMLESS)), **options)
+    prompts = prompts or (HARMFUL, HARMLESS)
+    return select(model, tiny_tokenizer(), Candidates(candidates), *prompts, **options)
 
 
 class Stopped(Exception):
