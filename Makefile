@@ -110,21 +110,24 @@ lint: setup-full  ## ruff, mypy, import contracts, clang-format
 	@echo "lint: clean"
 
 # a second build of the C++ under AddressSanitizer and UBSan, in build/: every instruction set that
-# this processor runs, and the CUDA kernels in the tests' emulator
-SANITIZED := tests/ops/test_ops.py tests/ops/test_accuracy.py tests/ops/test_moments_op.py tests/ops/test_gradients.py \
-	tests/ops/test_cpu_caches.py
+# this processor runs, and the CUDA kernels in the tests' emulator; two at a time
+SANITIZED := $(addprefix tests/ops/test_,$(addsuffix .py,ops accuracy moments_op gradients cpu_caches))
 sanitize: setup-test  ## the C++ kernels under AddressSanitizer and UBSan
 	@mkdir -p build/sanitize && REFUSAL_KERNELS_SANITIZE=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize > build/sanitize/build.log 2>&1 \
 		|| { cat build/sanitize/build.log; exit 1; }
-	@sets=$$($(BIN)/python -c 'from refusal_kernels import _C; print(*_C.cpu_capabilities())') || exit 1; \
-	for run in $$(printf '%s:cpu ' $$sets) $${sets%% *}:cuda_emulated; do \
-		echo "== $$run under ASan and UBSan"; log=build/sanitize/$$run.log; \
-		REFUSAL_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 REFUSAL_KERNELS_CPU_CAPABILITY=$${run%:*} \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-		PYTHONPATH=$$(echo build/sanitize/lib*) $(BIN)/pytest -k "$${run#*:} and not 31" $(SANITIZED) \
-		> $$log 2>&1 && grep -q 'extension: .*build/sanitize' $$log && tail -n 3 $$log \
-		|| { cat $$log; exit 1; }; done
+	@sets=$$($(BIN)/python -c 'from refusal_kernels import _C; print(*_C.cpu_capabilities())') && \
+	$(MAKE) --no-print-directory -j 2 $$(printf 'sanitized-%s-cpu ' $$sets) \
+		sanitized-$${sets%% *}-cuda_emulated
+
+sanitized-%:
+	@run=$*; log=build/sanitize/$$run.log; \
+	REFUSAL_KERNELS_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 REFUSAL_KERNELS_CPU_CAPABILITY=$${run%-*} \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	PYTHONPATH=$$(echo build/sanitize/lib*) OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -k "$${run#*-}" -m "not full" $(SANITIZED) > $$log 2>&1 \
+		&& grep -q 'extension: .*build/sanitize' $$log || { cat $$log; exit 1; }; \
+	echo "== $$run under ASan and UBSan"; tail -n 3 $$log
 
 # compiled, inspected and thrown away; registers per kernel, and a failure where one spills
 cuda: setup-full  ## compile the CUDA kernels for three GPU generations, without a GPU

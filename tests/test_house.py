@@ -4,6 +4,9 @@ import ast
 import collections
 from pathlib import Path
 
+import mutants
+import pytest
+
 import refusal_kernels as rk
 
 PACKAGE = Path(rk.__file__).parent
@@ -53,3 +56,10 @@ def test_no_name_of_a_package_hides_a_module_of_it():
     modules = {child.stem for child in PACKAGE.iterdir()}
     hidden += [name for name in rk.__all__ if name in modules and name != "ops"]
     assert hidden == []
+
+
+@pytest.mark.full
+def test_every_mutant_changes_a_text_that_occurs_once():
+    assert len(mutants.MUTANTS) >= 30
+    for mutant in mutants.MUTANTS:
+        assert mutant.applied() != mutant.path().read_text()
