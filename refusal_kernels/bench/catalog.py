@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from refusal_kernels.bench.process import WORKER
 from refusal_kernels.bench.worker import BASE
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops.registry import BACKENDS
 
-OWN = "this environment"
+HERE = "this environment"
 PACKAGE = "refusal_kernels"
 METHODS = Path(__file__).parent / "methods"
 CHECKOUT = Path(__file__).parents[2]
@@ -27,7 +26,7 @@ BEFOREHAND = ("orthogonalized",)  # edits that are made before the model runs
 
 
 @dataclass(frozen=True)
-class Method:
+class BenchMethod:
     """A method's file, and what runs it.
 
     Attributes
@@ -38,8 +37,8 @@ class Method:
         Whose worker: all methods of one share a process and its unmodified model.
     missing
         Why it can not be run here, or None.
-    script
-        The worker that it needs.
+    engine
+        Whether it is an engine, not a model.
     """
 
     name: str
@@ -49,10 +48,10 @@ class Method:
     environment: str
     python: Path
     missing: str | None = None
-    script: Path = WORKER
+    engine: bool = False
 
 
-def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[Method]:
+def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[BenchMethod]:
     """Return the methods of these names; by default all there are.
 
     Parameters
@@ -71,7 +70,7 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     InputError
         If there is no such method.
     """
-    own = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
+    here = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
     kind = torch.device(device).type
     served = [
         f"{PACKAGE}:{name}"
@@ -79,7 +78,7 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
         if BACKENDS[name].why_not(kind, torch.bfloat16) is None
     ]
     groups = {
-        "own": [*served, *sorted(own)],
+        "own": [*served, *sorted(here)],
         "peers": sorted(path.stem for path in peers.glob("[a-z]*.py")),
         "engines": ENGINES,
         PACKAGE: served,
@@ -90,7 +89,7 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     return [_one(name, peers) for name in dict.fromkeys(wanted)]
 
 
-def _one(name: str, peers: Path) -> Method:
+def _one(name: str, peers: Path) -> BenchMethod:
     """Find one method's file and its interpreter."""
     text, at, python = name.partition("@")
     if text.endswith(".py"):
@@ -99,24 +98,23 @@ def _one(name: str, peers: Path) -> Method:
             raise InputError(f"--methods: there is no file {file}")
         runs = Path(python).absolute() if at else Path(sys.executable)
         # a file of its own environment, so that what goes wrong in it is its own
-        return Method(file.stem, file.absolute(), None, name, file.stem, runs)
+        return BenchMethod(file.stem, file.absolute(), None, name, file.stem, runs)
     if name in ENGINES:
         there = (ENGINE_ENVIRONMENT / ".ready").is_file()
         missing = None if there else f"not installed: {ENGINE_ENVIRONMENT.name} is not set up"
         runs = ENGINE_ENVIRONMENT / "bin" / "python"
-        script = Path(__file__).with_name("vllm_worker.py")
-        return Method(name, script, None, name, "vllm", runs, missing, script)
+        return BenchMethod(name, Path(), None, name, "vllm", runs, missing, engine=True)
     stem, _, variant = name.partition(":")
     if (METHODS / f"{stem}.py").is_file() and not stem.startswith("_"):
         file = METHODS / f"{stem}.py"
-        return Method(name, file, variant or None, name, OWN, Path(sys.executable))
+        return BenchMethod(name, file, variant or None, name, HERE, Path(sys.executable))
     if (peers / f"{name}.py").is_file():
         runs = ENVIRONMENTS / name / "bin" / "python"
         ready = ENVIRONMENTS / name / ".ready"
         missing = (
             None if ready.is_file() else f"not installed: {ENVIRONMENTS.name}/{name} is not set up"
         )
-        return Method(name, peers / f"{name}.py", None, name, name, runs, missing)
+        return BenchMethod(name, peers / f"{name}.py", None, name, name, runs, missing)
     known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
     raise InputError(
         f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "

@@ -7,16 +7,17 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal_kernels.bench.grid import Cell
+from refusal_kernels.bench.grid import BenchCell
 from refusal_kernels.bench.reference import reference_logits
 from refusal_kernels.bench.results import LOGITS_TIMES
-from refusal_kernels.bench.worker import BASE, FAR, SITES, input_ids
+from refusal_kernels.bench.worker import BASE, FAR, SITES
+from refusal_kernels.bench.worker.models import input_ids
 
 NOISE = 1e-7  # how far the stream is moved, to see how sensitive a model is to rounding
 
 
 def compare(
-    cell: Cell,
+    cell: BenchCell,
     model: Any,
     directions: Tensor,
     folder: Path,

@@ -16,11 +16,11 @@ CONTEXT = 128
 """Tokens before the one that is decoded, at most."""
 ALL = "all"
 AXES = {"dtype": "dtypes", "mode": "modes", "steered": "steered", "programs": "programs"}
-"""For each field of `Cell` that need not be crossed, the field of `Grid` with its values."""
+"""For each field of `BenchCell` that need not be crossed, the field of `Grid` with its values."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class BenchCell:
     """Model and work that every method is timed on.
 
     Attributes
@@ -178,7 +178,7 @@ class Grid:
         most = max(1, int(self.prompt_work // (layers * layer_weights(config))))
         return 1 << (most.bit_length() - 1)  # a power of two, so that rows can share it
 
-    def cells(self, name: str, layers: int, config: Any) -> list[Cell]:
+    def cells(self, name: str, layers: int, config: Any) -> list[BenchCell]:
         """Return the cells of one model that is measured with so many layers."""
         positions = getattr(config, "max_position_embeddings", None) or 1 << 20
         most = self.vary_weights
@@ -191,7 +191,7 @@ class Grid:
             of = self.prompt_tokens if axes["work"] == "prefill" else self.context_tokens
             tokens = min(of(config, layers, axes["batch"]), room)
             size = config.num_hidden_layers, config.hidden_size
-            found.append(Cell(name, layers, *size, tokens=tokens, **axes))
+            found.append(BenchCell(name, layers, *size, tokens=tokens, **axes))
         return found
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("worker") / "__main__.py"
 
 
 class WorkerError(Exception):
@@ -26,40 +26,40 @@ class Process:
         The interpreter that runs it.
     log
         Takes what it and its libraries print.
-    own
-        Whether it is of this environment; a peer is not shown this one's paths.
+    same_environment
+        Whether this package is there too; a peer is not shown this environment's paths.
     threads
         Of torch.
     packages
         Whose versions it reports.
-    script
-        What it runs.
+    engines
+        Whether it serves engines.
     """
 
     def __init__(
         self,
         python: Path,
         log: Path,
-        own: bool,
+        same_environment: bool,
         threads: int,
         packages: str,
-        script: Path = WORKER,
+        engines: bool = False,
     ) -> None:
         self.log = log
         environment = {
             **os.environ,
-            "PYTHONSAFEPATH": "1",  # not this file's own folder, whose names are its own
+            "PYTHONSAFEPATH": "1",  # the worker's folder has common names
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(threads),
             "REFUSAL_KERNELS_BENCH_NAMES": packages,
         }
-        if not own:
+        if not same_environment:
             environment.pop("PYTHONPATH", None)
         try:
             with log.open("ab") as errors:
                 self.process = subprocess.Popen(
-                    [python, str(script)],
+                    [python, str(WORKER), *["engines"] * engines],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,

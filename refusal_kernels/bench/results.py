@@ -89,9 +89,9 @@ def by_cell(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[s
 
 def cell_text(row: Mapping[str, Any]) -> str:
     """Return the cell of a row in words."""
-    from refusal_kernels.bench.grid import Cell
+    from refusal_kernels.bench.grid import BenchCell
 
-    return str(Cell(**{name: row[name] for name in CELL}))
+    return str(BenchCell(**{name: row[name] for name in CELL}))
 
 
 def faster(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:

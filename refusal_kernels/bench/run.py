@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from refusal_kernels.bench import shapes
-from refusal_kernels.bench.catalog import OWN, Method
+from refusal_kernels.bench.catalog import HERE, BenchMethod
 from refusal_kernels.bench.checks import compare
-from refusal_kernels.bench.grid import Cell
+from refusal_kernels.bench.grid import BenchCell
 from refusal_kernels.bench.process import Process, WorkerError
 from refusal_kernels.bench.records import rounded
 from refusal_kernels.bench.results import (
@@ -30,8 +30,10 @@ from refusal_kernels.bench.results import (
     verdict,
     write_results,
 )
-from refusal_kernels.bench.settings import Settings, earlier_rows
-from refusal_kernels.bench.worker import BASE, load, shuffled
+from refusal_kernels.bench.settings import BenchSettings, earlier_rows
+from refusal_kernels.bench.worker import BASE
+from refusal_kernels.bench.worker.models import load
+from refusal_kernels.bench.worker.serve import shuffled
 from refusal_kernels.environment import clock_mhz
 from refusal_kernels.errors import InputError, first_line
 
@@ -56,7 +58,7 @@ class Run:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: BenchSettings,
         resume: bool = False,
         say: Callable[[str, int, int], None] = lambda text, done, total: None,
     ) -> None:
@@ -92,7 +94,7 @@ class Run:
             document = self.write(complete)
         return document
 
-    def _plan(self) -> list[tuple[Any, list[Cell]]]:
+    def _plan(self) -> list[tuple[Any, list[BenchCell]]]:
         """Return the cells of each model and dtype, the models' weights loaded once.
 
         With each its configuration, cut to as many layers as fit; None if none does.
@@ -116,7 +118,7 @@ class Run:
                 plan.append((shapes.cut(deepcopy(config), layers) if fit else None, cells))
         return plan
 
-    def _model(self, config: Any, cells: list[Cell]) -> None:
+    def _model(self, config: Any, cells: list[BenchCell]) -> None:
         """Measure all cells of one model in one dtype."""
         model, name = None, ""
         # one for which the last model was too large may do with this: it has one more try
@@ -148,7 +150,7 @@ class Run:
         if name:  # weights of a large model fill a disk
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def _weights(self, cell: Cell, config: Any, folder: Path) -> Any:
+    def _weights(self, cell: BenchCell, config: Any, folder: Path) -> Any:
         shapes.write(shapes.build(cell.model, config, cell.dtype), folder)
         # as the workers have it: from the file; a GPU is the faster also in float64
         return load(str(folder), cell.dtype, self.settings.device if self._on_gpu() else "cpu")
@@ -156,7 +158,7 @@ class Run:
     def _on_gpu(self) -> bool:
         return self.settings.device.startswith("cuda")
 
-    def _kept(self, cell: Cell) -> list[dict[str, Any]]:
+    def _kept(self, cell: BenchCell) -> list[dict[str, Any]]:
         """Return a cell's rows of the earlier run, if every method has one that holds."""
         rows = {row["method"]: row for row in self.kept.get(tuple(cell.record().values()), ())}
         wanted = [method.name for method in self.settings.methods]
@@ -174,15 +176,15 @@ class Run:
     def _count(self) -> tuple[int, int]:
         return self.done, self.total
 
-    def _row(self, cell: Cell, method: str, status: str) -> dict[str, Any]:
+    def _row(self, cell: BenchCell, method: str, status: str) -> dict[str, Any]:
         return {**USUAL, **cell.record(), "method": method, "status": status}
 
-    def _all(self, cell: Cell, status: str) -> None:
+    def _all(self, cell: BenchCell, status: str) -> None:
         self.rows += [self._row(cell, method.name, status) for method in self.settings.methods]
 
     # --- a cell
 
-    def _cell(self, cell: Cell, model: Any, folder: Path) -> None:
+    def _cell(self, cell: BenchCell, model: Any, folder: Path) -> None:
         start = time.monotonic()
         budget = self._left() / max(1, self.total - self.done)
         rows = {m.name: self._row(cell, m.name, OK) for m in self.settings.methods}
@@ -207,22 +209,22 @@ class Run:
             row["verdict"] = verdict(row)
         self.rows[kept:] = rows.values()
 
-    def _groups(self) -> dict[str, list[Method]]:
+    def _groups(self) -> dict[str, list[BenchMethod]]:
         """The methods of every environment; the unmodified model is in all of them."""
         base = next(m for m in self.settings.methods if m.name == BASE)
-        groups: dict[str, list[Method]] = {OWN: []}
+        groups: dict[str, list[BenchMethod]] = {HERE: []}
         for method in self.settings.methods:
-            groups.setdefault(method.environment, [] if method.environment == OWN else [base])
+            groups.setdefault(method.environment, [] if method.environment == HERE else [base])
             groups[method.environment].append(method)
         return groups
 
     def _open_all(
-        self, cell: Cell, folder: Path, file: Path, rows: dict[str, dict[str, Any]]
+        self, cell: BenchCell, folder: Path, file: Path, rows: dict[str, dict[str, Any]]
     ) -> dict[str, list[str]]:
         """Have every worker prepare the cell; return the methods that are ready, by worker."""
         opened: dict[str, list[str]] = {}
         for name, methods in self._groups().items():
-            own = [m for m in methods if m.name != BASE or name == OWN]
+            own = [m for m in methods if m.name != BASE or name == HERE]
             reason = next((m.missing for m in methods if m.missing), None)
             if reason is None and self.failures.get(name, 0) >= GIVE_UP:
                 reason = f"not run: it failed {GIVE_UP} times in a row"
@@ -242,16 +244,16 @@ class Run:
             for method in own:
                 rows[method.name] |= found[method.name]
                 self.about[method.name] = rows[method.name].pop("about", "")
-                if name != OWN:
+                if name != HERE:
                     rows[method.name]["base_memory_mib"] = found[BASE].get("memory_mib")
             if found[BASE]["status"] == OK:
                 opened[name] = [m.name for m in own if rows[m.name]["status"] == OK]
-        for method in self._groups()[OWN]:
+        for method in self._groups()[HERE]:
             rows[method.name]["base_memory_mib"] = rows[BASE]["memory_mib"]
         return opened
 
     def _order(
-        self, cell: Cell, folder: Path, file: Path, name: str, methods: list[Method]
+        self, cell: BenchCell, folder: Path, file: Path, name: str, methods: list[BenchMethod]
     ) -> dict[str, Any]:
         return {
             "do": "open",
@@ -267,7 +269,7 @@ class Run:
             "logits": str(folder / f"{name.replace(' ', '-')}-{{}}.logits"),
         }
 
-    def _ask(self, name: str, methods: list[Method], order: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, name: str, methods: list[BenchMethod], order: dict[str, Any]) -> dict[str, Any]:
         """Ask a worker, started where it does not run; count how often it fails in a row."""
         try:
             if name not in self.workers:
@@ -277,10 +279,10 @@ class Run:
                 self.workers[name] = Process(
                     python,
                     log,
-                    name in (OWN, "vllm"),
+                    name in (HERE, "vllm"),
                     self.settings.threads,
                     packages,
-                    methods[-1].script,
+                    methods[-1].engine,
                 )
             answer = self.workers[name].ask(order, self.settings.answer_s)
         except WorkerError:
@@ -293,7 +295,7 @@ class Run:
 
     def _rounds(
         self,
-        cell: Cell,
+        cell: BenchCell,
         rows: dict[str, dict[str, Any]],
         opened: dict[str, list[str]],
         until: float,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refusal_kernels.bench.catalog import Method
+from refusal_kernels.bench.catalog import BenchMethod
 from refusal_kernels.bench.grid import ALL, Grid
 from refusal_kernels.bench.results import read_results
 from refusal_kernels.environment import describe_device, versions
@@ -13,7 +13,7 @@ from refusal_kernels.errors import InputError
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """Everything that a run is told.
 
     Attributes
@@ -24,7 +24,7 @@ class Settings:
 
     profile: str
     grid: Grid
-    methods: tuple[Method, ...]
+    methods: tuple[BenchMethod, ...]
     device: str
     threads: int
     out: Path

@@ -81,7 +81,7 @@ def bench(
     from refusal_kernels.bench.plots import plot_cells
     from refusal_kernels.bench.results import compare, read_results, write_results
     from refusal_kernels.bench.run import Run
-    from refusal_kernels.bench.settings import Settings
+    from refusal_kernels.bench.settings import BenchSettings
 
     old = read_results(compare_with) if compare_with is not None else None
     where = choose_device(device)
@@ -103,7 +103,7 @@ def bench(
         "rounds": rounds,
         "limit_s": None if minutes is None else 60 * minutes,
     }
-    settings = Settings(
+    settings = BenchSettings(
         profile,
         grid_for(profile, where, given),
         tuple(catalog.find(_list("--methods", methods, str), where, peers or catalog.PEERS)),

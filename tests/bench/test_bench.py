@@ -17,11 +17,13 @@ import torch
 from typer.testing import CliRunner
 
 from refusal_kernels import Ablate, Direction, environment, patch
-from refusal_kernels.bench import grid, results, run, settings, shapes, worker
+from refusal_kernels.bench import grid, results, run, settings, shapes
 from refusal_kernels.bench.process import Process, WorkerError
 from refusal_kernels.bench.reference import reference_logits
-from refusal_kernels.bench.settings import Settings
-from refusal_kernels.bench.worker import SITES, input_ids
+from refusal_kernels.bench.settings import BenchSettings
+from refusal_kernels.bench.worker import SITES, serve
+from refusal_kernels.bench.worker.models import input_ids
+from refusal_kernels.bench.worker.step import TimedStep, with_code_of_its_own
 from refusal_kernels.cli import app, main
 from refusal_kernels.errors import InputError
 
@@ -188,13 +190,13 @@ def script(folder, text):
 
 def test_a_worker_that_hangs_or_does_not_start_says_so(tmp_path):
     log = tmp_path / "log"
-    worker = Process(script(tmp_path, "sleep 600"), log, True, 1, "")
+    process = Process(script(tmp_path, "sleep 600"), log, True, 1, "")
     with pytest.raises(WorkerError, match="failed: no answer in 1 s"):
-        worker.ask({"do": "close"}, 1.0)
-    assert worker.process.poll() is not None  # and what it started with it
-    worker = Process(script(tmp_path, "echo the last words >&2; exit 3"), log, True, 1, "")
+        process.ask({"do": "close"}, 1.0)
+    assert process.process.poll() is not None  # and what it started with it
+    process = Process(script(tmp_path, "echo the last words >&2; exit 3"), log, True, 1, "")
     with pytest.raises(WorkerError, match="ended with code 3: the last words"):
-        worker.ask({"do": "close"}, 30.0)
+        process.ask({"do": "close"}, 30.0)
     with pytest.raises(WorkerError, match="does not start: No such file"):
         Process(tmp_path / "nobody", log, True, 1, "")
 
@@ -222,7 +224,7 @@ def test_what_dies_of_one_model_is_tried_again_with_the_next(bench, method):
 
 
 def test_a_methods_file_may_read_its_own_names_in_a_compiled_model(method):
-    half = worker.read_method(
+    half = serve.read_method(
         method("own_names", "SHARE = 0.5\n\ndef half(x):\n    return SHARE * x\n")
     ).half
 
@@ -462,7 +464,7 @@ def test_a_model_that_does_not_fit_in_one_dtype_is_measured_in_the_other(
     fits = {"float32": 0, "bfloat16": 8}
     monkeypatch.setattr(shapes, "layers_that_fit", lambda config, dtype, room: fits[dtype])
     found = grid.grid_for("full", "cpu", {"models": ("toy",)})
-    full = Settings("full", found, (), "cpu", 1, tmp_path)
+    full = BenchSettings("full", found, (), "cpu", 1, tmp_path)
     cells = [cell for _, cells in run.Run(full)._plan() for cell in cells]
     by = {dtype: [cell for cell in cells if cell.dtype == dtype] for dtype in fits}
     assert len(by["float32"]) == 1 and len(by["bfloat16"]) > 6
@@ -485,7 +487,7 @@ def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
 def test_no_method_runs_or_looks_through_the_compiled_graphs_of_another():
     looked_through = torch._dynamo.eval_frame._debug_get_cache_entry_list
     layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False), torch.nn.SiLU()]
-    steps = [worker.with_own_code(layer) for layer in layers]
+    steps = [with_code_of_its_own(layer) for layer in layers]
     x = torch.randn(2, 4)
     for layer, step in zip(layers, steps, strict=True):
         compiled = torch.compile(step, backend="eager", dynamic=False)
@@ -493,13 +495,13 @@ def test_no_method_runs_or_looks_through_the_compiled_graphs_of_another():
     assert [len(looked_through(step.__code__)) for step in steps] == [1, 1, 1]
     hooked = copy.deepcopy(layers[0])
     hooked.register_forward_hook(lambda module, args, output: output + 1)
-    compiled = torch.compile(worker.with_own_code(hooked), backend="eager", dynamic=False)
+    compiled = torch.compile(with_code_of_its_own(hooked), backend="eager", dynamic=False)
     assert torch.equal(compiled(input=x), layers[0](x) + 1)
 
 
 def test_every_method_comes_after_every_other_as_often():
-    orders = [worker.shuffled("abcd", number) for number in range(1000)]
-    assert orders == [worker.shuffled("abcd", number) for number in range(1000)]
+    orders = [serve.shuffled("abcd", number) for number in range(1000)]
+    assert orders == [serve.shuffled("abcd", number) for number in range(1000)]
     assert all(sorted(order) == list("abcd") for order in orders)
     for name in "abcd":
         assert 200 < sum(order[0] == name for order in orders) < 300
@@ -548,7 +550,7 @@ def test_the_head_is_given_what_is_contiguous(work):
     model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     cell = {"work": work, "batch": 2, "tokens": 12, "mode": "eager"}
     with torch.inference_mode():
-        worker.Work(model, model, cell, nullcontext).once()
+        TimedStep(model, model, cell, nullcontext).once()
     assert [(*h.shape[:2], h.is_contiguous()) for h in seen] == [(2, 1, True)] * len(seen) != []
 
 

@@ -1,4 +1,4 @@
-"""The worker of vLLM: whole engines that take turns. The protocol is that of `worker.py`.
+"""The worker of vLLM: whole engines that take turns. The protocol is that of `serve`.
 
 An engine without the plugin is the unmodified model; beside it one with the plugin, every request
 ablated, and one without whose layers have plain Python hooks. What is timed is the generation of
@@ -7,10 +7,8 @@ ablated, and one without whose layers have plain Python hooks. What is timed is 
 
 import contextlib
 import gc
-import importlib.util
 import json
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,26 +21,17 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 
-BASE, PLUGIN, HOOKS = "unmodified", "vllm:plugin", "vllm:hooks"
+from . import BASE, SITES
+from .models import input_ids
+from .serve import reason, shuffled
+
+PLUGIN, HOOKS = "vllm:plugin", "vllm:hooks"
 ABOUT = {
     BASE: "vLLM without the plugin.",
     PLUGIN: "vLLM with this package's plugin, every request ablated.",
     HOOKS: "vLLM without the plugin, three plain Python hooks per layer, eager.",
 }
 STEPS, PROMPT = 32, 16
-
-
-def _beside(name: str) -> Any:
-    """Import a file of this folder, which no interpreter has on its path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-shared = _beside("worker")
 
 
 def put_hooks(r: list[float], model: Any) -> int:
@@ -68,8 +57,8 @@ def put_hooks(r: list[float], model: Any) -> int:
     return len(model.model.layers)
 
 
-class Worker:
-    """Answers the lines."""
+class EngineServer:
+    """Starts engines and times them."""
 
     def __init__(self) -> None:
         self.engines: dict[str, tuple[Any, dict[str, str] | None]] = {}
@@ -122,7 +111,7 @@ class Worker:
 
         self.close()
         cell = order["cell"]
-        found: dict[str, Any] = {}
+        opened: dict[str, Any] = {}
         self.batch = cell["batch"]
         for name in order["methods"]:
             try:
@@ -132,18 +121,18 @@ class Worker:
                     raise NotImplementedError("engines are timed with one program on all layers")
                 self.engines[name] = engine, extra = self._start(name, order)
                 vocabulary = json.loads((Path(order["folder"]) / "config.json").read_text())
-                ids = shared.input_ids(cell, vocabulary["vocab_size"]).tolist()
+                ids = input_ids(cell, vocabulary["vocab_size"]).tolist()
                 out = self._generate(engine, extra, ids, max_tokens=1, logprobs=-1)
                 rows = [one.outputs[0].logprobs[0] for one in out]
                 logits = torch.tensor([[r[k].logprob for k in range(len(r))] for r in rows])
                 file = order["logits"].format(name.replace("/", "-"))
                 save_file({"logprobs": logits.double()}, file)
-                found[name] = {"status": "ok", "about": ABOUT[name]}
-                found[name]["sites"] = [] if name == BASE else list(shared.SITES)
+                opened[name] = {"status": "ok", "about": ABOUT[name]}
+                opened[name]["sites"] = [] if name == BASE else list(SITES)
             except Exception as error:
                 self.engines.pop(name, None)
-                found[name] = {"status": shared.reason(error)}
-        return {"methods": found, "versions": _versions()}
+                opened[name] = {"status": reason(error)}
+        return {"methods": opened, "versions": _versions()}
 
     def _generate(self, engine: Any, extra: Any, ids: list[list[int]], **wanted: Any) -> Any:
         from vllm import SamplingParams
@@ -158,7 +147,7 @@ class Worker:
         """Time every engine once."""
         seconds = {}
         ids = [[3 + (k + 31 * row) % 190 for k in range(PROMPT)] for row in range(self.batch)]
-        for name in shared.shuffled(self.engines, number):
+        for name in shuffled(self.engines, number):
             start = time.perf_counter()
             self._generate(*self.engines[name], ids, max_tokens=STEPS)
             seconds[name] = (time.perf_counter() - start) / STEPS
@@ -189,7 +178,3 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "vllm": vllm.__version__,
     }
-
-
-if __name__ == "__main__":
-    shared.main(Worker())

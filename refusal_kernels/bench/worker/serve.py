@@ -1,0 +1,209 @@
+"""The protocol: methods are opened, timed round by round, and closed."""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import BASE, MOST, SITES
+from .models import around_the_same_weights, load
+from .observe import MemoryMark, launches, left_of
+from .step import TimedStep
+from .task import SteeringTask
+
+LEAST = {"decode": 2, "prefill": 1}
+
+
+def read_method(path: str) -> ModuleType:
+    """Import a method's file."""
+    spec = importlib.util.spec_from_file_location(f"method_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile looks up by name what a file's functions read
+    spec.loader.exec_module(module)
+    return module
+
+
+def reason(error: BaseException) -> str:
+    """Return why there is no time, in one line."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, NotImplementedError) and text:
+        return f"cannot: {text}"
+    return f"failed: {type(error).__name__}: {text}"
+
+
+def shuffled(names: Iterable[str], number: int) -> list[str]:
+    """Return the order of a round.
+
+    By chance: were every other one reversed, the first would follow itself, with all that it needs
+    in the caches, and so would the last (0.3 % of a compiled step of the toy model).
+    """
+    order = list(names)
+    random.Random(number).shuffle(order)
+    return order
+
+
+@dataclass
+class OpenCell:
+    """A cell whose methods are ready to be timed."""
+
+    steps: dict[str, TimedStep]
+    stack: ExitStack
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Time every method once, in an order that is another in every round."""
+        seconds: dict[str, float] = {}
+        names = shuffled(self.steps, number)
+        with torch.inference_mode():
+            for name in names:
+                try:
+                    if not seconds:  # what others left is no cost of the first
+                        self.steps[name].once()
+                        self.steps[name].rewind()
+                    seconds[name] = self.steps[name].timed()
+                except Exception as error:
+                    self.errors[name] = reason(error)
+                    del self.steps[name]
+        return {"seconds": seconds, "errors": self.errors}
+
+
+class MethodServer:
+    """Opens methods on copies of one model and times them."""
+
+    def __init__(self) -> None:
+        self.loaded: tuple[Any, ...] = ()
+        self.model: Any = None
+        self.open_cell: OpenCell | None = None
+
+    def open(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Make every method's copy, check it, and prepare what is timed."""
+        self.close()
+        cell, folder, device = order["cell"], order["folder"], order["device"]
+        if order["threads"]:
+            torch.set_num_threads(order["threads"])
+        wanted = (folder, cell["dtype"], device)
+        if self.loaded != wanted:
+            self.model, self.loaded = None, ()
+            gc.collect()
+            self.model, self.loaded = load(*wanted), wanted
+        opened_cell = self.open_cell = OpenCell({}, ExitStack())
+        if cell["mode"] == "compile":  # which takes seconds to import
+            torch._dynamo.reset()
+            config: Any = torch._dynamo.config
+            opened_cell.stack.enter_context(config.patch(recompile_limit=64))
+        opened: dict[str, Any] = {}
+        with torch.inference_mode():  # what a process does once is no method's memory
+            TimedStep(self.model, self.model, cell, nullcontext).once()
+        for name, (path, variant) in order["methods"].items():
+            try:
+                opened[name] = self._method(name, path, variant, order)
+            except Exception as error:
+                if os.environ.get("REFUSAL_KERNELS_BENCH_TRACE"):
+                    sys.excepthook(*sys.exc_info())
+                opened[name] = {"status": reason(error)}
+        if BASE in opened_cell.steps:
+            with torch.inference_mode():
+                seconds = opened_cell.steps[BASE].timed()
+            least = LEAST[cell["work"]] if seconds < order["measure_s"] else 1
+            for step in opened_cell.steps.values():
+                step.repeats = max(least, min(MOST, round(order["measure_s"] / max(seconds, 1e-9))))
+        return {"methods": opened, "versions": _versions()}
+
+    def _method(
+        self, name: str, path: str, variant: str | None, order: dict[str, Any]
+    ) -> dict[str, Any]:
+        from safetensors.torch import load_file, save_file
+
+        assert self.open_cell is not None
+        cell, device = order["cell"], order["device"]
+        task = SteeringTask(
+            load_file(order["directions"], device=device)["directions"],
+            order["rows"], order["layers"], cell["mode"], variant, order["folder"], cell["work"],
+        )  # fmt: skip
+        module = read_method(path)
+        during = (lambda: module.during(task)) if hasattr(module, "during") else nullcontext
+        memory = MemoryMark(device)
+        model = around_the_same_weights(self.model)
+        stack = ExitStack()
+        try:
+            with during():
+                call = stack.enter_context(module.steer(model, task))
+            with torch.inference_mode():
+                step = TimedStep(call, model, cell, during)
+                logits = step.once().double().cpu()  # before it is compiled
+                step.rewind()
+                grown = memory.grown()
+                watched = call if hasattr(call, "get_decoder") else model
+                left = None if name == BASE else left_of(watched, step, task)
+                step.prepare()
+                count = launches(step, device)
+                logits = step.once().double().cpu()
+                step.rewind()
+            save_file({"logits": logits}, order["logits"].format(name.replace("/", "-")))
+        except BaseException:
+            stack.close()
+            raise
+        self.open_cell.stack.push(stack)
+        self.open_cell.steps[name] = step
+        return {
+            "status": "ok",
+            "about": (module.__doc__ or "").split("\n")[0],
+            "sites": list(getattr(module, "SITES", SITES)),
+            "residual": left,
+            "memory_mib": grown,
+            "launches": count,
+        }
+
+    def close(self) -> dict[str, Any]:
+        """Undo every method."""
+        if self.open_cell is not None:
+            self.open_cell.stack.close()
+            self.open_cell = None
+            gc.collect()
+        return {}
+
+    def answer(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Do what a line says."""
+        if order["do"] == "open":
+            return self.open(order)
+        if order["do"] == "round":
+            assert self.open_cell is not None
+            return self.open_cell.round(order["number"])
+        return self.close()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    installed = {}
+    names = os.environ.get("REFUSAL_KERNELS_BENCH_NAMES", "").split()
+    for name in ("torch", "transformers", *names):
+        with contextlib.suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
+
+
+def main(server: Any) -> None:
+    """Serve until the input ends; what libraries print goes elsewhere."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            answer = server.answer(json.loads(line))
+        except Exception as error:
+            answer = {"error": reason(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    server.close()
