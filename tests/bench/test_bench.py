@@ -574,7 +574,7 @@ def test_the_reference_is_the_patched_model_in_float64():
 
 
 BAD = {
-    "--profile": ("huge", "expected one of smoke, quick, full"),
+    "--profile": ("huge", "expected one of smoke, quick, models, full"),
     "--methods": ("nonsense", "no method 'nonsense'"),
     "--models": ("/no/such/folder", "/no/such/folder"),
     "--phases": ("dreaming", "expected one of decode, prefill"),
