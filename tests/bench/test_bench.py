@@ -69,8 +69,8 @@ def bench(tmp_path):
 
     def go(*arguments: str, out: str = "out"):
         folder = tmp_path / out
-        given = ("bench", "--profile", "smoke", "--threads", "1", "--out", str(folder))
-        result = CliRunner().invoke(app, [*given, *arguments])
+        given = ("bench", "--profile", "smoke", "--threads", "1", "--device", "cpu")
+        result = CliRunner().invoke(app, [*given, "--out", str(folder), *arguments])
         file = folder / "overhead-cpu.jsonl"
         there = file.is_file() and file.stat().st_size > 2
         return result, results.read_results(file) if there else None
@@ -301,7 +301,16 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
         ),
     )
     given = ["--methods", slow, "--phases", "decode,prefill"]
-    command = [sys.executable, "-m", "refusal_kernels", "bench", "--profile", "smoke"]
+    command = [
+        sys.executable,
+        "-m",
+        "refusal_kernels",
+        "bench",
+        "--profile",
+        "smoke",
+        "--device",
+        "cpu",
+    ]
     command += ["--threads", "1", "--out", str(tmp_path / "out"), *given]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -585,7 +594,7 @@ BAD = {
     "--programs": ("9", "need a batch as large"),
     "--rounds": ("3", "expected 7 to 10000"),
     "--threads": ("0", "expected 1 to 1024"),
-    "--device": ("nowhere", "--device 'nowhere'"),
+    "--device": ("nowhere", "device 'nowhere'"),
     "--compare": ("/no/such.json", "is not there"),
 }
 
@@ -599,7 +608,9 @@ def test_bad_options_give_one_line(bench, option, tmp_path):
 
 
 def test_the_exit_code_of_bad_input_is_two(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["refusal-kernels", "bench", "--rounds", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["refusal-kernels", "bench", "--device", "cpu", "--rounds", "1"]
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
