@@ -29,10 +29,10 @@ from refusal_kernels.research.extraction.moments import Moments as Moments
 from refusal_kernels.research.selection.algorithm import Selection as Selection
 from refusal_kernels.research.selection.algorithm import select as select
 from refusal_kernels.research.sources import read_prompts as read_prompts
-from refusal_kernels.weights.adapter import orthogonalize_lora as orthogonalize_lora
 from refusal_kernels.weights.certificate import Certificate as Certificate
 from refusal_kernels.weights.certificate import certify as certify
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint as orthogonalize_checkpoint
-from refusal_kernels.weights.weights import orthogonalize as orthogonalize
+from refusal_kernels.weights.in_memory import orthogonalize as orthogonalize
+from refusal_kernels.weights.lora import orthogonalize_lora as orthogonalize_lora
 
 __version__: str

@@ -31,7 +31,7 @@ class Direction:
     ----------
     vector : Tensor
         Floating point [hidden], finite and not zero, with its norm: adding the direction to the
-        stream uses it raw. Kept as an own float32 copy on the CPU, never as a view of the source.
+        stream uses it raw. A float32 copy on the CPU is kept, never a view of the source.
     model : str, optional
         The name of the model it was read from.
     layer : int, optional
@@ -39,7 +39,7 @@ class Direction:
     position : int, optional
         The token at which it was read, counted from the end: -1 is the last one.
     method : str
-        How it was found.
+        How it was computed.
     metadata : dict of str to str
         Anything else worth keeping in the file.
 

@@ -17,15 +17,15 @@ PACKAGES = ("refusal-kernels", "torch", "transformers", "triton", "safetensors")
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            installed[package] = "not installed"
     if commit := _commit():
-        found["commit"] = commit
-    return found
+        installed["commit"] = commit
+    return installed
 
 
 def _commit() -> str | None:

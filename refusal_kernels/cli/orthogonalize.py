@@ -58,7 +58,7 @@ def orthogonalize(
     A local folder is edited shard by shard: that takes little more memory than the largest tensor,
     and an interrupted run resumes. A model of the hub, another --dtype and --lora load the model.
     """
-    from refusal_kernels.weights.folder import check_new
+    from refusal_kernels.files.atomic import check_new
 
     check_new(out)
     prepare(out)
@@ -135,10 +135,10 @@ def _in_memory(
     dtype: str,
     step: Step,
 ) -> dict[str, Any]:
+    from refusal_kernels.files.atomic import new_folder
     from refusal_kernels.hf.load import load
-    from refusal_kernels.weights.adapter import orthogonalize_lora
-    from refusal_kernels.weights.folder import new_folder
-    from refusal_kernels.weights.weights import orthogonalize
+    from refusal_kernels.weights.in_memory import orthogonalize
+    from refusal_kernels.weights.lora import orthogonalize_lora
 
     edit: Any
     more: tuple[str, ...]

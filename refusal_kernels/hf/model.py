@@ -13,11 +13,11 @@ LISTS = ("layers", "h", "blocks", "block", "layer")
 
 def decoder(model: Any) -> nn.Module:
     """Return the module that holds a model's text decoder."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if isinstance(found, nn.Module) and any(True for _ in found.children()):
-        return found
-    found = getattr(model, "base_model", model)  # what some models call their decoder is the head
-    return found if isinstance(found, nn.Module) else model
+    module = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(module, nn.Module) and any(True for _ in module.children()):
+        return module
+    module = getattr(model, "base_model", model)  # what some models call their decoder is the head
+    return module if isinstance(module, nn.Module) else model
 
 
 def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:
@@ -31,7 +31,7 @@ def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:
         ]
     count = getattr(text_config(model), "num_hidden_layers", None)
     exact = [(name, module) for name, module in lists if len(module) == count]
-    return min(exact or lists, key=lambda found: found[0].count("."), default=None)
+    return min(exact or lists, key=lambda named: named[0].count("."), default=None)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -42,13 +42,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     InputError
         If there is no list of layers.
     """
-    found = layer_list(model) if isinstance(model, nn.Module) else None
-    if found is None:
+    named_list = layer_list(model) if isinstance(model, nn.Module) else None
+    if named_list is None:
         raise InputError(
             f"{type(model).__name__} holds no list of decoder layers ({', '.join(LISTS)}); "
             "expected a decoder-only transformers model"
         )
-    return found[1]
+    return named_list[1]
 
 
 def text_config(model: Any) -> Any:

@@ -27,7 +27,7 @@ from refusal_kernels.research.evaluation.outcomes import Outcome, measure_outcom
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.selection.algorithm import Selection, select
 from refusal_kernels.timing import Method, Speed, interleaved
-from refusal_kernels.weights.weights import orthogonalize
+from refusal_kernels.weights.in_memory import orthogonalize
 
 Prompts = Mapping[str, Sequence[str]]  # "harmful" and "harmless"
 CATEGORIES = ("harmful", "harmless")

@@ -55,8 +55,8 @@ def prompts_for(
     """
     parts = _all_prompts(model, harmful, harmless, seed)
     if split is None:
-        return {name: found["all"] for name, found in parts.items()}
-    return {name: _cut(name, found, seed)[split] for name, found in parts.items()}
+        return {name: splits["all"] for name, splits in parts.items()}
+    return {name: _cut(name, splits, seed)[split] for name, splits in parts.items()}
 
 
 def _all_prompts(
@@ -66,14 +66,14 @@ def _all_prompts(
     given: dict[Any, Source | None] = {"harmful": harmful, "harmless": harmless}
     if model != "toy" and (missing := [name for name, source in given.items() if source is None]):
         raise InputError(f"--{missing[0]} FILE is needed: only the toy model brings prompts")
-    found: dict[str, Parts] = {}
+    parts: dict[str, Parts] = {}
     for name, source in given.items():
         if source is None:
-            own = {split: toy.prompts(name, split) for split in _SPLITS}
-            found[name] = {**own, "all": [prompt for part in own.values() for prompt in part]}
+            splits = {split: toy.prompts(name, split) for split in _SPLITS}
+            parts[name] = {**splits, "all": [p for split in splits.values() for p in split]}
         else:
-            found[name] = {**split_prompts(read_prompts(source), {"all": None}, seed)}
-    return found
+            parts[name] = {**split_prompts(read_prompts(source), {"all": None}, seed)}
+    return parts
 
 
 def _cut(name: str, parts: Parts, seed: int) -> Parts:
@@ -103,7 +103,7 @@ def filtered(
     prompts
         "harmful" and "harmless", as `prompts_for` returns them.
     refusal_tokens
-        What a refusal begins with; by default found as `find_refusal_tokens` does.
+        What a refusal begins with; by default as `find_refusal_tokens` finds it.
     batch_size
         Prompts at once.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.files.atomic import parse_json, read_text
 
 if TYPE_CHECKING:  # the command line's help reads this module without torch
@@ -133,13 +133,13 @@ def read_dataset(dataset: Dataset) -> list[str]:
     """
     table, name = _loaded(dataset)
     column = dataset.column or _field_of(table.column_names)
-    found = [
+    prompts = [
         _checked(prompt, f"the dataset {name}, row {i}")
         for i, (prompt,) in _rows(table, dataset, name, [column])
     ]
-    if not found:
+    if not prompts:
         raise InputError(f"the dataset {name} holds no prompt; expected one at least")
-    return found
+    return prompts
 
 
 def read_columns(
@@ -167,18 +167,18 @@ def read_columns(
     table, name = _loaded(dataset, stream=shuffle is None)
     if shuffle is not None:
         table = table.shuffle(seed=shuffle)
-    found: list[tuple[str, ...]] = []
+    rows: list[tuple[str, ...]] = []
     try:
         for _, row in _rows(table, dataset, name, columns):
-            if len(found) == count:
+            if len(rows) == count:
                 break
             if all(isinstance(text, str) and text.strip() for text in row):
-                found.append(tuple(row))
+                rows.append(tuple(row))
     except InputError:
         raise
     except Exception as error:  # a stream is fetched here
-        raise InputError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
-    return found
+        raise InputError(f"the dataset {name} cannot be loaded: {first_line(error)}") from None
+    return rows
 
 
 def _loaded(dataset: Dataset, stream: bool = False) -> tuple[Any, str]:
@@ -196,12 +196,8 @@ def _loaded(dataset: Dataset, stream: bool = False) -> tuple[Any, str]:
     try:
         table = datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, **options)
     except Exception as error:  # whatever a network, a hub, or a damaged file can bring
-        raise InputError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"the dataset {name} cannot be loaded: {first_line(error)}") from None
     return table, name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _rows(
@@ -232,24 +228,24 @@ def _read_file(path: Path) -> list[str]:
     if suffix != ".json" and max(map(text.count, "\n\r,")) > MOST_LINES:
         raise InputError(f"{path} is too large; expected at most {MOST_LINES} lines")
     if suffix == ".csv":
-        found = _from_csv(text, path)
+        prompts = _from_csv(text, path)
     elif suffix == ".json":
         records = parse_json(text, str(path))
         if not isinstance(records, list):
             raise InputError(f"{path} holds a {type(records).__name__}; expected a list of prompts")
-        found = [_prompt_of(record, f"{path}, item {i}") for i, record in enumerate(records)]
+        prompts = [_prompt_of(record, f"{path}, item {i}") for i, record in enumerate(records)]
     else:
         # Split at line feeds only: a JSON string may hold other separators, such as U+2028.
         lines = ((i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip())
         if suffix == ".txt":
-            found = [_checked(line, f"{path}:{i}") for i, line in lines]
+            prompts = [_checked(line, f"{path}:{i}") for i, line in lines]
         else:
-            found = [
+            prompts = [
                 _prompt_of(parse_json(line, f"{path}:{i}"), f"{path}:{i}") for i, line in lines
             ]
-    if not found:
+    if not prompts:
         raise InputError(f"{path} holds no prompt; expected one at least")
-    return found
+    return prompts
 
 
 def _from_csv(text: str, path: Path) -> list[str]:
@@ -271,8 +267,8 @@ def _from_csv(text: str, path: Path) -> list[str]:
 
 def _field_of(names: Iterable[str]) -> str | None:
     """Return the name that holds the prompts."""
-    found = {name.lower(): name for name in reversed(list(names))}
-    return next((found[field] for field in FIELDS if field in found), None)
+    by_lower_case = {name.lower(): name for name in reversed(list(names))}
+    return next((by_lower_case[field] for field in FIELDS if field in by_lower_case), None)
 
 
 def _prompt_of(record: Any, where: str) -> str:

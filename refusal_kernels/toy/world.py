@@ -224,12 +224,12 @@ def skills(split: Split = "test") -> dict[str, list[tuple[str, str]]]:
 
 def texts() -> list[str]:
     """Texts that together hold every word of the world, for the vocabulary."""
-    found: list[str] = [*REFUSALS]
+    texts: list[str] = [*REFUSALS]
     for category in CATEGORIES:
         for verb in VERBS[category]:
             for thing in OBJECTS:
-                found.append(plan(Request(category, verb, thing)))
-    found += [phrase(Request("harmless", VERBS["harmless"][0], OBJECTS[0]), p) for p in PHRASINGS]
+                texts.append(plan(Request(category, verb, thing)))
+    texts += [phrase(Request("harmless", VERBS["harmless"][0], OBJECTS[0]), p) for p in PHRASINGS]
     for question, answer in [*addition(), *facts(), copy_task(OBJECTS[:3])]:
-        found += [question, answer]
-    return found
+        texts += [question, answer]
+    return texts

@@ -1,4 +1,4 @@
-"""Certify that edited weights are what ablation at run time is, by running both."""
+"""Certify that edited weights give what ablation at run time gives, by running both."""
 
 import os
 from collections.abc import Callable
@@ -84,11 +84,11 @@ class Certificate:
     @property
     def layers(self) -> dict[str, float]:
         """The largest component of each layer ("embed", "layers.0", ...), in order."""
-        found: dict[str, float] = {}
+        largest: dict[str, float] = {}
         for name, component in self.components.items():
             layer = ".".join(name.split(".")[:2])
-            found[layer] = max(found.get(layer, 0.0), component)
-        return found
+            largest[layer] = max(largest.get(layer, 0.0), component)
+        return largest
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -132,7 +132,7 @@ def certify(
     InputError
         If one of the models cannot be patched, or does not run on token ids alone.
     """
-    return Ablated.of(model, direction, ids).certify(orthogonalized)
+    return AblatedRun.of(model, direction, ids).certify(orthogonalized)
 
 
 def certify_checkpoint(
@@ -152,7 +152,7 @@ def certify_checkpoint(
     load
         Loads the model of a folder.
     """
-    expected = Ablated.of(load(os.fspath(source)), direction)
+    expected = AblatedRun.of(load(os.fspath(source)), direction)
     return expected.certify(load(os.fspath(target)))
 
 
@@ -164,7 +164,7 @@ def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
     InputError
         If the edited model would not be the ablated one.
     """
-    expected = Ablated.of(model, direction)
+    expected = AblatedRun.of(model, direction)
     certificate = expected.certify(model, _Projected(model, writers, direction))
     if certificate.problem:
         raise InputError(f"{type(model).__name__}: {certificate.problem}{INSTEAD}")
@@ -172,7 +172,7 @@ def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
 
 
 @dataclass(frozen=True)
-class Ablated:
+class AblatedRun:
     """What a model gives under ablation: all that is needed of it to certify another.
 
     Attributes
@@ -192,7 +192,7 @@ class Ablated:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, direction: Direction, ids: Tensor | None = None) -> "Ablated":
+    def of(cls, model: Any, direction: Direction, ids: Tensor | None = None) -> "AblatedRun":
         """Run a model as it is, and under ablation."""
         ids = random_ids(model, 1, TOKENS) if ids is None else ids
         with evaluating(model):

@@ -18,18 +18,17 @@ import torch
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import read_json, write_json
+from refusal_kernels.files.atomic import check_new, read_json, write_json
 from refusal_kernels.progress import Progress
-from refusal_kernels.weights.folder import check_new
-from refusal_kernels.weights.plan import (
-    Plan,
+from refusal_kernels.weights.checkpoint_plan import (
+    CheckpointPlan,
     build_on_meta,
     make_plan,
     read_config,
     untied_config,
 )
 from refusal_kernels.weights.projection import unit
-from refusal_kernels.weights.rewriting import CHUNK, Writer
+from refusal_kernels.weights.shard_writer import CHUNK, ShardWriter
 from refusal_kernels.weights.shards import (
     INDEX,
     Shard,
@@ -181,7 +180,7 @@ def _check_space(where: Path, partial: Path, shards: list[Shard]) -> None:
         raise InputError(f"{where} has {free >> 20} MiB free; expected {needed >> 20} MiB")
 
 
-def _key(source: Path, shards: list[Shard], direction: Direction, plan: Plan) -> str:
+def _key(source: Path, shards: list[Shard], direction: Direction, plan: CheckpointPlan) -> str:
     """Return what a run writes its files by: with another key they are of no use."""
     said = [VERSION, str(source.resolve()), [shard.key() for shard in shards]]
     said += [sorted(plan.axes.items()), plan.head]
@@ -209,7 +208,7 @@ def _write_all(
     partial: Path,
     source: Path,
     shards: list[Shard],
-    plan: Plan,
+    plan: CheckpointPlan,
     direction: Direction,
     key: str,
     along: list[str],
@@ -226,7 +225,7 @@ def _write_all(
         if shard.name not in done:
             added = plan.head if shard.name == home else None
             with _whole(partial / shard.name) as file:
-                writer = Writer(file, shards, plan, unit(direction))
+                writer = ShardWriter(file, shards, plan, unit(direction))
                 for size in writer.write(shard, added):
                     sofar += size
                     if progress is not None:
@@ -307,7 +306,7 @@ def _sync(folder: Path) -> None:
         os.close(number)
 
 
-def _with_head(document: Any, plan: Plan, shards: list[Shard], home: str) -> Any:
+def _with_head(document: Any, plan: CheckpointPlan, shards: list[Shard], home: str) -> Any:
     """Return the index, with the output matrix where that is a new tensor."""
     if plan.head is None or plan.head[0] in document["weight_map"]:
         return document

@@ -21,13 +21,13 @@ def times(tensor: Tensor, axis: int, r: Tensor) -> Tensor:
         return torch.stack([times(part, inner, r) for part, inner in _parts(tensor, axis)])
     if tensor.ndim == 1:  # a bias is a row
         return times(tensor[None], 1, r)[0]
-    found = tensor.new_zeros(tensor.shape[1 - axis], dtype=torch.float64)
+    along = tensor.new_zeros(tensor.shape[1 - axis], dtype=torch.float64)
     for rows, block in _blocks(tensor):
         if axis == 1:
-            found[rows] = block.double() @ r.to(block.device)
+            along[rows] = block.double() @ r.to(block.device)
         else:
-            found += r[rows].to(block.device) @ block.double()
-    return found
+            along += r[rows].to(block.device) @ block.double()
+    return along
 
 
 def project_(tensor: Tensor, axis: int, r: Tensor) -> None:

@@ -33,7 +33,7 @@ _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardTensor:
     """One tensor of a file: where its bytes are, counted from the file's beginning."""
 
     name: str
@@ -64,7 +64,7 @@ class Shard:
     path: Path
     header: bytes
     metadata: dict[str, str]
-    entries: tuple[Entry, ...]
+    entries: tuple[ShardTensor, ...]
     size: int
 
     @property
@@ -189,7 +189,7 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, first + header, metadata, tuple(entries), size)
 
 
-def _entry(path: Path, name: str, said: Any, base: int) -> Entry:
+def _entry(path: Path, name: str, said: Any, base: int) -> ShardTensor:
     said = said if isinstance(said, dict) else {}
     dtype, shape, offsets = (said.get(key) for key in ("dtype", "shape", "data_offsets"))
     whole = all(
@@ -204,7 +204,7 @@ def _entry(path: Path, name: str, said: Any, base: int) -> Entry:
         raise InputError(
             f"{path} is damaged: {name!r} is {dtype} {shape[:8]} in {end - start} bytes"
         )
-    return Entry(name, dtype, tuple(shape), base + start, end - start)
+    return ShardTensor(name, dtype, tuple(shape), base + start, end - start)
 
 
 def other_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.direction import Direction
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.hf.model import hidden_size, text_config
 from refusal_kernels.interventions import Ablate
 from refusal_kernels.patching.patch import patch
-from refusal_kernels.weights.flow import Flow, Source, Value
+from refusal_kernels.weights.flow import StreamFlow
+from refusal_kernels.weights.lineage import Lineage, WriterAxis
 
 INSTEAD = "; ablate it while the model runs instead, with rk.patch(model, rk.Ablate(direction))"
 TOKENS = 4
@@ -57,7 +58,7 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     hidden = hidden_size(model)
     # which direction it is does not matter, for none of its numbers are looked at
     direction = Direction(torch.ones(hidden))
-    flow = Flow(model, hidden)
+    flow = StreamFlow(model, hidden)
     with evaluating(model), patch(model, Ablate(direction), fuse_norms=False) as handle:
         expected = [site.name for site in handle.report().sites]
         with flow.through(handle._sites), flow:
@@ -69,7 +70,7 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
             f"{missing[0]} of {type(model).__name__} is not reached by text alone, so that what "
             "writes there is not known; with text_only=True it is left as it is"
         )
-    sources: set[Source] = set()
+    sources: set[WriterAxis] = set()
     for site in flow.sites:
         for value in (site.branch, site.stream):
             if value.writes is None:
@@ -93,7 +94,7 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     return writers
 
 
-def _because(value: Value) -> str:
+def _because(value: Lineage) -> str:
     reason = value.why or "an operation that is not known"
     return (
         f"what is written there goes through {reason}, so removing the direction from weights "
@@ -101,14 +102,14 @@ def _because(value: Value) -> str:
     )
 
 
-def _spread(model: nn.Module, sources: set[Source], touched: set[str]) -> Writers:
+def _spread(model: nn.Module, sources: set[WriterAxis], touched: set[str]) -> Writers:
     """Add to the sources their like that no token reached: experts that were not chosen."""
     patterns: dict[str, set[int]] = {}
     for name, axis in sources:
         patterns.setdefault(_pattern(name), set()).add(axis)
     seen = {_pattern(name) for name in touched}
-    found = dict(sources)
-    if len(found) != len(sources):
+    axis_of = dict(sources)
+    if len(axis_of) != len(sources):
         raise InputError(
             f"{type(model).__name__}: a parameter writes along two of its axes{INSTEAD}"
         )
@@ -117,8 +118,8 @@ def _spread(model: nn.Module, sources: set[Source], touched: set[str]) -> Writer
     unproved: list[str] = []
     for name, parameter in model.named_parameters():
         pattern = _pattern(name)
-        if name in found:
-            axes[name] = found[name]
+        if name in axis_of:
+            axes[name] = axis_of[name]
         elif name in touched or hidden not in parameter.shape:
             continue
         elif pattern in patterns:
@@ -177,9 +178,9 @@ def run(model: Any, ids: Tensor) -> Tensor:
     except InputError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"{type(model).__name__} could not be run on token ids alone "
-            f"({type(error).__name__}: {first}), so what writes into its stream is not known"
+            f"({type(error).__name__}: {first_line(error)}), so what writes into its stream is "
+            "not known"
         ) from error
     return logits

@@ -15,7 +15,7 @@ import refusal_kernels as rk
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.weights import projection, weights
-from refusal_kernels.weights.weights import Orthogonalized, orthogonalize
+from refusal_kernels.weights.in_memory import Orthogonalized, orthogonalize
 
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.weights.checkpoint import STATE, orthogonalize_checkpoint
-from refusal_kernels.weights.weights import orthogonalize
+from refusal_kernels.weights.in_memory import orthogonalize
 
 ROOT = Path(__file__).parents[2]
 import bench_checkpoint  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 
 from refusal_kernels.bench.shapes import free_memory
 from refusal_kernels.direction import Direction
-from refusal_kernels.weights.weights import orthogonalize
+from refusal_kernels.weights.in_memory import orthogonalize
 
 
 @contextmanager

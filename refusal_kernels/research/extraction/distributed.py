@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 
 TIMEOUT_S = 1800.0  # a process waits this long for the batch of another: PyTorch's own default
 
@@ -40,12 +40,12 @@ class Team:
 
     def everyone(self, mine: Any) -> list[Any]:
         """Return what every process gave, by rank: anything that can be pickled."""
-        found: list[Any] = [mine]
+        given: list[Any] = [mine]
         if self.size > 1:
-            found = [None] * self.size
+            given = [None] * self.size
             with self._answered():
-                dist.all_gather_object(found, mine, self._group)
-        return found
+                dist.all_gather_object(given, mine, self._group)
+        return given
 
     def gather(self, mine: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Return the tensors of every process, by rank, to the first one; to others nothing."""
@@ -75,9 +75,9 @@ class Team:
         try:
             yield
         except RuntimeError as error:  # gloo's own errors are plain ones
-            line = str(error).strip().splitlines()[0]
             raise PeerError(
-                f"process {self.rank} of {self.size}: another has stopped or not answered ({line})"
+                f"process {self.rank} of {self.size}: another has stopped or not answered "
+                f"({first_line(error)})"
             ) from None
 
 
@@ -92,12 +92,12 @@ def team(model: Any) -> Iterator[Team]:
         yield Team()
         return
     # The states travel through main memory, whatever the processes use otherwise.
-    own = "cpu:" not in dist.get_backend_config()
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S)) if own else None
+    new = "cpu:" not in dist.get_backend_config()
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S)) if new else None
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), group)
     finally:
-        if own:
+        if new:
             dist.destroy_process_group(group)
 
 
@@ -121,8 +121,8 @@ def joined(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[int, int]]:
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     except (ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"the processes of torchrun do not meet: {line}") from None
+        message = f"the processes of torchrun do not meet: {first_line(error)}"
+        raise InputError(message) from None
     try:
         yield rank, local
     finally:

@@ -45,22 +45,22 @@ class Checkpoint:
         sweep(self.path)
         if not self.path.exists():
             return 0
-        found = Moments.load(self.path)
+        saved = Moments.load(self.path)
         differ = sorted(
             name
-            for name in {*self.identity, *found.metadata} - {DONE}
-            if self.identity.get(name) != found.metadata.get(name)
+            for name in {*self.identity, *saved.metadata} - {DONE}
+            if self.identity.get(name) != saved.metadata.get(name)
         )
         if differ:
             raise InputError(
                 f"{self.path} is the checkpoint of another run, with another {', '.join(differ)}; "
                 "remove it to begin anew"
             )
-        done = found.metadata.get(DONE, "")
-        same = found.shape == moments.shape and found.groups == moments.groups
+        done = saved.metadata.get(DONE, "")
+        same = saved.shape == moments.shape and saved.groups == moments.groups
         if not same or not (done.isascii() and done.isdigit()) or int(done) > total:
             raise InputError(f"{self.path} is no checkpoint of this run; remove it to begin anew")
-        for mine, theirs in zip(moments.tensors, found.tensors, strict=True):
+        for mine, theirs in zip(moments.tensors, saved.tensors, strict=True):
             mine.copy_(theirs)
         return int(done)
 

@@ -35,7 +35,7 @@ from refusal_kernels.research.reproduction.rows import Measured
 from refusal_kernels.research.reproduction.steps import StepCache
 from refusal_kernels.research.selection.algorithm import select
 from refusal_kernels.research.selection.scoring import find_refusal_tokens
-from refusal_kernels.weights.weights import orthogonalize
+from refusal_kernels.weights.in_memory import orthogonalize
 
 
 @dataclass

@@ -126,7 +126,7 @@ def select(
         Its tokenizer, or a `ChatFormat`.
     candidates
         What `mean_difference` or `find_candidates` returns, or vectors [position, layer, hidden]
-        of one's own as ``Candidates(vectors)``; they may leave the last layers out.
+        from elsewhere as ``Candidates(vectors)``; they may leave the last layers out.
     harmful, harmless
         Validation prompts, other than those that the candidates were read from.
     refusal_tokens
@@ -183,19 +183,19 @@ def select(
         for (position, layer), reason in unfit.items()
         if reason is None
     }
-    found: dict[tuple[int, int], list[float]] = {}
+    mean_scores: dict[tuple[int, int], list[float]] = {}
     if measured:
         question = Question(*ids, baseline, tokens, batch_size)
         scores = Measurement(model, question, list(measured.values())).run(
             None if checkpoint is None else Path(checkpoint), progress
         )
         means = torch.stack([table.mean(dim=1) for table in scores], dim=1)
-        found = dict(zip(measured, means.tolist(), strict=True))
+        mean_scores = dict(zip(measured, means.tolist(), strict=True))
 
     rows = [
         ScoredCandidate(*at, None, None, None, reason)
-        if at not in found
-        else _judged(at, found[at], kl_threshold, induce_threshold)
+        if at not in mean_scores
+        else _judged(at, mean_scores[at], kl_threshold, induce_threshold)
         for at, reason in unfit.items()
     ]
     winner = _best(rows, kl_threshold, induce_threshold)

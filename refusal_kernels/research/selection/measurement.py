@@ -257,15 +257,15 @@ class Measurement:
     def _score_ablated(self, unit: _Unit, logits: Tensor) -> None:
         candidates, prompts = torch.tensor(unit.candidates), torch.tensor(unit.prompts)
         harmless = prompts >= self._harmful
-        found = torch.empty(len(prompts), dtype=torch.float64)
+        scores = torch.empty(len(prompts), dtype=torch.float64)
         if not harmless.all():
-            found[~harmless] = refusal_score(
+            scores[~harmless] = refusal_score(
                 logits[~harmless.to(logits.device)], self.question.tokens
             ).cpu()
         if harmless.any():
             before = self.question.baseline[prompts[harmless]].to(logits.device)
-            found[harmless] = kl_divergence(before, logits[harmless.to(logits.device)]).cpu()
-        self._ablated[candidates, prompts] = found
+            scores[harmless] = kl_divergence(before, logits[harmless.to(logits.device)]).cpu()
+        self._ablated[candidates, prompts] = scores
 
     @torch.inference_mode()
     def _score_added(
@@ -286,8 +286,8 @@ class Measurement:
                 handle = stack.enter_context(patch(self.model, *edits))
                 stack.enter_context(handle.route([programs.index(c) for c in unit.candidates]))
             logits = self._logits([self.question.harmless[prompt] for prompt in prompts])
-        found = refusal_score(logits, self.question.tokens).cpu()
-        self._added[torch.tensor(unit.candidates), torch.tensor(prompts)] = found
+        scores = refusal_score(logits, self.question.tokens).cpu()
+        self._added[torch.tensor(unit.candidates), torch.tensor(prompts)] = scores
 
     # --- what outlives a kill
 

@@ -88,17 +88,18 @@ class Replay:
         from them.
         """
         skipped = [module.__dict__ for module in self._every[:layer]]
-        before = [own.get("forward") for own in skipped]  # where accelerate wraps it, it is there
+        # an instance has its own forward where accelerate wraps it
+        before = [attributes.get("forward") for attributes in skipped]
         try:
-            for own in skipped:
-                own["forward"] = self._hand_on
+            for attributes in skipped:
+                attributes["forward"] = self._hand_on
             with changed_input(self._every[layer], lambda _: stream):
                 yield
         finally:
-            for own, forward in zip(skipped, before, strict=True):
-                del own["forward"]
+            for attributes, forward in zip(skipped, before, strict=True):
+                del attributes["forward"]
                 if forward is not None:
-                    own["forward"] = forward
+                    attributes["forward"] = forward
 
 
 def _as_tensor(*args: Any, **kwargs: Any) -> Any:

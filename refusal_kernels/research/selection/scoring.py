@@ -99,15 +99,15 @@ def find_refusal_tokens(
 def distinctive_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
     """`find_refusal_tokens` from logits [prompts, vocabulary] that were made already."""
     p, q = (logits.double().softmax(dim=-1).mean(dim=0) for logits in (harmful, harmless))
-    found = ((p >= MIN_PROBABILITY) & (p >= MIN_RATIO * q)).nonzero().flatten().tolist()
-    if not found:
+    tokens = ((p >= MIN_PROBABILITY) & (p >= MIN_RATIO * q)).nonzero().flatten().tolist()
+    if not tokens:
         top = int(p.argmax())
         raise InputError(
             "no refusal tokens: no next token is frequent on harmful prompts and rare on harmless "
             f"ones (the likeliest, {top}, has {float(p[top]):.3f} and {float(q[top]):.3f}); "
             "name them with refusal_tokens"
         )
-    return sorted(found, key=lambda token: -float(p[token]))
+    return sorted(tokens, key=lambda token: -float(p[token]))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Write a direction out of a model's weights, for good and at no cost at run time.
+"""Orthogonalize the weights of a model in memory: ablation at no cost at run time.
 
 Every parameter that writes into the residual stream is projected: ``W - r r^T W``, with its bias.
-What the model computes then is what it computes under ablation at full strength.
+The model then computes what it computes under ablation at full strength.
 """
 
 from dataclasses import dataclass
@@ -47,14 +47,13 @@ class Orthogonalized:
 
 @torch.no_grad()
 def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) -> Orthogonalized:
-    """Make a model unable to write along a direction, in place.
+    """Edit a model's weights in place so that it cannot write along a direction.
 
-    The model that is given is changed, and stays so: pass ``copy.deepcopy(model)`` to keep it.
+    Pass ``copy.deepcopy(model)`` to keep the original.
 
-    What writes into the stream is found by following a forward pass over random tokens, whatever
-    the family: token and position embeddings, output projections, experts, their biases. Before
-    anything is changed a second pass reads every such weight as it will be, and must give what
-    ablation at run time gives.
+    A forward pass over random tokens shows what writes into the stream, whatever the family: token
+    and position embeddings, output projections, experts, their biases. A second pass, before any
+    change, reads every such weight as it will be and must give what ablation at run time gives.
 
     Parameters
     ----------

@@ -9,14 +9,14 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from refusal_kernels.weights.plan import Plan
+from refusal_kernels.weights.checkpoint_plan import CheckpointPlan
 from refusal_kernels.weights.projection import BLOCK_NUMBERS, project_
-from refusal_kernels.weights.shards import DTYPES, Entry, Shard
+from refusal_kernels.weights.shards import DTYPES, Shard, ShardTensor
 
 CHUNK = 4 << 20  # bytes copied at once
 
 
-class Writer:
+class ShardWriter:
     """Writes one shard: its header, then tensor after tensor, edited or as they are.
 
     Parameters
@@ -36,7 +36,9 @@ class Writer:
         SHA-256 of what has been written.
     """
 
-    def __init__(self, file: IO[bytes], shards: list[Shard], plan: Plan, r: Tensor) -> None:
+    def __init__(
+        self, file: IO[bytes], shards: list[Shard], plan: CheckpointPlan, r: Tensor
+    ) -> None:
         self._file, self._plan, self._unit = file, plan, r
         self.digest = hashlib.sha256()
         self._entries = {e.name: (s, e) for s in shards for e in s.entries}
@@ -60,7 +62,7 @@ class Writer:
         self.digest.update(data)
         return self._file.write(data)
 
-    def _copied(self, shard: Shard, entry: Entry) -> Iterator[int]:
+    def _copied(self, shard: Shard, entry: ShardTensor) -> Iterator[int]:
         with open(shard.path, "rb") as read:
             read.seek(entry.start)
             left = entry.size
@@ -71,7 +73,7 @@ class Writer:
                 left -= len(data)
                 yield self._put(data)
 
-    def _edited(self, shard: Shard, entry: Entry) -> Iterator[int]:
+    def _edited(self, shard: Shard, entry: ShardTensor) -> Iterator[int]:
         """Write a tensor without the direction, one matrix or some rows of it at a time.
 
         The cuts are those of `project_`, so that not even a rounding differs.
@@ -96,7 +98,7 @@ class Writer:
                 yield self._put(raw)
 
 
-def header_with(shard: Shard, name: str, like: Entry) -> bytes:
+def header_with(shard: Shard, name: str, like: ShardTensor) -> bytes:
     """Return a shard's header with one more tensor, at the end of the others."""
     document = json.loads(shard.header[8:])
     end = shard.size - len(shard.header)

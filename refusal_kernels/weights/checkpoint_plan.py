@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.direction import Direction
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.files.atomic import read_json
 from refusal_kernels.hf.model import hidden_size
-from refusal_kernels.weights.shards import DTYPES, Entry, Shard, inside
+from refusal_kernels.weights.shards import DTYPES, Shard, ShardTensor, inside
 from refusal_kernels.weights.writers import find_writers
 
 LIMIT_BUFFER = 64 << 20  # bytes: tables of positions and masks; a larger one stays on meta
@@ -27,7 +27,7 @@ LIMIT_COUNT = 1 << 16  # of layers, heads or experts: each may be an object
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckpointPlan:
     """What is to be done to a checkpoint.
 
     Attributes
@@ -49,7 +49,9 @@ class Plan:
     unproved: list[str]
 
 
-def make_plan(folder: Path, shards: list[Shard], direction: Direction, text_only: bool) -> Plan:
+def make_plan(
+    folder: Path, shards: list[Shard], direction: Direction, text_only: bool
+) -> CheckpointPlan:
     """Return what is to be done to a checkpoint.
 
     Raises
@@ -67,7 +69,7 @@ def make_plan(folder: Path, shards: list[Shard], direction: Direction, text_only
             f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"
         )
     writers = find_writers(model, text_only=text_only)
-    names = _Names(model)
+    names = _TensorNames(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     axes: dict[str, int] = {}
     parts: dict[str, int] = {}
@@ -89,7 +91,9 @@ def make_plan(folder: Path, shards: list[Shard], direction: Direction, text_only
                 f"the checkpoint has {parts.get(target, 0)} tensors for {target}; the model of its "
                 f"configuration has {expected}"
             )
-    return Plan(axes, _head(model, names, entries, axes), sorted(unread), writers.unproved)
+    return CheckpointPlan(
+        axes, _head(model, names, entries, axes), sorted(unread), writers.unproved
+    )
 
 
 def _check_sizes(model: Any, numbers: int) -> None:
@@ -137,8 +141,7 @@ def read_config(folder: Path, tensors: int) -> Any:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a configuration of anyone's can bring
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder / 'config.json'} cannot be used: {first}") from None
+        raise InputError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > tensors:
         raise InputError(
@@ -177,8 +180,9 @@ def build_on_meta(config: Any) -> Any:
         with torch.device("meta"):
             model: Any = builder(config, attn_implementation="eager", dtype=torch.float32)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the model cannot be built from its configuration: {first}") from None
+        raise InputError(
+            f"the model cannot be built from its configuration: {first_line(error)}"
+        ) from None
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.nbytes <= LIMIT_BUFFER:
@@ -194,15 +198,14 @@ def _as_known() -> Iterator[None]:
     except (ImportError, AttributeError, TypeError, ValueError, StopIteration) as error:
         import transformers
 
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"transformers {transformers.__version__} names the tensors of a checkpoint in a way "
-            f"that is not known here ({first}); load the model and use rk.orthogonalize, then save "
-            "it"
+            f"that is not known here ({first_line(error)}); load the model and use "
+            "rk.orthogonalize, then save it"
         ) from error
 
 
-class _Names:
+class _TensorNames:
     """Says which parameter a tensor of a checkpoint becomes, as transformers would load it.
 
     There is no public way to ask. What is used here is what PEFT uses, and where a version of
@@ -271,7 +274,7 @@ def _placed(
     return tuple(shape), axis
 
 
-def _check(entry: Entry, shape: tuple[int, ...], axis: int, hidden: int) -> None:
+def _check(entry: ShardTensor, shape: tuple[int, ...], axis: int, hidden: int) -> None:
     if entry.dtype not in DTYPES:
         raise InputError(
             f"{entry.name} is {entry.dtype}; expected one of {', '.join(DTYPES)}, not quantized"
@@ -288,7 +291,7 @@ def _check(entry: Entry, shape: tuple[int, ...], axis: int, hidden: int) -> None
 
 
 def _head(
-    model: Any, names: _Names, entries: dict[str, Entry], axes: dict[str, int]
+    model: Any, names: _TensorNames, entries: dict[str, ShardTensor], axes: dict[str, int]
 ) -> tuple[str, str] | None:
     """Return the output matrix to be added, and the embedding that it is a copy of."""
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()

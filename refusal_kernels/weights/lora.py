@@ -1,4 +1,4 @@
-"""The same edit as a LoRA adapter of PEFT: rank one for every weight, exactly.
+"""Write the edit as a LoRA adapter of PEFT, exact and of rank one for every weight.
 
 ``W - r r^T W`` adds ``B A`` with ``B = -r`` and ``A = r^T W`` where rows of W lie along the stream,
 and ``B = -W r``, ``A = r^T`` where columns do. The model's own files stay as they are, and the
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from refusal_kernels.direction import Direction
-from refusal_kernels.errors import InputError
-from refusal_kernels.weights.certificate import Ablated, Certificate
-from refusal_kernels.weights.folder import check_new, new_folder
+from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.files.atomic import check_new, new_folder
+from refusal_kernels.weights.certificate import AblatedRun, Certificate
+from refusal_kernels.weights.in_memory import check_model
 from refusal_kernels.weights.projection import project_, times, unit
-from refusal_kernels.weights.weights import check_model
 from refusal_kernels.weights.writers import evaluating, find_writers
 
 EDIT = "; use rk.orthogonalize, which edits the weights themselves"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraAdapter:
     """What was written.
 
     Attributes
@@ -60,7 +60,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _LoraTargets:
     """What PEFT is asked to adapt.
 
     Attributes
@@ -85,7 +85,7 @@ def orthogonalize_lora(
     folder: str | os.PathLike[str],
     *,
     text_only: bool = False,
-) -> Adapter:
+) -> LoraAdapter:
     """Write what `orthogonalize` does as a PEFT adapter of rank one; the model stays as it is.
 
     Parameters
@@ -101,7 +101,7 @@ def orthogonalize_lora(
 
     Returns
     -------
-    Adapter
+    LoraAdapter
 
     Raises
     ------
@@ -123,7 +123,7 @@ def orthogonalize_lora(
     writers = find_writers(model, text_only=text_only)
     parts = _as_taken(model, _parts(model, writers.axes))
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    expected = Ablated.of(model, direction)
+    expected = AblatedRun.of(model, direction)
     with new_folder(folder) as temporary:
         with _adapted(model, parts) as adapted:
             _fill(model, parts, unit(direction))
@@ -131,7 +131,7 @@ def orthogonalize_lora(
         # What counts is what is loaded: PEFT renames some families' tensors on the way.
         with _adapted(model, parts, temporary):
             certificate = _certified(expected, model)
-    return Adapter(
+    return LoraAdapter(
         folder,
         list(writers.axes),
         parts.biases,
@@ -145,7 +145,7 @@ def orthogonalize_lora(
 _KNOWN = {nn.Linear: 0, nn.Embedding: 1, Conv1D: 1}
 
 
-def _certified(expected: Ablated, model: Any) -> Certificate:
+def _certified(expected: AblatedRun, model: Any) -> Certificate:
     try:
         certificate = expected.certify(model)
         problem = certificate.problem
@@ -156,16 +156,16 @@ def _certified(expected: Ablated, model: Any) -> Certificate:
     return certificate
 
 
-def _parts(model: Any, axes: dict[str, int]) -> _Parts:
+def _parts(model: Any, axes: dict[str, int]) -> _LoraTargets:
     """Sort the parameters that write by how an adapter can reach them; refuse the others."""
-    parts = _Parts({}, {}, [])
+    parts = _LoraTargets({}, {}, [])
     for name, axis in axes.items():
-        path, _, own = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         known = next((_KNOWN[kind] for kind in _KNOWN if isinstance(module, kind)), None)
-        if own == "weight" and known == axis and _adaptable(module):
+        if leaf == "weight" and known == axis and _adaptable(module):
             parts.modules[path] = axis
-        elif own == "bias" and path in parts.modules:
+        elif leaf == "bias" and path in parts.modules:
             parts.biases.append(name)
         elif known is None and _two_sided(model.get_parameter(name), axis):
             parts.parameters[name] = axis
@@ -180,8 +180,8 @@ def _parts(model: Any, axes: dict[str, int]) -> _Parts:
 
 def _adaptable(module: nn.Module) -> bool:
     """Whether a layer looks up what it is given: PEFT looks the same up in its own."""
-    own = type(module).forward is not nn.Embedding.forward
-    return not (isinstance(module, nn.Embedding) and own and not hasattr(module, "embed_scale"))
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    return plain or not isinstance(module, nn.Embedding)
 
 
 def _two_sided(parameter: Tensor, axis: int) -> bool:
@@ -190,7 +190,7 @@ def _two_sided(parameter: Tensor, axis: int) -> bool:
 
 
 @contextmanager
-def _adapted(model: Any, parts: _Parts, folder: Path | None = None) -> Iterator[Any]:
+def _adapted(model: Any, parts: _LoraTargets, folder: Path | None = None) -> Iterator[Any]:
     """Put an adapter into a model, empty or from its folder; take it out, and leave no trace."""
     import peft
 
@@ -213,8 +213,8 @@ def _adapted(model: Any, parts: _Parts, folder: Path | None = None) -> Iterator[
             yield _peft(model, config, folder)
     finally:
         for path, module in modules.items():
-            parent, _, own = path.rpartition(".")
-            setattr(model.get_submodule(parent), own, module)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
         model.__dict__.pop("peft_config", None)
         for parameter, wants in wanted:
             parameter.requires_grad = wants
@@ -230,24 +230,24 @@ def _peft(model: Any, config: Any, folder: Path | None) -> Any:
             return peft.get_peft_model(model, config)
         return peft.PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # whatever a version of PEFT has against a family
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"PEFT {peft.__version__} does not adapt {type(model).__name__}: {first}{EDIT}"
+            f"PEFT {peft.__version__} does not adapt {type(model).__name__}: "
+            f"{first_line(error)}{EDIT}"
         ) from error
 
 
 def _layers(model: Any) -> dict[str, nn.Module]:
     """Return PEFT's layers by what they adapt: names of modules, and of parameters."""
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_embedding_A"):
             name = name.replace(".base_layer", "")  # those of one module stand in each other
-            own = getattr(layer, "parameter_name", None)
-            found[f"{name}.{own}" if own else name] = layer
-    return found
+            parameter = getattr(layer, "parameter_name", None)
+            layers[f"{name}.{parameter}" if parameter else name] = layer
+    return layers
 
 
-def _as_taken(model: Any, parts: _Parts) -> _Parts:
+def _as_taken(model: Any, parts: _LoraTargets) -> _LoraTargets:
     """Name the weight where PEFT takes the name of a module for another.
 
     In families whose experts became one parameter it takes every ``down_proj`` for an expert's, a
@@ -261,7 +261,7 @@ def _as_taken(model: Any, parts: _Parts) -> _Parts:
     return parts
 
 
-def _fill(model: Any, parts: _Parts, r: Tensor) -> None:
+def _fill(model: Any, parts: _LoraTargets, r: Tensor) -> None:
     """Write A [rank, in] and B [out, rank] into the adapter that is in a model, and the biases.
 
     Raises
@@ -287,8 +287,8 @@ def _fill(model: Any, parts: _Parts, r: Tensor) -> None:
         for tensor, value in zip(tensors, (a, b), strict=True):
             tensor.data = value.to(tensor.device, torch.float64 if wide else torch.float32)
     for name in parts.biases:
-        path, _, own = name.rpartition(".")
-        project_(model.get_parameter(f"{path}.base_layer.{own}"), 0, r)
+        path, _, leaf = name.rpartition(".")
+        project_(model.get_parameter(f"{path}.base_layer.{leaf}"), 0, r)
 
 
 def _of_parameter(
