@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 import refusal_kernels as rk
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.weights import projection, weights
+from refusal_kernels.weights import in_memory, projection
 from refusal_kernels.weights.in_memory import Orthogonalized, orthogonalize
 
 IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -254,7 +254,7 @@ def test_what_no_text_reaches_is_asked_about() -> None:
 
 def test_an_edit_that_is_not_ablation_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were a writer overlooked, the proof would see it."""
-    find = weights.find_writers
+    find = in_memory.find_writers
 
     def forgetful(name: str) -> Callable[..., Any]:
         def found(model: Any, **options: Any) -> Any:
@@ -268,7 +268,7 @@ def test_an_edit_that_is_not_ablation_is_not_made(monkeypatch: pytest.MonkeyPatc
         ("model.layers.1.self_attn.o_proj.bias", "layers.1.attn"),
         ("model.embed_tokens.weight", "embed"),
     ):
-        monkeypatch.setattr(weights, "find_writers", forgetful(name))
+        monkeypatch.setattr(in_memory, "find_writers", forgetful(name))
         refused(tiny_model(), f"the direction is still written at {place}:")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import refusal_kernels as rk
 from refusal_kernels.errors import InputError
-from refusal_kernels.weights import adapter as adapter_module
+from refusal_kernels.weights import lora
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,7 @@ def test_what_an_adapter_cannot_say_is_refused_by_name(
     with pytest.raises(InputError, match="merge or unload adapters first"):
         rk.orthogonalize_lora(adapted.get_base_model(), direction(), folder)
 
-    monkeypatch.setattr(adapter_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
     refused(tiny_model("qwen2"), folder, r"an adapter needs PEFT: pip install")
 
 
