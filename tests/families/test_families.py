@@ -4,9 +4,11 @@ The comparison itself is `family_matrix.py`; here each family has to go as the p
 """
 
 import collections
-from pathlib import Path
 
+import family_matrix
+import pages
 import pytest
+import tiny_families
 import torch
 import transformers
 from tiny import tiny_model
@@ -14,13 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refusal_kernels import Ablate, Direction, patch
 
-ROOT = Path(__file__).parents[2]
-import family_matrix  # noqa: E402
-import tiny_families  # noqa: E402
-
-PAGE = (ROOT / "docs" / "families.md").read_text()
-RECORDED = f"transformers {transformers.__version__} lists" in PAGE
-ROWS = {line.split(" | ")[0].strip("| "): line for line in PAGE.splitlines() if " | " in line}
+PAGE = (pages.DOCS / "families.md").read_text()
+RECORDED = f"transformers {transformers.__version__}: " in PAGE
+ROWS = {row[0]: row for row in pages.rows("families.md")}
 VERDICTS: dict[str, tuple[str, str]] = {}  # of this run
 
 
@@ -39,7 +37,7 @@ def test_a_family_goes_as_the_page_says(model_type):
     if RECORDED:
         assert finding.row() in PAGE.splitlines()
     elif model_type in ROWS:  # another version has other families, and other notes
-        assert f" | {finding.verdict} | " in ROWS[model_type]
+        assert finding.verdict == ROWS[model_type][2]
 
 
 @pytest.mark.full
@@ -56,12 +54,12 @@ def test_the_families_that_are_here_keep_the_promises():
 
 
 def test_the_page_keeps_its_promises():
-    rows = [line.split(" | ") for line in PAGE.splitlines() if " | decoder | " in line]
+    rows = [row for row in ROWS.values() if row[1] == "decoder"]
     verdicts = collections.Counter(row[2] for row in rows)
     assert sum(verdicts.values()) > 150
     good = verdicts["fused"] + verdicts["unfused"]
     assert good >= 0.95 * len(rows) and verdicts["fused"] >= 0.80 * len(rows)
-    assert all(row[-1].rstrip(" |") for row in rows if row[2] != "fused")  # each with its reason
+    assert all(len(row) == 6 for row in rows if row[2] != "fused")  # each with its reason
 
 
 @pytest.mark.parametrize(

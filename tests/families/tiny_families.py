@@ -4,16 +4,11 @@
 the model types of ``AutoModelForCausalLM``; ``inputs(model)`` makes what its forward pass needs.
 A generic set of small sizes does for most configurations; ``_OVERRIDES`` has what is left, by the
 model type of the configuration (of the nested one, where configurations nest).
-
-Run as a script, it builds and runs all of them and prints a line each.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
-import warnings
 from typing import Any
 
 import torch
@@ -60,74 +55,75 @@ _HALF = frozenset(
 )
 
 # small values for the fields that configurations share; a field that a class lacks is left out
-_GENERIC: dict[str, Any] = (
-    dict.fromkeys("hidden_size d_model n_embd".split(), HIDDEN)
-    | dict.fromkeys(
-        """num_hidden_layers n_layer num_layers n_layers decoder_layers
-        num_decoder_layers""".split(),
-        LAYERS,
+_GENERIC: dict[str, Any] = {
+    name: value
+    for value, names in (
+        (HIDDEN, "hidden_size d_model n_embd"),
+        (
+            LAYERS,
+            """num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers""",
+        ),
+        (
+            2,
+            """encoder_layers num_encoder_layers depth num_experts_per_tok moe_topk moe_k
+            num_key_value_heads num_kv_heads index_n_heads linear_num_key_heads hc_mult o_groups
+            type_vocab_size""",
+        ),
+        (
+            HEADS,
+            """num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
+            encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads""",
+        ),
+        (
+            96,
+            """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dim_ff dff emb_dim
+            feed_forward_size d_inner dense_intermediate_size intermediate_size_mlp
+            ffn_hidden_size""",
+        ),
+        (
+            32,
+            """moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
+            shared_experts_intermediate_size expert_ffn_hidden_size
+            prefix_dense_intermediate_size moe_shared_expert_intermediate_size
+            pronunciation_embed_dim shape_embed_dim embedding_size""",
+        ),
+        (
+            4,
+            """num_experts n_routed_experts num_local_experts moe_num_experts sliding_window
+            index_topk zero_expert_num linear_num_value_heads linear_num_heads""",
+        ),
+        (
+            1,
+            """n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace
+            num_dense_layers""",
+        ),
+        (0, "num_mtp_layers num_nextn_predict_layers"),
+        (
+            16,
+            """head_dim v_head_dim qk_nope_head_dim kv_lora_rank index_head_dim mamba_d_state
+            state_size ssm_state_size linear_key_head_dim linear_value_head_dim o_lora_rank
+            dim_head kv_channels linear_head_dim swa_head_dim mamba_d_head router_hidden_size
+            rel_extent position_bias_num_buckets adapter_rank attention_head_size""",
+        ),
+        (8, "qk_rope_head_dim mamba_n_heads mamba_chunk_size chunk_size rotary_dim"),
+        (
+            VOCAB,
+            """vocab_size vocab_size_per_layer_input unpadded_vocab_size pronunciation_vocab_size
+            shape_vocab_size audio_vocab_size""",
+        ),
+        (
+            64,
+            """max_position_embeddings n_positions max_target_positions position_bias_max_distance
+            max_seq_len n_ctx""",
+        ),
+        (3, "image_token_id image_token_index"),
     )
-    | dict.fromkeys("encoder_layers num_encoder_layers depth".split(), 2)
-    | dict.fromkeys(
-        """num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads
-        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads""".split(),
-        HEADS,
-    )
-    | dict.fromkeys(
-        """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dim_ff dff emb_dim
-        feed_forward_size d_inner dense_intermediate_size intermediate_size_mlp
-        ffn_hidden_size""".split(),
-        96,
-    )
-    | dict.fromkeys(
-        """moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
-        shared_experts_intermediate_size expert_ffn_hidden_size prefix_dense_intermediate_size
-        moe_shared_expert_intermediate_size""".split(),
-        32,
-    )
-    | dict.fromkeys(
-        """num_experts n_routed_experts num_local_experts moe_num_experts sliding_window
-        index_topk zero_expert_num""".split(),
-        4,
-    )
-    | dict.fromkeys(
-        """num_experts_per_tok moe_topk moe_k num_key_value_heads num_kv_heads index_n_heads
-        linear_num_key_heads hc_mult o_groups type_vocab_size""".split(),
-        2,
-    )
-    | dict.fromkeys(
-        """n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace
-        num_dense_layers""".split(),
-        1,
-    )
-    | dict.fromkeys("num_mtp_layers num_nextn_predict_layers".split(), 0)
-    | dict.fromkeys(
-        """head_dim v_head_dim qk_nope_head_dim kv_lora_rank index_head_dim mamba_d_state
-        state_size ssm_state_size linear_key_head_dim linear_value_head_dim o_lora_rank dim_head
-        kv_channels linear_head_dim swa_head_dim mamba_d_head router_hidden_size rel_extent
-        position_bias_num_buckets adapter_rank attention_head_size""".split(),
-        16,
-    )
-    | dict.fromkeys(
-        "qk_rope_head_dim mamba_n_heads mamba_chunk_size chunk_size rotary_dim".split(), 8
-    )
-    | dict.fromkeys("linear_num_value_heads linear_num_heads".split(), 4)
-    | dict.fromkeys(
-        """vocab_size vocab_size_per_layer_input unpadded_vocab_size pronunciation_vocab_size
-        shape_vocab_size audio_vocab_size""".split(),
-        VOCAB,
-    )
-    | dict.fromkeys(
-        """max_position_embeddings n_positions max_target_positions position_bias_max_distance
-        max_seq_len n_ctx""".split(),
-        64,
-    )
-    | dict.fromkeys("pronunciation_embed_dim shape_embed_dim embedding_size".split(), 32)
-    | dict.fromkeys("image_token_id image_token_index".split(), 3)
-    | dict(q_lora_rank=24, hidden_size_per_layer_input=8, video_token_id=4, audio_token_id=5)
-    | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    | dict(image_size=28, patch_size=14, is_decoder=True)
-)
+    for name in names.split()
+} | {
+    **dict(q_lora_rank=24, hidden_size_per_layer_input=8, video_token_id=4, audio_token_id=5),
+    **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    **dict(image_size=28, patch_size=14, is_decoder=True),
+}
 
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _LINEAR = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
@@ -371,41 +367,3 @@ def inputs(
         size = (batch, 4, model.config.hidden_size)
         result["cross_attention_states"] = torch.randn(size, generator=generator)
     return result
-
-
-def main(model_types: list[str]) -> int:
-    """Build and run the given families, or all, and print a line each."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    failed = 0
-    for model_type in model_types or MODEL_TYPES:
-        start = time.perf_counter()
-        try:
-            model = build(model_type)
-            size = sum(p.numel() for p in model.parameters())
-            with torch.no_grad():
-                logits = model(**inputs(model)).logits
-            if not torch.isfinite(logits).all():
-                raise ValueError("logits are not finite")
-            blocks = [
-                type(block).__name__
-                for name, layers in model.named_modules()
-                if isinstance(layers, nn.ModuleList)
-                and "vision" not in name
-                and "audio" not in name
-                for block in layers
-                if list(block.children())
-            ]
-            line = f"{' '.join(dict.fromkeys(blocks))}, {size / 1e6:.2f}M weights"
-        except Exception as error:
-            failed += model_type not in CANNOT
-            line = f"ERROR {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        print(f"{model_type} {kind(model_type)} {line} {time.perf_counter() - start:.2f} s")
-    total = len(model_types or MODEL_TYPES)
-    print(f"{total} families, {failed} failed, {len(CANNOT)} known not to work")
-    return bool(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
