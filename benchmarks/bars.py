@@ -72,7 +72,7 @@ class Bar:
         values = list(self.values(results))
         bar: dict[str, Any] = {"name": self.name, "target": self.target, "cases": len(values)}
         if not values:
-            return bar | {"value": None, "worst": None, "verdict": "not measured"}
+            return bar | {"verdict": "not measured"}
         if self.at_least is None:
             assert self.at_most is not None
             value, worst = max(values)
@@ -171,7 +171,7 @@ def check_bars(results: Results, device: str) -> list[dict[str, Any]]:
 def bar_lines(checked: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the verdicts in words: two lines a bar, the second the case that decided."""
     for bar in checked:
-        value = "" if bar["value"] is None else f"{bar['value']:.3f}"
+        value = f"{bar['value']:.3f}" if "value" in bar else ""
         yield f"{bar['verdict']:<12} {value:>6} {bar['target']:>7}  {bar['name']}"
-        if bar["worst"]:
+        if "worst" in bar:
             yield f"{'':<30}worst of {bar['cases']}: {bar['worst']}"

@@ -25,6 +25,7 @@ from timing import ratio
 from refusal_kernels import mean_difference, select, toy
 from refusal_kernels.bench.records import header, write_records
 from refusal_kernels.hf.load import load
+from refusal_kernels.timing import in_turns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "research" / "selection"))
 from protocol import Table, measure, winner
@@ -88,8 +89,8 @@ def main() -> int:
     every, layers = subjects(options.prompts)
     seconds: dict[str, list[float]] = {name: [] for name in every}
     tables: dict[str, Table] = {}
-    for number in range(options.rounds):
-        for name in list(every)[:: 1 if number % 2 else -1]:
+    for _, order in in_turns(every, options.rounds, warmup=0):
+        for name in order:
             start = time.perf_counter()
             tables[name] = every[name]()
             seconds[name].append(time.perf_counter() - start)

@@ -32,6 +32,7 @@ from vllm import LLM, SamplingParams
 import refusal_kernels as rk
 from refusal_kernels import _C
 from refusal_kernels.bench.records import header, write_records
+from refusal_kernels.timing import in_turns
 from refusal_kernels.toy import PATH
 
 PROMPT = 16  # tokens
@@ -162,8 +163,8 @@ def measure(model: str, folder: Path, args: argparse.Namespace) -> list[dict[str
         for case in programs:
             readings[case].append([])
             engines[case].run(programs[case], tokens)
-        for number in range(rounds):
-            for case in list(programs)[:: 1 if number % 2 == 0 else -1]:
+        for _, order in in_turns(programs, rounds, warmup=0):
+            for case in order:
                 engines[case].run(programs[case], 8)  # the caches hold the last engine's
                 readings[case][-1].append(engines[case].run(programs[case], tokens))
         for engine in set(engines.values()):

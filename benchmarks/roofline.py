@@ -51,12 +51,12 @@ def _draw(axes: Any, points: dict[str, dict[int, list[float]]]) -> None:
     """Draw one op: a dot for every hidden size, a line through the medians at equal bytes."""
     for name, line in points.items():
         _, color, style = LOOKS.get(name, (name, INK, ":"))
-        wide, own = name == "copy", name in ("cuda", "triton", "cpu", "dispatcher")
-        order = 1 if wide else 4 if own else 3
+        wide, package = name == "copy", name in ("cuda", "triton", "cpu", "dispatcher")
+        order = 1 if wide else 4 if package else 3
         x = sorted(line)
         y = [statistics.median(line[at]) for at in x]
         axes.plot(
-            x, y, style, color=color, linewidth=6 if wide else 2 if own else 1.3,
+            x, y, style, color=color, linewidth=6 if wide else 2 if package else 1.3,
             alpha=0.45 if wide else 1, zorder=order, solid_capstyle="round",
         )  # fmt: skip
         if not wide:

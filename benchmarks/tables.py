@@ -206,7 +206,12 @@ def bars(name: str) -> str:
     """Return what the ops are held to, and whether they meet it."""
     checked = read_records(RESULTS / f"{name}.jsonl")["bars"]
     lines = [
-        (bar["name"], bar["target"], f"{bar.get('value') or 0:.2f}", bar["verdict"])
+        (
+            bar["name"],
+            bar["target"],
+            f"{bar['value']:.2f}" if "value" in bar else "-",
+            bar["verdict"],
+        )
         for bar in checked
     ]
     return table(["target, worst case of all", "wanted", "measured", ""], lines)
@@ -293,11 +298,11 @@ def measured() -> str:
     """Return five numbers."""
     lines = []
     for device, name in (("cuda", "H100"), ("cpu", "2 CPU cores")):
-        found = {
+        spans = {
             method: span(row["ratio"] for row in rows_of(f"models-{device}", method=method))
             for method in (f"{PACKAGE}:{device}", "hooks")
         }
-        patched, hooks = found.values()
+        patched, hooks = spans.values()
         text = f"Whole models, tokens/s over unmodified (hooks: {hooks})"
         lines.append([text, name, patched])
     ours = [
@@ -333,7 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def regenerated(text: str) -> str:
     """Return a page with its tables made anew."""
-    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    return MARKED.sub(lambda part: part[1] + TABLES[part[2]]() + part[3], text)
 
 
 # --- pictures ------------------------------------------------------------------------------------

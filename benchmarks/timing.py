@@ -15,6 +15,8 @@ import torch
 from cases import Case, Operands
 from providers import Call, Missing, Provider
 
+from refusal_kernels.timing import in_turns, synchronize
+
 Reading = Callable[[], float]
 """Seconds per call; on a GPU known only after the device was waited for."""
 Timed = Callable[[], Reading]
@@ -44,16 +46,10 @@ class Subject:
     host_seconds: float | None = None
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def interleaved(subjects: Mapping[str, Timed], rounds: int, warmup: int) -> dict[str, list[float]]:
     """Read every subject in every round, every other round in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    for number in range(-warmup, rounds):
-        order = list(subjects)[:: 1 if number % 2 == 0 else -1]
+    for number, order in in_turns(subjects, rounds, warmup):
         readings = {name: subjects[name]() for name in order}
         synchronize()
         if number >= 0:

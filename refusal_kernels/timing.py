@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,6 @@ from refusal_kernels.progress import Progress
 Method = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which a method is timed."""
 
-ASK_EVERY = 5  # rounds
 FEWEST = 6  # values that have a 95 % interval
 
 
@@ -88,7 +87,6 @@ def interleaved(
     rounds: int = 15,
     warmup: int = 2,
     progress: Progress | None = None,
-    enough: Callable[[dict[str, Speed]], bool] | None = None,
 ) -> dict[str, Speed]:
     """Time every method in every round, so that a change of the machine's load affects them all.
 
@@ -104,9 +102,6 @@ def interleaved(
         Rounds before them that do not count.
     progress
         Called with the number of rounds done, and of all.
-    enough
-        Called after every `ASK_EVERY` rounds with the speeds so far; true ends the rounds. It must
-        look at the spread alone: a rule that looks at the ratio stops where chance favors it.
 
     Returns
     -------
@@ -114,26 +109,18 @@ def interleaved(
         By the names of the methods.
     """
     rates: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(-warmup, rounds):
-        order = list(methods)
-        for name in order if number % 2 == 0 else order[::-1]:
+    for number, order in in_turns(methods, rounds, warmup):
+        for name in order:
             with methods[name](), torch.inference_mode():
-                _synchronize()
+                synchronize()
                 start = time.perf_counter()
                 tokens = run(name)
-                _synchronize()
+                synchronize()
                 rate = tokens / (time.perf_counter() - start)
             if number >= 0:
                 rates[name].append(rate)
         if progress is not None:
             progress(number + warmup + 1, rounds + warmup)
-        ask = number >= 0 and (number + 1) % ASK_EVERY == 0
-        if enough is not None and ask and enough(_speeds(rates)):
-            break
-    return _speeds(rates)
-
-
-def _speeds(rates: Mapping[str, Sequence[float]]) -> dict[str, Speed]:
     first = next(iter(rates.values()))
     return {
         name: Speed(statistics.median(r), tuple(a / b for a, b in zip(r, first, strict=True)))
@@ -141,6 +128,17 @@ def _speeds(rates: Mapping[str, Sequence[float]]) -> dict[str, Speed]:
     }
 
 
-def _synchronize() -> None:
+def in_turns(names: Iterable[str], rounds: int, warmup: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of every round, below 0 while warming up, and its order.
+
+    Every other round runs in reverse order.
+    """
+    order = list(names)
+    for number in range(-warmup, rounds):
+        yield number, order if number % 2 == 0 else order[::-1]
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -149,7 +149,7 @@ import json
 import sys
 
 for bar in json.loads(open(sys.argv[1]).readline())["bars"]:
-    value = f"{bar['value']:.3f}" if bar.get("value") else ""
+    value = f"{bar['value']:.3f}" if "value" in bar else ""
     print(f"{bar['verdict']:<13}{value:>7} {bar['target']:>8}  {bar['name']}")
 EOF
   fi

@@ -51,10 +51,10 @@ def compare(
 
     def off(environment: str, method: str, sites: Sequence[str]) -> float:
         name = f"{environment.replace(' ', '-')}-{method.replace('/', '-')}.logits"
-        found, wanted = load_file(str(folder / name)), truth(sites)
-        if "logprobs" in found:  # what engines give
-            return _difference(found["logprobs"], wanted.log_softmax(-1))
-        return _difference(found["logits"], wanted)
+        saved, wanted = load_file(str(folder / name)), truth(sites)
+        if "logprobs" in saved:  # what engines give
+            return _difference(saved["logprobs"], wanted.log_softmax(-1))
+        return _difference(saved["logits"], wanted)
 
     def sensitivity(sites: Sequence[str]) -> float:
         return _difference(truth(sites, NOISE), truth(sites))
@@ -80,5 +80,5 @@ def _difference(logits: Tensor, truth: Tensor) -> float:
     """Return the largest difference over the largest logit; what cannot be compared is far off."""
     if logits.shape != truth.shape:
         return FAR
-    found = float((logits - truth).abs().max() / truth.abs().max())
-    return found if found < FAR else FAR  # also where it is no number
+    largest = float((logits - truth).abs().max() / truth.abs().max())
+    return largest if largest < FAR else FAR  # also where it is no number

@@ -183,7 +183,7 @@ class Grid:
         positions = getattr(config, "max_position_embeddings", None) or 1 << 20
         most = self.vary_weights
         varied = most is None or layer_weights(config) <= most
-        found = []
+        cells = []
         for axes in self.combinations(varied):
             if axes["steered"] is not None and axes["steered"] > layers:
                 continue
@@ -191,8 +191,8 @@ class Grid:
             of = self.prompt_tokens if axes["work"] == "prefill" else self.context_tokens
             tokens = min(of(config, layers, axes["batch"]), room)
             size = config.num_hidden_layers, config.hidden_size
-            found.append(BenchCell(name, layers, *size, tokens=tokens, **axes))
-        return found
+            cells.append(BenchCell(name, layers, *size, tokens=tokens, **axes))
+        return cells
 
 
 PROFILES = {
@@ -239,7 +239,7 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
     device
         "cpu", "cuda", ...
     given
-        Fields of `Grid`; None where the profile's own holds.
+        Fields of `Grid`; None where the profile's value holds.
 
     Raises
     ------
@@ -254,10 +254,10 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
         grid = replace(grid, **ON_CPU[profile])
     elif profile != "smoke":
         grid = replace(grid, dtypes=("bfloat16", "float16"), modes=MODES["cuda"])
-    own = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
     # who names them wants all that go with the rest
-    vary = tuple(axis for axis in grid.vary if AXES[axis] not in own)
-    grid = replace(grid, **own, vary=vary)
+    vary = tuple(axis for axis in grid.vary if AXES[axis] not in chosen)
+    grid = replace(grid, **chosen, vary=vary)
     _among("--phases", grid.phases, PHASES)
     _among("--dtypes", grid.dtypes, DTYPES)
     _among("--modes", grid.modes, MODES.get(kind, MODES["cpu"]))

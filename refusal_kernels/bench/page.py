@@ -65,8 +65,8 @@ def render(document: Mapping[str, Any], pictures: Sequence[Path] = ()) -> str:
 def facts(document: Mapping[str, Any]) -> dict[str, str]:
     """Return what the numbers depend on, by name."""
     environments = {
-        name: ", ".join(f"{package} {version}" for package, version in found.items())
-        for name, found in document["environments"].items()
+        name: ", ".join(f"{package} {version}" for package, version in versions.items())
+        for name, versions in document["environments"].items()
     }
     clock = document["clock_mhz"]
     return {
@@ -90,7 +90,7 @@ def _cell(document: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
         "rows": [
             {
                 "method": row["method"],
-                "own": row["method"].partition(":")[0] == PACKAGE,
+                "package": row["method"].partition(":")[0] == PACKAGE,
                 "best": row is best,
                 "columns": report.columns(row),
                 "verdict": row["verdict"],
@@ -103,18 +103,18 @@ def _cell(document: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
 
 
 def _figures(document: Mapping[str, Any], pictures: Sequence[Path]) -> list[dict[str, Any]]:
-    found = []
+    figures = []
     for draw, text in ((plots.plot_cells, OVERHEAD), (plots.plot_memory, MEMORY)):
         file = io.BytesIO()
         draw(file, document)
         if file.tell():
-            found.append({"uri": _uri(file.getvalue(), "svg+xml"), "text": text})
+            figures.append({"uri": _uri(file.getvalue(), "svg+xml"), "text": text})
     rooflines = [folder / f"ops-{document['device_kind']}.png" for folder in pictures]
     for roofline in [file for file in rooflines if file.is_file()][:1]:
-        found.append({"uri": _uri(roofline.read_bytes(), "png"), "text": OPS})
-    return found
+        figures.append({"uri": _uri(roofline.read_bytes(), "png"), "text": OPS})
+    return figures
 
 
 def _uri(data: bytes, kind: str) -> Markup:
-    # base64 has no character that HTML would read as its own
+    # base64 has no character that HTML would read as markup
     return Markup(f"data:image/{kind};base64," + base64.b64encode(data).decode())

@@ -64,7 +64,7 @@ def columns(row: Mapping[str, Any]) -> list[str]:
 def headings(device: str) -> list[str]:
     """Return the names of `columns`."""
     kernels = "kernels" if device.startswith("cuda") else "ops"
-    return ["tokens/s", "ratio [95 %]", "MiB", kernels, "|r.h|/|h|", "logits off / own", "right"]
+    return ["tokens/s", "ratio [95 %]", "MiB", kernels, "|r.h|/|h|", "logits off / plain", "right"]
 
 
 def one_reason(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -79,7 +79,7 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
     table.title_justify = "left"
     table.add_column("method", no_wrap=True)
     for name in headings(device):
-        table.add_column(name, justify="right", no_wrap=name != "logits off / own")
+        table.add_column(name, justify="right", no_wrap=name != "logits off / plain")
     table.add_column("remark", overflow="fold")
     for rows in by_cell(document["rows"]).values():
         table.add_section()
@@ -87,8 +87,8 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
         table.add_row(f"[bold]{cell_text(rows[0])}[/bold]", *[""] * 7, reason or "")
         for row in () if reason else rows:
             style = STYLES.get(row["verdict"] or "")
-            own = row["method"].startswith("refusal_kernels")
-            name = f"[green]{row['method']}[/green]" if own else row["method"]
+            green = row["method"].startswith("refusal_kernels")
+            name = f"[green]{row['method']}[/green]" if green else row["method"]
             table.add_row(f"  {name}", *columns(row), remarks(row), style=style)
     console.print(table)
     for text in slower_cells(document):
@@ -97,14 +97,14 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
 
 def slower_cells(document: Mapping[str, Any]) -> list[str]:
     """Say where this package was not the fastest way to ablate at run time."""
-    found = []
+    lines = []
     for rows in by_cell(document["rows"]).values():
         best, others = faster(rows)
         if others and best is not None:
-            found.append(f"{cell_text(best)}: {slower_text(best, others)}")
+            lines.append(f"{cell_text(best)}: {slower_text(best, others)}")
         elif others:
-            found.append(f"{cell_text(others[0])}: refusal_kernels has no right time")
-    return found
+            lines.append(f"{cell_text(others[0])}: refusal_kernels has no right time")
+    return lines
 
 
 def slower_text(best: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:

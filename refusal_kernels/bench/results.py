@@ -31,7 +31,7 @@ USUAL: dict[str, Any] = {
     "logits_error": None, "base_logits_error": None, "logits_error_at_sites": None,
     "logits_allowed": None, "verdict": None,
 }  # fmt: skip
-"""What a row says that nothing was found for; not written (`records`)."""
+"""What a row says where nothing was measured; not written (`records`)."""
 TOLERANCE = 0.02  # runs differ by this much where nothing has changed
 
 
@@ -39,7 +39,7 @@ def rated(
     row: dict[str, Any], seconds: Sequence[float], base: Sequence[float], tokens: int
 ) -> None:
     """Put the speed into a row: of every round the ratio to the unmodified model of that round."""
-    ratios = [b / own for own, b in zip(seconds, base, strict=True)]
+    ratios = [b / s for s, b in zip(seconds, base, strict=True)]
     low, high = interval(ratios)
     row |= {
         "tokens_per_second": tokens / statistics.median(seconds),
@@ -81,10 +81,10 @@ def cell_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def by_cell(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """Return the rows of every cell."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(cell_key(row), []).append(row)
-    return found
+        cells.setdefault(cell_key(row), []).append(row)
+    return cells
 
 
 def cell_text(row: Mapping[str, Any]) -> str:
@@ -102,8 +102,8 @@ def faster(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[
     """
     good = [r for r in rows if timed(r) and at_run_time(r) and r["verdict"] in ("yes", "part")]
     good = [r for r in good if r["method"] not in ENGINES] or good
-    own = [r for r in good if is_package(r) and r["verdict"] == "yes"]
-    best = max(own, key=lambda r: r["ratio"], default=None)
+    ours = [r for r in good if is_package(r) and r["verdict"] == "yes"]
+    best = max(ours, key=lambda r: r["ratio"], default=None)
     others = [r for r in good if not is_package(r)]
     if best is None:
         return None, others

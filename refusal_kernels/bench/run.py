@@ -102,7 +102,7 @@ class Run:
         grid, plan = self.settings.grid, []
         for name in grid.models:
             config, room = shapes.config_of(name), shapes.free_memory()
-            own = config.get_text_config(decoder=True)
+            text = config.get_text_config(decoder=True)
             if self._on_gpu():  # where every worker has weights of its own, and the reference
                 room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
             fits = {dtype: shapes.layers_that_fit(config, dtype, room) for dtype in grid.dtypes}
@@ -112,8 +112,8 @@ class Run:
             most = grid.layers or (grid.most_layers(config) if random else None)
             for dtype in dtypes:
                 fit = fits[dtype]
-                layers = max(1, min(own.num_hidden_layers, most or fit, fit))
-                cells = replace(grid, dtypes=dtypes).cells(name, layers, own)
+                layers = max(1, min(text.num_hidden_layers, most or fit, fit))
+                cells = replace(grid, dtypes=dtypes).cells(name, layers, text)
                 cells = [cell for cell in cells if cell.dtype == dtype]
                 plan.append((shapes.cut(deepcopy(config), layers) if fit else None, cells))
         return plan
@@ -224,7 +224,7 @@ class Run:
         """Have every worker prepare the cell; return the methods that are ready, by worker."""
         opened: dict[str, list[str]] = {}
         for name, methods in self._groups().items():
-            own = [m for m in methods if m.name != BASE or name == HERE]
+            here = [m for m in methods if m.name != BASE or name == HERE]
             reason = next((m.missing for m in methods if m.missing), None)
             if reason is None and self.failures.get(name, 0) >= GIVE_UP:
                 reason = f"not run: it failed {GIVE_UP} times in a row"
@@ -236,18 +236,18 @@ class Run:
                     raise WorkerError(reason)
                 answer = self._ask(name, methods, self._order(cell, folder, file, name, methods))
             except WorkerError as error:
-                for method in own:
+                for method in here:
                     rows[method.name]["status"] = str(error)
                 continue
             self.environments[name] = answer["versions"]
-            found = answer["methods"]
-            for method in own:
-                rows[method.name] |= found[method.name]
+            prepared = answer["methods"]
+            for method in here:
+                rows[method.name] |= prepared[method.name]
                 self.about[method.name] = rows[method.name].pop("about", "")
                 if name != HERE:
-                    rows[method.name]["base_memory_mib"] = found[BASE].get("memory_mib")
-            if found[BASE]["status"] == OK:
-                opened[name] = [m.name for m in own if rows[m.name]["status"] == OK]
+                    rows[method.name]["base_memory_mib"] = prepared[BASE].get("memory_mib")
+            if prepared[BASE]["status"] == OK:
+                opened[name] = [m.name for m in here if rows[m.name]["status"] == OK]
         for method in self._groups()[HERE]:
             rows[method.name]["base_memory_mib"] = rows[BASE]["memory_mib"]
         return opened
@@ -301,7 +301,7 @@ class Run:
         until: float,
     ) -> tuple[dict[str, tuple[list[float], list[float]]], float]:
         """Let all take turns; return the seconds of every method and of its unmodified model."""
-        found: dict[str, tuple[list[float], list[float]]] = {
+        times: dict[str, tuple[list[float], list[float]]] = {
             name: ([], []) for methods in opened.values() for name in methods
         }
         groups = self._groups()
@@ -334,8 +334,8 @@ class Run:
                         rows[method]["status"] = answer["errors"].get(method, "failed: no base")
                         opened[name].remove(method)
                         continue
-                    found[method][0].append(seconds[method])
-                    found[method][1].append(seconds[BASE])
+                    times[method][0].append(seconds[method])
+                    times[method][1].append(seconds[BASE])
             number += 1
             last = time.monotonic() - begun
             if number <= LEAST_ROUNDS:
@@ -347,8 +347,8 @@ class Run:
         for name in list(opened):
             with suppress(WorkerError):
                 self._ask(name, groups[name], {"do": "close"})
-        bad = [name for name in found if rows[name]["status"] != OK]
-        return {name: times for name, times in found.items() if name not in bad}, per_round
+        bad = [name for name in times if rows[name]["status"] != OK]
+        return {name: both for name, both in times.items() if name not in bad}, per_round
 
     # --- the document
 

@@ -66,10 +66,12 @@ def free_memory() -> float:
 
 def layer_weights(config: Any) -> int:
     """Return how many weights the matrices of one layer have."""
-    own = config.get_text_config(decoder=True)
-    hidden, heads = own.hidden_size, own.num_attention_heads
-    width = getattr(own, "head_dim", None) or hidden // heads
-    return int(hidden * (2 * width * (heads + own.num_key_value_heads) + 3 * own.intermediate_size))
+    text = config.get_text_config(decoder=True)
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    width = getattr(text, "head_dim", None) or hidden // heads
+    return int(
+        hidden * (2 * width * (heads + text.num_key_value_heads) + 3 * text.intermediate_size)
+    )
 
 
 def layers_that_fit(config: Any, dtype: str, memory_bytes: float) -> int:
@@ -78,28 +80,28 @@ def layers_that_fit(config: Any, dtype: str, memory_bytes: float) -> int:
     Half of the memory is for the weights, which all workers share; but one layer may take more, if
     with it in float64, as the reference has it, three quarters are not exceeded.
     """
-    own = config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
     layer = layer_weights(config)
-    embedding = own.vocab_size * own.hidden_size * (1 if own.tie_word_embeddings else 2)
+    embedding = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
     size = getattr(torch, dtype).itemsize
     if size * (embedding + layer) + 8 * layer > 0.75 * memory_bytes:
         return 0
     fits = int((0.5 * memory_bytes - size * embedding) // (size * layer))
-    return max(1, min(int(own.num_hidden_layers), fits))
+    return max(1, min(int(text.num_hidden_layers), fits))
 
 
 def cut(config: Any, layers: int) -> Any:
     """Keep only so many layers."""
-    own = config.get_text_config(decoder=True)
-    if layers < own.num_hidden_layers:
-        own.num_hidden_layers = layers
-        if getattr(own, "layer_types", None):
-            own.layer_types = own.layer_types[:layers]
+    text = config.get_text_config(decoder=True)
+    if layers < text.num_hidden_layers:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     return config
 
 
 def build(name: str, config: Any, dtype: str) -> Any:
-    """Return a model on the CPU: random weights, the same every time, or the checkpoint's own."""
+    """Return a model on the CPU: random weights, the same every time, or the checkpoint's."""
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     if name in SHAPES:

@@ -11,6 +11,7 @@ from refusal_kernels.patching.paper_hooks import paper_hooks
 @contextmanager
 def steer(model: Any, task: Any) -> Iterator[Any]:
     """Hook this copy of the model."""
-    own = [Direction(r) for r in task.directions.cpu()]
-    with paper_hooks(model, own[0] if len(own) == 1 else [own[k] for k in task.rows], task.layers):
+    each = [Direction(r) for r in task.directions.cpu()]
+    directions = each[0] if len(each) == 1 else [each[k] for k in task.rows]
+    with paper_hooks(model, directions, task.layers):
         yield model
