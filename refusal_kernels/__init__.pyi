@@ -13,10 +13,12 @@ from refusal_kernels.interventions import Add as Add
 from refusal_kernels.interventions import Clamp as Clamp
 from refusal_kernels.interventions import Erase as Erase
 from refusal_kernels.interventions import Intervention as Intervention
+from refusal_kernels.interventions import Rotate as Rotate
 from refusal_kernels.interventions import Set as Set
 from refusal_kernels.ops import explain as explain
 from refusal_kernels.ops import use_backend as use_backend
 from refusal_kernels.patching.handle import PatchHandle as PatchHandle
+from refusal_kernels.patching.handle import unpatch as unpatch
 from refusal_kernels.patching.patch import patch as patch
 from refusal_kernels.research.evaluation.evidence import Evidence as Evidence
 from refusal_kernels.research.evaluation.evidence import evaluate as evaluate

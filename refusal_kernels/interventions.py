@@ -1,17 +1,26 @@
-"""What can be done to the residual stream, and how it becomes a steering program.
+"""What can be done to the residual stream.
 
-Every intervention is one slot ``phi(v . s) u`` with ``phi(t) = a*t + c*clamp(t, low, high) + b``
-(`refusal_kernels.ops`). All of phi scales with the strength, so one number dials any of them, and
-strength 0 is the unmodified model.
+An intervention is a short list of slots: each reads the stream along one vector v and adds
+``phi(v . s) u`` to it, with ``phi(t) = a*t + c*clamp(t, low, high) + b`` (`refusal_kernels.ops`).
+All of phi scales with the strength, so one number dials any of them, and strength 0 is the
+unmodified model.
+
+A new intervention is one class: a frozen dataclass that derives from `Intervention` (or from
+`AlongDirection`) under a name of its own and has a method ``slots``. Its fields say what it takes:
+those annotated `Direction` or ``Tensor`` are vectors, those annotated ``float`` numbers, and one
+without a default must be given. With that, `INTERVENTIONS` and `Intervention.from_dict` serve it
+everywhere: `patch`, the command line, vLLM's configuration and lm-eval's model arguments.
 """
 
+import dataclasses
 import math
+import typing
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from refusal_kernels.direction import Direction
@@ -20,57 +29,139 @@ from refusal_kernels.errors import InputError
 INF = math.inf
 PROMPT, GENERATED, LAST = "prompt", "generated", "last"
 POSITIONS = ("all", PROMPT, GENERATED, LAST)
-SITES = ("embed", "block_input", "attn", "mlp")
+EVERY_SITE = "all"
+SITE_KINDS = ("embed", "block_input", "attn", "mlp")
+ORTHONORMAL = 1e-4  # how far a product of two vectors may be from the 0 or 1 that it must be
+
+INTERVENTIONS: dict[str, type["Intervention"]] = {}
+"""Every kind of intervention by its name; filled by the classes themselves."""
 
 
+class Slot(NamedTuple):
+    """One term ``phi(read . s) write`` of an edit, phi(t) = a*t + c*clamp(t, low, high) + b.
+
+    Attributes
+    ----------
+    read, write
+        float32 [hidden]: what the stream is projected on, and what is added to it.
+    a, c, b, low, high
+        The numbers of phi.
+    """
+
+    read: Tensor
+    write: Tensor
+    a: float = 0.0
+    c: float = 0.0
+    b: float = 0.0
+    low: float = -INF
+    high: float = INF
+
+    @property
+    def reads(self) -> bool:
+        """Whether the term depends on the stream at all."""
+        return self.a != 0.0 or self.c != 0.0
+
+    def scaled(self, strength: float) -> "Slot":
+        """Return the term times a number."""
+        return self._replace(a=self.a * strength, c=self.c * strength, b=self.b * strength)
+
+
+@dataclass(frozen=True, eq=False)
 class Intervention(ABC):
-    """One edit of the residual stream: it reads along one vector and writes along one.
+    """One edit of the residual stream.
 
     Attributes
     ----------
     strength
         Multiplies the edit: 0 leaves the model as it is, 1 is the edit as defined.
-    layer
+    block_input
         Act at the input of this block alone; None: wherever the next two say.
     layers
         Act in these blocks alone. None: everywhere, the embedding included.
     sites
         Act at these kinds of places alone: "attn" and "mlp", the adds of what attention (or what
         stands in its place) and MLP write; "block_input", the input of a block; "embed", the input
-        of the first. None: at every residual add.
+        of the first. None or "all": at every residual add, and at the embedding.
     positions
         Which tokens: "all"; "prompt", what ``generate`` was given (outside it, those of a pass
         without a cache behind it); "generated", all others; "last", the last of every row's prompt
         that is no padding, and all that is generated, each of which has been the last.
+    layer
+        The old name of ``block_input``.
+
+    Raises
+    ------
+    InputError
+        If a number is not finite, or the place or the positions do not exist.
     """
 
-    strength: float
-    layer: int | None
-    layers: Sequence[int] | None
-    sites: Sequence[str] | None
-    positions: str
+    name: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+    _: KW_ONLY
+    block_input: int | None = None
+    layers: Sequence[int] | None = None
+    sites: Sequence[str] | str | None = None
+    positions: str = "all"
+    layer: InitVar[int | None] = None
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        """Register a class under the name that configurations and commands give it."""
+        super().__init_subclass__(**kwargs)
+        if name:
+            cls.name = name
+            INTERVENTIONS[name] = cls
+
+    def __post_init__(self, layer: int | None) -> None:
+        name = type(self).__name__
+        if layer is not None:
+            if self.block_input is not None:
+                raise InputError(f"{name}: give block_input; layer is its old name")
+            _warn_of_layer()
+            object.__setattr__(self, "block_input", layer)
+        if isinstance(self.sites, str):
+            object.__setattr__(self, "sites", (self.sites,))
+        for key, value in vars(self).items():
             if not isinstance(value, int | float):
                 continue
-            if math.isnan(value) or (math.isinf(value) and name not in ("low", "high")):
-                raise InputError(f"{type(self).__name__}: {name} is {value}; must be finite")
-        if self.layer is not None and self.layer < 0:
+            if math.isnan(value) or (math.isinf(value) and key not in ("low", "high")):
+                raise InputError(f"{name}: {key} is {value}; must be finite")
+        if self.block_input is not None and self.block_input < 0:
             raise InputError(
-                f"{type(self).__name__}: layer is {self.layer}; expected 0 or more, "
+                f"{name}: block_input is {self.block_input}; expected 0 or more, "
                 "the number of the block at whose input to act"
             )
-        name = type(self).__name__
-        if self.layer is not None and (self.layers is not None or self.sites is not None):
-            raise InputError(f"{name}: give layer, or layers and sites; not both")
+        if self.block_input is not None and (self.layers is not None or self.sites is not None):
+            raise InputError(f"{name}: give block_input, or layers and sites; not both")
         if self.positions not in POSITIONS:
             raise InputError(
                 f"{name}: positions is {self.positions!r}; expected {', '.join(POSITIONS)}"
             )
         for site in self.sites or ():
-            if site not in SITES:
-                raise InputError(f"{name}: no site {site!r}; there are {', '.join(SITES)}")
+            if site not in (*SITE_KINDS, EVERY_SITE):
+                known = ", ".join((*SITE_KINDS, EVERY_SITE))
+                raise InputError(f"{name}: no site {site!r}; there are {known}")
+        self.check()
+
+    def check(self) -> None:  # noqa: B027
+        """Raise `InputError` if the fields of a subclass do not fit together."""
+
+    # --- what it does
+
+    @property
+    @abstractmethod
+    def strength(self) -> float:
+        """See above: a field of every subclass."""
+
+    @abstractmethod
+    def slots(self, strength: float) -> list[Slot]:
+        """Return the terms of the edit at a strength; always as many, with the same vectors."""
+
+    @property
+    def hidden(self) -> int:
+        """The hidden size that it is made for."""
+        return self.slots(1.0)[0].read.shape[0]
+
+    # --- where it acts
 
     def meets(self, block: int | None, writers: frozenset[str], feeds: int | None) -> bool:
         """Whether it acts at a place of the stream.
@@ -89,14 +180,15 @@ class Intervention(ABC):
         InputError
             If it is meant for one of two writers that are added in one sum.
         """
-        if self.layer is not None or self.meets_input(feeds):
+        if self.block_input is not None or self.meets_input(feeds):
             return self.meets_input(feeds)
-        if self.sites is None:
-            return self._wanted(block)
-        if "embed" in self.sites and block is None and self.layers is None:
+        if self.every_site:
+            return self._wants(block)
+        sites = set(self.sites or ())
+        if "embed" in sites and block is None and self.layers is None:
             return True
-        here = writers & set(self.sites)
-        if not here or not self._wanted(block):
+        here = writers & sites
+        if not here or not self._wants(block):
             return False
         if here != writers:
             raise InputError(
@@ -107,68 +199,158 @@ class Intervention(ABC):
 
     def meets_input(self, feeds: int | None) -> bool:
         """Whether it is meant for the input of this block, whatever writes it."""
-        if self.layer is not None:
-            return feeds == self.layer
-        return "block_input" in (self.sites or ()) and feeds is not None and self._wanted(feeds)
+        if self.block_input is not None:
+            return feeds == self.block_input
+        return "block_input" in (self.sites or ()) and feeds is not None and self._wants(feeds)
 
-    def _wanted(self, block: int | None) -> bool:
+    @property
+    def every_site(self) -> bool:
+        """Whether no kind of place is excluded."""
+        return self.block_input is None and (self.sites is None or EVERY_SITE in self.sites)
+
+    def _wants(self, block: int | None) -> bool:
         return self.layers is None or block in self.layers
 
-    @property
-    @abstractmethod
-    def read(self) -> Tensor:
-        """What the stream is projected on, v: float32 [hidden]."""
+    # --- how it is spelled
 
-    @property
-    @abstractmethod
-    def write(self) -> Tensor:
-        """What is added to the stream, u: float32 [hidden]."""
+    @classmethod
+    def fields(cls) -> dict[str, tuple[str, bool]]:
+        """Return what the class takes beside its place: "vector" or "number", and if it must."""
+        hints = typing.get_type_hints(cls)
+        where = {f.name for f in dataclasses.fields(Intervention)}
+        found = {}
+        for f in dataclasses.fields(cls):
+            if f.name not in where:
+                number = hints[f.name] is float
+                required = f.default is dataclasses.MISSING
+                found[f.name] = "number" if number else "vector", required
+        return found
 
-    @abstractmethod
-    def phi(self) -> tuple[float, float, float, float, float]:
-        """Return (a, c, b, low, high) at strength 1."""
+    @staticmethod
+    def from_dict(given: Any, directions: Mapping[str, Direction] | None = None) -> "Intervention":
+        """Read an intervention from a JSON object.
 
-    @property
-    def hidden(self) -> int:
-        """The hidden size that it is made for."""
-        return self.read.shape[0]
+        Parameters
+        ----------
+        given
+            ``{"ablate": "refusal", "strength": 0.8, "layers": [10, 11], "sites": ["mlp"]}`` and
+            the like: one name out of `INTERVENTIONS` with its first vector, then its other fields.
+        directions
+            The vectors by name; None: they are named by the files that hold them. A vector may
+            also be a `Direction` itself.
 
-    @property
-    def reads(self) -> bool:
-        """Whether the edit depends on the stream at all."""
-        a, c, *_ = self.phi()
-        return a != 0.0 or c != 0.0
+        Raises
+        ------
+        InputError
+            If anything is missing, unknown or out of range.
+        """
+        if not isinstance(given, Mapping):
+            raise InputError(
+                f"an intervention is {kind_of(given)}; expected an object such as {{'ablate': 'r'}}"
+            )
+        names = [name for name in INTERVENTIONS if name in given]
+        if len(names) != 1:
+            raise InputError(
+                f"{' and '.join(names) or 'no intervention'} in {sorted(given)}; "
+                f"expected exactly one of {', '.join(INTERVENTIONS)}"
+            )
+        (name,) = names
+        cls = INTERVENTIONS[name]
+        fields = cls.fields()
+        first = next(key for key, (kind, _) in fields.items() if kind == "vector")
+        known = {*fields, *PLACE_FIELDS} - {first}
+        if unknown := sorted(set(given) - known - {name}):
+            raise InputError(
+                f"{name} takes no {unknown[0]!r}; expected {', '.join(sorted(known - {'layer'}))}"
+            )
+        needed = {key for key, (_, required) in fields.items() if required} - {first}
+        if missing := sorted(needed - set(given)):
+            raise InputError(f"{name} needs {missing[0]!r}")
+        hints = typing.get_type_hints(cls)
+        settings: dict[str, Any] = {}
+        for key, value in given.items():
+            key = first if key == name else key
+            if key in PLACE_FIELDS:
+                settings[key] = _place(key, value)
+            elif fields[key][0] == "number":
+                settings[key] = finite_number(value, key)
+            else:
+                direction = _direction(value, directions)
+                settings[key] = direction if hints[key] is Direction else direction.vector
+        return cls(**settings)
 
-    def params(self, strength: float) -> Tensor:
-        """Return (a, c, b, low, high) at a strength, float32 [5]."""
-        a, c, b, low, high = self.phi()
-        return torch.tensor([a * strength, c * strength, b * strength, low, high])
+
+PLACE_FIELDS = ("block_input", "layers", "sites", "positions", "layer")
 
 
-@dataclass(frozen=True)
+def finite_number(value: Any, what: str) -> float:
+    """Return a finite number; raise `InputError` for anything else (a bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{what} is {value!r}; expected a finite number")
+    return float(value)
+
+
+def kind_of(value: Any) -> str:
+    """Say what JSON holds where something else was expected."""
+    return f"{value!r}" if value is None or isinstance(value, bool) else f"a {type(value).__name__}"
+
+
+def _direction(value: Any, directions: Mapping[str, Direction] | None) -> Direction:
+    if isinstance(value, Direction):
+        return value
+    if directions is None:
+        return Direction.load(value)
+    if not isinstance(value, str) or value not in directions:
+        there = ", ".join(directions) or "none"
+        raise InputError(f"there is no direction {value!r}; there are: {there}")
+    return directions[value]
+
+
+def _place(key: str, value: Any) -> Any:
+    """Return where an intervention acts, as its constructor takes it."""
+
+    def integer(one: Any) -> bool:
+        return isinstance(one, int) and not isinstance(one, bool)
+
+    listed = isinstance(value, list | tuple) and bool(value)
+    if key in ("block_input", "layer"):
+        good, expected = integer(value), "a number"
+    elif key == "layers":
+        good, expected = listed and all(map(integer, value)), "a list of numbers"
+    elif key == "sites":
+        names = listed and all(isinstance(one, str) for one in value)
+        good, expected = names or value == EVERY_SITE, f"a list of names, or {EVERY_SITE!r}"
+    else:
+        good, expected = isinstance(value, str), f"one of {', '.join(POSITIONS)}"
+    if not good:
+        raise InputError(f"{key} is {value!r}; expected {expected}")
+    return tuple(value) if listed else value
+
+
+_warned: list[bool] = []
+
+
+def _warn_of_layer() -> None:
+    """Say once in a process that ``layer`` has another name."""
+    if not _warned:
+        _warned.append(True)
+        message = "layer= of an intervention is now named block_input="
+        warnings.warn(message, DeprecationWarning, stacklevel=4)
+
+
+# --- the interventions
+
+
+@dataclass(frozen=True, eq=False)
 class AlongDirection(Intervention):
-    """An edit along one `Direction`, whose unit vector it reads and writes."""
+    """An edit along one `Direction`."""
 
     direction: Direction
     strength: float = field(default=1.0, kw_only=True)
-    layer: int | None = field(default=None, kw_only=True)
-    layers: Sequence[int] | None = field(default=None, kw_only=True)
-    sites: Sequence[str] | None = field(default=None, kw_only=True)
-    positions: str = field(default="all", kw_only=True)
-
-    @property
-    def read(self) -> Tensor:
-        """The unit vector."""
-        return self.direction.unit
-
-    @property
-    def write(self) -> Tensor:
-        """The unit vector."""
-        return self.direction.unit
 
 
-@dataclass(frozen=True)
-class Ablate(AlongDirection):
+@dataclass(frozen=True, eq=False)
+class Ablate(AlongDirection, name="ablate"):
     """Directional ablation, ``h - strength * (r . h) r``: at strength 1 the exact projection.
 
     Arditi et al. 2024, section 2.4. r is the direction's unit vector.
@@ -176,44 +358,53 @@ class Ablate(AlongDirection):
 
     strength: float = 1.0
 
-    def phi(self) -> tuple[float, float, float, float, float]:
-        """See `Intervention.phi`."""
-        return -1.0, 0.0, 0.0, -INF, INF
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`."""
+        r = self.direction.unit
+        return [Slot(r, r, a=-1.0).scaled(strength)]
 
 
-@dataclass(frozen=True)
-class Add(AlongDirection):
+@dataclass(frozen=True, eq=False)
+class Add(AlongDirection, name="add"):
     """Activation addition, ``h + strength * coefficient * vector``, with the raw vector.
 
-    Arditi et al. 2024 add the mean difference at the input of the block that it was taken from:
-    give that ``layer``.
+    Arditi et al. 2024 add the mean difference at the input of the block that it was read from. So
+    without a place it acts at the input of block ``direction.layer``; ``sites="all"`` adds it at
+    every place of the stream.
     """
 
     coefficient: float = 1.0
 
-    def phi(self) -> tuple[float, float, float, float, float]:
-        """See `Intervention.phi`."""
-        return 0.0, 0.0, self.coefficient, -INF, INF
+    def check(self) -> None:
+        """Take the direction's own block where no place is given."""
+        if self.block_input is None and self.layers is None and self.sites is None:
+            if self.direction.layer is None:
+                raise InputError(
+                    "Add: the direction does not say at which layer it was read; give "
+                    'block_input (the number of a block), or layers or sites ("all" is everywhere)'
+                )
+            object.__setattr__(self, "block_input", self.direction.layer)
 
-    @property
-    def write(self) -> Tensor:
-        """The raw vector: its norm is part of the edit."""
-        return self.direction.vector
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`. What is written is the raw vector: its norm counts."""
+        unit, vector = self.direction.unit, self.direction.vector
+        return [Slot(unit, vector, b=self.coefficient).scaled(strength)]
 
 
-@dataclass(frozen=True)
-class Set(AlongDirection):
+@dataclass(frozen=True, eq=False)
+class Set(AlongDirection, name="set"):
     """The component along the direction becomes ``value``, in units of the residual stream."""
 
     value: float
 
-    def phi(self) -> tuple[float, float, float, float, float]:
-        """See `Intervention.phi`."""
-        return -1.0, 0.0, self.value, -INF, INF
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`."""
+        r = self.direction.unit
+        return [Slot(r, r, a=-1.0, b=self.value).scaled(strength)]
 
 
-@dataclass(frozen=True)
-class Clamp(AlongDirection):
+@dataclass(frozen=True, eq=False)
+class Clamp(AlongDirection, name="clamp"):
     """The component along the direction is kept inside [low, high].
 
     ``high=0`` removes only the positive part.
@@ -222,18 +413,19 @@ class Clamp(AlongDirection):
     low: float = -INF
     high: float = INF
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Refuse an empty interval."""
         if self.low > self.high:
             raise InputError(f"Clamp: low {self.low} is above high {self.high}")
 
-    def phi(self) -> tuple[float, float, float, float, float]:
-        """See `Intervention.phi`."""
-        return -1.0, 1.0, 0.0, self.low, self.high
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`."""
+        r = self.direction.unit
+        return [Slot(r, r, a=-1.0, c=1.0, low=self.low, high=self.high).scaled(strength)]
 
 
 @dataclass(frozen=True, eq=False)
-class Erase(Intervention):
+class Erase(Intervention, name="erase"):
     """Oblique projection, ``h - u (v . (h - bias))``: what LEACE does to a binary concept.
 
     Belrose et al. 2023: with these u, v and the mean activation no linear probe finds the concept
@@ -247,29 +439,28 @@ class Erase(Intervention):
     v
         Floating point [hidden]: this is read. v . u must be 1: erasing twice is erasing once.
     bias
-        Floating point [hidden]: the mean activation, which stays where it is.
+        Floating point [hidden]: the mean activation, which stays where it is; by default zero.
     """
 
     u: Tensor
     v: Tensor
-    bias: Tensor
+    bias: Tensor | None = None
     strength: float = field(default=1.0, kw_only=True)
-    layer: int | None = field(default=None, kw_only=True)
-    layers: Sequence[int] | None = field(default=None, kw_only=True)
-    sites: Sequence[str] | None = field(default=None, kw_only=True)
-    positions: str = field(default="all", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Refuse what is no projection."""
+        size = self.u.shape[0] if self.u.ndim else 0
         for name in ("u", "v", "bias"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if value.ndim != 1 or value.shape != self.u.shape or not value.isfinite().all():
                 raise InputError(
                     f"Erase: {name} is {list(value.shape)} or not finite; "
-                    f"expected finite numbers [{self.u.shape[0] if self.u.ndim else 0}]"
+                    f"expected finite numbers [{size}]"
                 )
         product = float(self.u.double() @ self.v.double())
-        if abs(product - 1.0) > 1e-4:
+        if abs(product - 1.0) > ORTHONORMAL:
             raise InputError(f"Erase: u . v is {product:.6g}; expected 1, for a projection")
 
     @classmethod
@@ -284,55 +475,51 @@ class Erase(Intervention):
         left, right = eraser.proj_left, eraser.proj_right  # [hidden, rank], [rank, hidden]
         if left.shape[1] != 1:
             raise InputError(f"the eraser has rank {left.shape[1]}; expected 1, a binary concept")
-        bias = eraser.bias if eraser.bias is not None else torch.zeros_like(left[:, 0])
-        return cls(left[:, 0], right[0], bias, **common)
+        return cls(left[:, 0], right[0], eraser.bias, **common)
 
-    @property
-    def read(self) -> Tensor:
-        """See `Intervention.read`."""
-        return self.v.detach().float().cpu()
-
-    @property
-    def write(self) -> Tensor:
-        """See `Intervention.write`."""
-        return self.u.detach().float().cpu()
-
-    def phi(self) -> tuple[float, float, float, float, float]:
-        """See `Intervention.phi`."""
-        return -1.0, 0.0, float(self.v.double() @ self.bias.double()), -INF, INF
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`."""
+        u, v = (t.detach().float().cpu() for t in (self.u, self.v))
+        kept = 0.0 if self.bias is None else float(self.v.double() @ self.bias.double())
+        return [Slot(v, u, a=-1.0, b=kept).scaled(strength)]
 
 
-def compile_program(interventions: Sequence[Intervention]) -> tuple[Tensor, Tensor]:
-    """Make one program that does all of these at one place, each reading the same stream.
+@dataclass(frozen=True, eq=False)
+class Rotate(Intervention, name="rotate"):
+    """Rotation in the plane of b1 and b2: by ``angle`` degrees, from b1 towards b2.
 
-    Returns
-    -------
-    bank : Tensor
-        float32 [1, 2, slots, hidden].
-    params : Tensor
-        float32 [1, slots, 5].
+    Selective steering (arXiv 2601.19375). With unit vectors b1 and b2 and t_i = b_i . h the
+    coordinates (t1, t2) are turned, and what is orthogonal to the plane stays: the row's length
+    does not change. At another strength than 1 that share of the whole step is made.
 
-    Raises
-    ------
-    InputError
-        If the hidden sizes differ, or if several edits that read the stream interfere: unless
-        v_i . u_j is 1 for i = j and 0 otherwise, their sum is no projection.
+    Attributes
+    ----------
+    b1, b2
+        Two directions at right angles; their unit vectors span the plane.
+    angle
+        In degrees.
     """
-    sizes = {i.hidden for i in interventions}
-    if len(sizes) > 1:
-        raise InputError(f"directions of different hidden sizes: {sorted(sizes)}")
-    read = torch.stack([i.read for i in interventions])  # [slots, hidden]
-    write = torch.stack([i.write for i in interventions])
-    readers = [k for k, i in enumerate(interventions) if i.reads]
-    gram = read[readers].double() @ write[readers].double().T
-    worst = (
-        float((gram - torch.eye(len(readers), dtype=gram.dtype)).abs().max()) if readers else 0.0
-    )
-    if worst > 1e-4:
-        raise InputError(
-            "several directions at one place must be orthonormal; the largest cosine between "
-            f"two of them is {worst:.4g}; orthonormalize them first (torch.linalg.qr)"
-        )
-    bank = torch.stack([read, write]).unsqueeze(0).contiguous()
-    params = torch.stack([i.params(i.strength) for i in interventions]).unsqueeze(0)
-    return bank, params
+
+    b1: Direction
+    b2: Direction
+    angle: float
+    strength: float = field(default=1.0, kw_only=True)
+
+    def check(self) -> None:
+        """Refuse what spans no plane."""
+        if self.b1.hidden != self.b2.hidden:
+            raise InputError(f"Rotate: hidden sizes {self.b1.hidden} and {self.b2.hidden} differ")
+        cosine = float(self.b1.unit.double() @ self.b2.unit.double())
+        if abs(cosine) > ORTHONORMAL:
+            raise InputError(
+                f"Rotate: the cosine between b1 and b2 is {cosine:.4g}; expected orthogonal "
+                "directions (torch.linalg.qr makes them)"
+            )
+
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`: the rotation minus the identity, of rank two."""
+        cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+        b1, b2 = self.b1.unit, self.b2.unit
+        first = Slot(b1, (cos - 1) * b1 + sin * b2, a=1.0)
+        second = Slot(b2, (cos - 1) * b2 - sin * b1, a=1.0)
+        return [first.scaled(strength), second.scaled(strength)]

@@ -218,7 +218,7 @@ def evaluate(
             edits = {
                 evidence.UNMODIFIED: None,
                 evidence.ABLATED: Ablate(loaded),
-                evidence.ADDED: Add(loaded, layer=at),
+                evidence.ADDED: Add(loaded, block_input=at),
             }
             results = harness(language_model, tokenizer, edits, progress=step("lm-eval"))
             # the parts of a group, such as the 57 of mmlu, are in the JSON alone

@@ -1,7 +1,8 @@
 """Answers of a model, with an intervention and without."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -21,6 +22,10 @@ def generate(
         int | None, typer.Option(help="Act at the input of this block; --add: default, the file's.")
     ] = None,
     strength: Annotated[float, typer.Option(help="0 is no edit, 1 the whole edit.")] = 1.0,
+    edit: Annotated[
+        str | None,
+        typer.Option(help='Any intervention as JSON, such as {"set": FILE, "value": 0}.'),
+    ] = None,
     model: options.Model = "toy",
     system: options.System = None,
     thinking: options.Thinking = False,
@@ -31,24 +36,35 @@ def generate(
     json_file: options.Json = None,
 ) -> None:
     """Answer prompts greedily, without an intervention and with it."""
+    if edit is not None and direction is not None:
+        raise InputError("give --direction or --edit, not both")
     loaded = None if direction is None else read_direction(direction)
-    if loaded is not None and add and layer is None and (layer := loaded.layer) is None:
+    if loaded is not None and add and layer is None and loaded.layer is None:
         raise InputError(f"{direction} does not say at which layer to add; give --layer")
 
     from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.hf.generate import generate as answers
     from refusal_kernels.hf.load import load
-    from refusal_kernels.interventions import Ablate, Add
+    from refusal_kernels.interventions import Intervention
     from refusal_kernels.patching.patch import patch
 
+    given: Any = None
+    if edit is not None:
+        try:
+            given = json.loads(edit)
+        except ValueError as error:
+            raise InputError(f"--edit is no JSON: {error}") from None
+    elif loaded is not None:
+        given = {"add" if add else "ablate": loaded, "strength": strength}
+        given |= {} if layer is None else {"block_input": layer}
+    intervention = None if given is None else Intervention.from_dict(given)
     prepare(json_file)
     language_model, tokenizer = load(model, choose_device(device), dtype, loaded)
     chat = ChatFormat(tokenizer, system, thinking=thinking)
     texts = {"unmodified": answers(language_model, chat, prompt, max_new_tokens, batch_size)}
-    if loaded is not None:
-        kind = Add if add else Ablate
-        with patch(language_model, kind(loaded, strength=strength, layer=layer)):
-            texts[kind.__name__.lower()] = answers(
+    if intervention is not None:
+        with patch(language_model, intervention):
+            texts[intervention.name] = answers(
                 language_model, chat, prompt, max_new_tokens, batch_size
             )
     for i, text in enumerate(prompt):

@@ -7,7 +7,7 @@ from ``(il - 1) * n_embd``, from ``il = 1`` on. So ``direction.N`` belongs to bl
 0. The graph of every model adds it after the block's last residual add (``build_cvec``, just before
 "l_out"). That is the output of block N, and so the input of block N + 1:
 
-    direction.N  =  the edit of this package at ``layer=N + 1``
+    direction.N  =  the edit of this package at ``block_input=N + 1``
 
 The smallest N is 1, so the inputs of blocks 0 and 1 can not be named. The last N is the output of
 the last block, which no block takes as its input.
@@ -34,7 +34,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import replacing
 from refusal_kernels.files.gguf import gguf_library, read_gguf
-from refusal_kernels.interventions import Ablate, Add, Intervention
+from refusal_kernels.interventions import Intervention
 
 ARCHITECTURE = "controlvector"
 SITE = "residual_stream_post_layer"  # GLP's name for the place above
@@ -124,7 +124,7 @@ class ControlVector:
         edits: list[Intervention] = []
         for direction, strength in zip(self.directions, self.strengths, strict=True):
             assert direction.layer is not None
-            where: dict[str, Any] = {"layer": direction.layer}
+            where: dict[str, Any] = {"block_input": direction.layer}
             if direction.layer == layers:  # the output of the last block
                 where = {"layers": (layers - 1,), "sites": ("mlp",)}
             elif direction.layer > layers:
@@ -132,8 +132,8 @@ class ControlVector:
                     f"the control vector acts on the output of block {direction.layer - 1}; "
                     f"the model has {layers} blocks"
                 )
-            kind = Add if self.mode == "add" else Ablate
-            edits.append(kind(direction, strength=strength, **where))
+            given = {self.mode: direction, "strength": strength, **where}
+            edits.append(Intervention.from_dict(given))
         return edits
 
     def save(self, path: str | os.PathLike[str], *, glp: bool = False) -> None:

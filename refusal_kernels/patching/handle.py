@@ -387,7 +387,7 @@ def copied(programs: Sequence[Sequence[Intervention]]) -> tuple[tuple[Interventi
     copies: dict[int, Intervention] = {}
     for program in programs:
         for i in program:
-            copies.setdefault(id(i), dataclasses.replace(i))  # type: ignore[type-var]
+            copies.setdefault(id(i), dataclasses.replace(i))
     return tuple(tuple(copies[id(i)] for i in program) for program in programs)
 
 

@@ -25,8 +25,8 @@ def patch(
     """Steer a Hugging Face causal language model in place, until the handle is removed.
 
     An intervention without further settings acts on what enters the first block and at every
-    residual add, so on everything that is ever written into the stream. With ``layer=l`` it acts at
-    the input of block l alone: at the add that ends block l - 1, or on what enters block 0.
+    residual add, so on everything that is ever written into the stream. With ``block_input=l`` it
+    acts at the input of block l alone: at the add that ends block l - 1, or on what enters block 0.
 
     Parameters
     ----------
@@ -117,15 +117,16 @@ def _check(
     """Refuse what can not work, before anything is changed."""
     if is_patched(model):
         raise InputError(
-            "the model is patched already: remove that patch, or give all interventions to one"
+            "the model is patched already: remove that patch (handle.remove(), or "
+            "rk.unpatch(model)), or give all interventions to one"
         )
     layers, hidden = len(decoder_layers(model)), hidden_size(model)
     for i in (i for program in programs for i in program):
         if i.hidden != hidden:
             raise InputError(f"the direction has hidden size {i.hidden}; the model has {hidden}")
-        for number in (i.layer, *(i.layers or ())):
+        for number in (i.block_input, *(i.layers or ())):
             if number is not None and not 0 <= number < layers:
-                raise InputError(f"layer {number} is not there; the model has {layers} layers")
+                raise InputError(f"block {number} is not there; the model has {layers} blocks")
     for place in found:
         own = place.module.__dict__  # where accelerate wraps a forward, it leaves the class's own
         wrapped = getattr(own.get("_old_forward"), "__func__", None) is type(place.module).forward
@@ -140,11 +141,11 @@ def _meets(i: Intervention, place: Place) -> bool:
     """Whether an intervention acts at a place; where a block can't be read, at its end alone."""
     if not place.unread:
         return i.meets(place.block, place.writers, place.feeds)
-    inside = i.layer is None and (i.sites is None or {"attn", "mlp"} & set(i.sites))
+    inside = i.every_site or {"attn", "mlp"} & set(i.sites or ())
     if inside and (i.layers is None or place.block in i.layers):
         raise InputError(
-            place.unread + "; only the inputs of blocks can be steered there (layer=..., or "
-            'sites=["block_input"])'
+            place.unread + "; only the inputs of blocks can be steered there (block_input=..., "
+            'or sites=["block_input"])'
         )
     return i.meets_input(place.feeds)
 
@@ -158,6 +159,6 @@ def _like(module: nn.Module) -> torch.Tensor:
 
 
 def _where(i: Intervention) -> str:
-    if i.layer is not None:
-        return f"the input of block {i.layer}"
+    if i.block_input is not None:
+        return f"the input of block {i.block_input}"
     return f"sites {i.sites or 'any'} of layers {list(i.layers) if i.layers else 'any'}"

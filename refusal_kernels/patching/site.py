@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels import ops
-from refusal_kernels.interventions import GENERATED, LAST, Intervention, compile_program
+from refusal_kernels.banks import NUMBERS, check_program, params_of, slots_of, vectors_of
+from refusal_kernels.interventions import GENERATED, LAST, Intervention
 from refusal_kernels.patching.norm_links import Link, is_plain, version
 from refusal_kernels.patching.route import PHASES, Route
 
@@ -91,12 +92,12 @@ class Program:
                 cells.append(kinds[key] if here else -1)
         cells += [-1] * PHASES  # the rows that are left alone
         with torch.inference_mode(False):  # an inference tensor could not be written to later
-            compiled = [compile_program(s) for s in self._sets]
-            slots = max(bank.shape[2] for bank, _ in compiled)
-            bank = torch.cat([_padded(b, slots, 2) for b, _ in compiled])
-            params = torch.cat([_padded(p, slots, 1) for _, p in compiled])
+            slots = self._slots = max(map(slots_of, self._sets))
+            bank = torch.stack([vectors_of(s, slots) for s in self._sets])
+            params = bank.new_zeros(len(self._sets), slots, NUMBERS)
             table = torch.tensor(cells, dtype=torch.int32)
-        self._slots = slots
+        for interventions in self._sets:
+            check_program(interventions)
         self._route, self._idle = route, cells[0] < 0  # program 0 does nothing here
         self._tensors = bank, params, table
         self._placed: dict[tuple[torch.device, torch.dtype], Placed] = {}
@@ -117,11 +118,7 @@ class Program:
 
     def write_params(self) -> None:
         """Write the dials into the tensors that the kernels read: no kernel is made anew."""
-        rows = [
-            _padded(torch.stack([i.params(i.strength) for i in s])[None], self._slots, 1)
-            for s in self._sets
-        ]
-        new = torch.cat(rows)
+        new = torch.stack([params_of(s, self._slots) for s in self._sets])
         for _, params, _ in (self._tensors, *(placed.tensors for placed in self._placed.values())):
             params.copy_(new)
 
@@ -134,13 +131,6 @@ def _acts(intervention: Intervention, phase: int) -> bool:
         or (wanted == LAST and last == 1)
         or (wanted != LAST and (wanted == GENERATED) == (generated == 1))
     )
-
-
-def _padded(t: Tensor, slots: int, dim: int) -> Tensor:
-    """Add slots that do nothing, up to a number that all programs of a bank share."""
-    shape = list(t.shape)
-    shape[dim] = slots - shape[dim]
-    return torch.cat([t, t.new_zeros(shape)], dim=dim)
 
 
 class _StandsForAnAdd:

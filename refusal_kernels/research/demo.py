@@ -132,7 +132,7 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoR
         interventions={
             "unmodified": None,
             "ablated": Ablate(direction),
-            "added": Add(direction, layer=selection.layer),
+            "added": Add(direction, block_input=selection.layer),
         },
         progress=step("Generate: unmodified, ablated, added, test split"),
         **settings,

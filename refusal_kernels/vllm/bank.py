@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refusal_kernels.banks import NUMBERS, check_program, params_of, vectors_of
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import compile_program
 from refusal_kernels.vllm.families import EnginePlace
 from refusal_kernels.vllm.programs import NamedProgram
 from refusal_kernels.vllm.requests import Steering
 
 PLAIN = -1
-NUMBERS = 5  # a, c, b, low, high
 
 
 class Bank:
@@ -75,7 +74,7 @@ class Bank:
         Raises
         ------
         InputError
-            If it has too many interventions, is for another hidden size, has several directions at
+            If it takes too many slots, is for another hidden size, has several directions at
             one place that are not orthonormal, or acts nowhere.
         """
         hidden = self.vectors.shape[-1]
@@ -83,30 +82,24 @@ class Bank:
             raise InputError(
                 f"the direction has hidden size {program.hidden}; the model has {hidden}"
             )
-        if len(program.interventions) > self.slots:
+        if program.slots > self.slots:
             raise InputError(
-                f"the program has {len(program.interventions)} interventions; the engine was "
-                f"started with slots {self.slots}"
+                f"the program takes {program.slots} slots; the engine was started with slots "
+                f"{self.slots}"
             )
-        vectors = torch.zeros(2, self.slots, hidden)
-        params = torch.zeros(len(self.places), self.slots, NUMBERS)
         for i in program.interventions:
             if not any(i.meets(p.block, p.writers, p.feeds) for p in self.whole):
                 raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
-        for slot, i in enumerate(program.interventions):
-            vectors[0, slot], vectors[1, slot] = i.read, i.write
-        for at, place in enumerate(self.places):
-            here = [
-                (slot, i)
-                for slot, i in enumerate(program.interventions)
-                if i.meets(place.block, place.writers, place.feeds)
+        params = []
+        for place in self.places:
+            acting = [
+                i for i in program.interventions if i.meets(place.block, place.writers, place.feeds)
             ]
-            if here:
-                compile_program([i for _, i in here])  # refuses what is no projection together
-            for slot, i in here:
-                params[at, slot] = i.params(i.strength)
+            check_program(acting)
+            params.append(params_of(program.interventions, self.slots, acting))
         self._programs.pop(program.version, None)  # the latest last
-        self._programs[program.version] = vectors, params
+        vectors = vectors_of(program.interventions, self.slots)
+        self._programs[program.version] = vectors, torch.stack(params)
 
     def keep_only(self, versions: Collection[str]) -> None:
         """Forget every other program."""

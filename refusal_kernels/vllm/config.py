@@ -86,12 +86,12 @@ def parse_settings(given: Any) -> EngineSettings:
     if default is not None and default not in programs:
         there = ", ".join(programs) or "none"
         raise InputError(f"default is {default!r}; expected null or a program, of which: {there}")
-    largest = max((len(p.interventions) for p in programs.values()), default=1)
+    largest = max((p.slots for p in programs.values()), default=1)
     slots = given.get("slots", largest)
     if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= MOST_SLOTS:
         raise InputError(f"slots is {slots!r}; expected a number from 1 to {MOST_SLOTS}")
     if largest > slots:
-        raise InputError(f"slots is {slots}, but a program has {largest} interventions")
+        raise InputError(f"slots is {slots}, but a program takes {largest}")
     fuse_norms = given.get("fuse_norms", True)
     if not isinstance(fuse_norms, bool):
         raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")

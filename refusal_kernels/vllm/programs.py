@@ -3,9 +3,10 @@
 Nothing here needs vLLM: the engine's front end, its workers and the tests read the same form.
 """
 
+import functools
 import hashlib
 import json
-import math
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,22 +14,13 @@ from typing import Any
 
 import torch
 
+from refusal_kernels.banks import slots_of
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Intervention, Set
+from refusal_kernels.interventions import Intervention, kind_of
 
+logger = logging.getLogger(__name__)
 NONE = "none"  # the name of doing nothing, in a request
-# The key that names an intervention and its direction, and the numbers that may stand beside it.
-KINDS: dict[str, tuple[type[Intervention], frozenset[str], frozenset[str]]] = {
-    "ablate": (Ablate, frozenset(), frozenset()),
-    "add": (Add, frozenset(), frozenset({"coefficient"})),
-    "set": (Set, frozenset({"value"}), frozenset()),
-    "clamp": (Clamp, frozenset(), frozenset({"low", "high"})),
-    "erase": (Erase, frozenset(), frozenset()),
-}
-# Of an erasure the vectors are named like directions: what is read, and the mean that stays.
-ERASE = {"v": True, "bias": False}  # whether it must be there
-PLACES = frozenset({"layer", "layers", "sites"})
 LONGEST_NAME = 128
 
 
@@ -39,7 +31,7 @@ class NamedProgram:
     Attributes
     ----------
     interventions
-        What it does; one slot of the bank each.
+        What it does.
     version
         16 hexadecimal digits that change with anything that changes the result: the prefix cache is
         keyed by them, and a running request keeps the version that it began with.
@@ -53,14 +45,16 @@ class NamedProgram:
         """The hidden size that it is made for."""
         return self.interventions[0].hidden
 
+    @property
+    def slots(self) -> int:
+        """How many slots of a bank it takes."""
+        return slots_of(self.interventions)
+
 
 def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) -> NamedProgram:
     """Read one program from its JSON form: an intervention, or a list of them.
 
-    ``{"ablate": "refusal", "strength": 0.8, "layers": [10, 11], "sites": ["mlp"]}`` and the like:
-    one of ``ablate``, ``add`` (``coefficient``), ``set`` (``value``) and ``clamp`` (``low``,
-    ``high``) with the name of a direction, and the settings of that intervention. ``erase`` takes
-    three names: ``{"erase": U, "v": V, "bias": MEAN}``, without ``bias`` of a mean of zero.
+    Each as `Intervention.from_dict` reads it, without ``positions``.
 
     Raises
     ------
@@ -82,7 +76,7 @@ def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) ->
 def parse_programs(given: Any, directions: Mapping[str, Direction]) -> dict[str, NamedProgram]:
     """Read programs by name."""
     if not isinstance(given, dict):
-        raise InputError(f"programs is {_kind(given)}; expected an object, program by name")
+        raise InputError(f"programs is {kind_of(given)}; expected an object, program by name")
     return {name: parse_program(name, one, directions) for name, one in given.items()}
 
 
@@ -95,12 +89,12 @@ def parse_directions(given: Any) -> dict[str, Direction]:
         If it is anything else, or a file can't be read.
     """
     if not isinstance(given, dict):
-        raise InputError(f"directions is {_kind(given)}; expected an object, file by name")
+        raise InputError(f"directions is {kind_of(given)}; expected an object, file by name")
     directions = {}
     for name, path in given.items():
         check_name(name, "direction")
         if not isinstance(path, str | os.PathLike):
-            raise InputError(f"direction {name!r} is {_kind(path)}; expected the path of a file")
+            raise InputError(f"direction {name!r} is {kind_of(path)}; expected the path of a file")
         directions[name] = Direction.load(path)
     return directions
 
@@ -115,80 +109,31 @@ def check_name(name: Any, what: str) -> None:
         )
 
 
-def number(value: Any, where: str) -> float:
-    """Return a finite number; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{where} is {value!r}; expected a finite number")
-    return float(value)
-
-
 def _intervention(where: str, given: Any, directions: Mapping[str, Direction]) -> Intervention:
-    if not isinstance(given, dict):
-        raise InputError(
-            f"{where} holds {_kind(given)}; expected an object such as {{'ablate': 'r'}}"
-        )
-    kinds = [kind for kind in KINDS if kind in given]
-    if len(kinds) != 1:
-        raise InputError(
-            f"{where} has {' and '.join(kinds) or 'no intervention'} in {sorted(given)}; "
-            f"expected exactly one of {', '.join(KINDS)}"
-        )
-    cls, required, optional = KINDS[kinds[0]]
-    numbers = required | optional | {"strength"}
-    vectors = ERASE if cls is Erase else {}
-    if unknown := sorted(set(given) - numbers - PLACES - {kinds[0], *vectors}):
-        known = ", ".join(sorted({*numbers, *PLACES, *vectors}))
-        raise InputError(f"{where}: {kinds[0]} takes no {unknown[0]!r}; expected {known}")
-    needed = required | {key for key, must in vectors.items() if must}
-    if missing := sorted(needed - set(given)):
-        raise InputError(f"{where}: {kinds[0]} needs {missing[0]!r}")
-    settings: dict[str, Any] = {
-        key: number(given[key], f"{where}: {key}") for key in numbers & set(given)
-    }
-    settings.update({key: _place(where, key, given[key]) for key in PLACES & set(given)})
-    first = _named(where, given[kinds[0]], directions)
+    if isinstance(given, Mapping):
+        if "positions" in given:
+            raise InputError(f"{where}: a program of vLLM takes no 'positions'")
+        if "layer" in given and "block_input" not in given:
+            _warn_of_layer()
+            given = {"block_input" if key == "layer" else key: v for key, v in given.items()}
     try:
-        if cls is Erase:
-            u, v = first.vector, _named(where, given["v"], directions).vector
-            named = "bias" in given
-            bias = _named(where, given["bias"], directions).vector if named else torch.zeros_like(u)
-            return Erase(u, v, bias, **settings)
-        return cls(first, **settings)  # type: ignore[call-arg]
+        return Intervention.from_dict(given, directions)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
 
-def _named(where: str, name: Any, directions: Mapping[str, Direction]) -> Direction:
-    if not isinstance(name, str) or name not in directions:
-        there = ", ".join(directions) or "none"
-        raise InputError(f"{where}: there is no direction {name!r}; there are: {there}")
-    return directions[name]
-
-
-def _place(where: str, key: str, value: Any) -> Any:
-    def integer(one: Any) -> bool:
-        return isinstance(one, int) and not isinstance(one, bool)
-
-    if key == "layer" and integer(value):
-        return value
-    if key == "layers" and isinstance(value, list) and value and all(map(integer, value)):
-        return tuple(value)
-    names = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
-    if key == "sites" and names:
-        return tuple(value)
-    expected = {"layer": "a number", "layers": "a list of numbers", "sites": "a list of names"}
-    raise InputError(f"{where}: {key} is {value!r}; expected {expected[key]}")
+@functools.cache
+def _warn_of_layer() -> None:
+    """Say once in a process that ``layer`` has another name."""
+    logger.warning('"layer" in a steering program is now named "block_input"')
 
 
 def _version(interventions: tuple[Intervention, ...]) -> str:
     digest = hashlib.sha256()
     for i in interventions:
-        settings = [i.layer, i.layers and list(i.layers), i.sites and list(i.sites)]
+        settings = [i.block_input, i.layers and list(i.layers), i.sites and list(i.sites)]
         digest.update(json.dumps([type(i).__name__, settings], sort_keys=True).encode())
-        for tensor in (i.read, i.write, i.params(i.strength)):
-            digest.update(tensor.numpy().tobytes())
+        for slot in i.slots(i.strength):
+            for tensor in (slot.read, slot.write, torch.tensor(slot[2:])):
+                digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _kind(value: Any) -> str:
-    return f"{value!r}" if value is None or isinstance(value, bool) else f"a {type(value).__name__}"

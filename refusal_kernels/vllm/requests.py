@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.interventions import finite_number
 from refusal_kernels.vllm.names import RESOLVED, STEER, STRENGTH
-from refusal_kernels.vllm.programs import NONE, NamedProgram, number
+from refusal_kernels.vllm.programs import NONE, NamedProgram
 
 FIELDS = ("program", "strength")
 
@@ -43,7 +44,7 @@ def read_steering(
     if unknown := sorted(map(str, set(steer) - set(FIELDS))):
         raise InputError(f"{STEER} has {unknown[0]!r}; expected {' and '.join(FIELDS)}")
     given = steer.get("strength", extra.get(STRENGTH, 1.0))
-    strength = number(given, "the strength of steering")
+    strength = finite_number(given, "the strength of steering")
     name = steer.get("program", default)
     if name is None or name == NONE:
         return None

@@ -109,7 +109,7 @@ def _compare(
     edits: list[tuple[rk.Intervention, Callable[[Tensor], Tensor]]] = [
         (rk.Ablate(direction), lambda h: h - (h @ r).unsqueeze(-1) * r),
         (rk.Ablate(direction, 0.7), lambda h: h - 0.7 * (h @ r).unsqueeze(-1) * r),
-        (rk.Add(direction, 0.3), lambda h: h + 0.3 * direction.vector),
+        (rk.Add(direction, 0.3, sites="all"), lambda h: h + 0.3 * direction.vector),
     ]
     for intervention, edit in edits:
         name = f"{type(intervention).__name__} {intervention.strength:g}"

@@ -52,7 +52,7 @@ def test_together_as_alone(family: str, monkeypatch: Any) -> None:
     for number, direction in enumerate(directions):
         with rk.patch(model, rk.Ablate(direction)):
             ablated = batch_logits(model, batches)
-        with rk.patch(model, rk.Add(direction, layer=direction.layer)):
+        with rk.patch(model, rk.Add(direction, block_input=direction.layer)):
             added = batch_logits(model, batches)
         for got, expected in (
             (scores.bypass, refusal_score(ablated[:2], TOKENS)),

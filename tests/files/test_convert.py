@@ -110,7 +110,7 @@ def test_what_is_written_acts_as_the_addition_it_was_made_from(tmp_path: Path) -
     (tensor,) = gguf.GGUFReader(tmp_path / "a.gguf").tensors
     assert tensor.name == "direction.2"  # the output of block 2 is the input of block 3
     vector = torch.tensor(tensor.data)
-    with rk.patch(model, rk.Add(direction, coefficient=-0.5, layer=3)):
+    with rk.patch(model, rk.Add(direction, coefficient=-0.5, block_input=3)):
         expected = model(ids).logits
     found = logits_as_llama_cpp(model, {2: lambda h: h + vector}, ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -363,7 +363,11 @@ def test_save_pretrained_writes_the_plain_checkpoint(model, direction, tokens, t
 
 def test_nothing_is_left_behind(model, direction, tokens):
     plain, before, values = model(tokens).logits, traces(model), state(model)
-    for made in (Ablate(direction), Add(direction, layer=1), Ablate(direction, positions="last")):
+    for made in (
+        Ablate(direction),
+        Add(direction, block_input=1),
+        Ablate(direction, positions="last"),
+    ):
         with patch(model, made) as handle:
             for grad in MODES:
                 with grad():

@@ -34,10 +34,10 @@ def tokens():
         (lambda d: (), "got nothing"),
         (lambda d: (d,), "got Direction"),
         (lambda d: (Ablate(Direction(torch.ones(32))),), "hidden size 32; the model has 64"),
-        (lambda d: (Add(d, layer=3),), "layer 3 is not there; the model has 3"),
-        (lambda d: (Add(d, layer=-1),), "layer is -1"),
+        (lambda d: (Add(d, block_input=3),), "block 3 is not there; the model has 3"),
+        (lambda d: (Add(d, block_input=-1),), "block_input is -1"),
         (lambda d: (Ablate(d, float("nan")),), "strength is nan"),
-        (lambda d: (Add(d, coefficient=float("inf")),), "coefficient is inf"),
+        (lambda d: (Add(d, float("inf"), sites="all"),), "coefficient is inf"),
         (lambda d: (Clamp(d, low=1.0, high=0.0),), "above"),
         (lambda d: (Ablate(d), Ablate(Direction(d.vector + 0.1))), "orthonormal"),
     ],
@@ -104,9 +104,9 @@ def test_of_a_block_that_can_not_be_read_the_input_is_steered(direction, tokens)
     with plain_hooks(model, add=0.7 * direction.vector, layer=2):
         want = model(tokens).logits
     with pytest.raises(InputError, match=r"layers\.1 of LlamaForCausalLM can only be .* hook"):
-        patch(model, Add(direction, coefficient=0.7, layer=2), fused=True)
+        patch(model, Add(direction, coefficient=0.7, block_input=2), fused=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with patch(model, Add(direction, coefficient=0.7, layer=2)) as handle:
+    with patch(model, Add(direction, coefficient=0.7, block_input=2)) as handle:
         (site,) = handle.report().sites
         assert (site.name, site.path) == ("layers.1", "hook")
         assert torch.allclose(model(tokens).logits, want, atol=1e-5)

@@ -110,7 +110,7 @@ def test_speculative_decoding_gives_the_greedy_completion(model, direction, toke
 def test_a_dial_turned_in_mid_generation_acts_from_the_next_token(
     model, direction, tokens, dial, cache
 ):
-    made = Ablate(direction) if dial == "strength" else Add(direction, coefficient=1.0, layer=1)
+    made = Ablate(direction) if dial == "strength" else Add(direction, block_input=1)
     values = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0] if dial == "strength" else [1.0, 0.5, -2, 0.0, 3, 1]
     # by hand, under hooks that are there or not
     reference, ids, past = copy.deepcopy(model).double(), tokens, None

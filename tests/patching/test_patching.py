@@ -10,9 +10,10 @@ from tiny import FAMILIES, tiny_model
 from transformers import DynamicCache
 
 from refusal_kernels import ops
+from refusal_kernels.banks import compile_program
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Set, compile_program
+from refusal_kernels.interventions import Ablate, Add, Clamp, Erase, Set
 from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.rewrite import steered
@@ -107,7 +108,7 @@ def test_strength_applies_once_per_site(model, direction, tokens, strength):
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_addition_is_at_the_input_of_its_block(model, direction, tokens, layer):
-    logits, seen = watched(model, tokens, Add(direction, coefficient=0.7, layer=layer))
+    logits, seen = watched(model, tokens, Add(direction, coefficient=0.7, block_input=layer))
     vector = 0.7 * direction.vector.double()
     want, _ = hooked(model, tokens, lambda s: s + vector, add_layer=layer)
     assert list(seen) == ["embed" if layer == 0 else f"layers.{layer - 1}.mlp"]
@@ -115,7 +116,7 @@ def test_addition_is_at_the_input_of_its_block(model, direction, tokens, layer):
 
     # and so the input of that block, as transformers itself reports it, has moved by the vector
     before = model(tokens, output_hidden_states=True).hidden_states
-    with patch(model, Add(direction, coefficient=0.7, layer=layer)):
+    with patch(model, Add(direction, coefficient=0.7, block_input=layer)):
         after = model(tokens, output_hidden_states=True).hidden_states
     assert torch.allclose(
         after[layer] - before[layer], vector.float().expand_as(before[0]), atol=1e-4
@@ -198,7 +199,7 @@ def test_the_dial_is_live(model, direction, tokens):
         assert torch.equal(model(tokens).logits, ablated)
         with pytest.raises(InputError, match="finite"):
             handle.strength = float("nan")
-    two = Ablate(direction), Add(direction, layer=1)
+    two = Ablate(direction), Add(direction, block_input=1)
     with patch(model, *two) as handle:
         handle.strength = (1.0, 0.0)
         assert handle.strength == (1.0, 0.0) and torch.equal(model(tokens).logits, ablated)
@@ -374,7 +375,7 @@ def test_a_layer_takes_a_cache_by_the_names_that_it_took(direction, tokens, name
 
 
 def test_compile_program_shapes(direction):
-    bank, params = compile_program([Ablate(direction, 0.5), Add(direction, coefficient=2.0)])
+    bank, params = compile_program([Ablate(direction, 0.5), Add(direction, 2.0, sites="all")])
     assert bank.shape == (1, 2, 2, HIDDEN) and params.shape == (1, 2, 5)
     assert torch.allclose(bank[0, 0, 0].norm(), torch.tensor(1.0))
     assert torch.equal(bank[0, 1, 1], direction.vector)

@@ -82,7 +82,7 @@ def test_positions_of_generation(model, tokens, directions):
 
 def test_rows_and_positions_together(model, tokens, directions):
     a, b, _ = directions
-    programs = [Ablate(a, positions="last")], [Add(b, 0.5)]
+    programs = [Ablate(a, positions="last")], [Add(b, 0.5, sites="all")]
     with patch(model, *programs) as handle, handle.route([1, 0, None]), torch.no_grad():
         mixed = model(tokens).logits
     assert torch.equal(mixed[0], streams(model, tokens, *programs[1])[0][0])

@@ -53,7 +53,7 @@ def streams(model, tokens, *interventions, route=None, **call):
         ({"sites": ["block_input"], "layers": [2]}, ["layers.1.mlp"]),
         ({"sites": ["block_input", "attn"], "layers": [0]}, ["embed", "layers.0.attn"]),
         ({"layers": range(1, 2)}, ["layers.1.attn", "layers.1.mlp"]),
-        ({"layer": 2}, ["layers.1.mlp"]),
+        ({"block_input": 2}, ["layers.1.mlp"]),
     ],
 )
 def test_an_intervention_acts_where_it_is_meant_to(model, tokens, directions, settings, names):
@@ -63,7 +63,9 @@ def test_an_intervention_acts_where_it_is_meant_to(model, tokens, directions, se
     _, seen = streams(model, tokens, Ablate(directions[0], **settings))
     assert list(seen) == names
     assert all((h @ r).abs().max() < 1e-5 for h in seen.values())
-    _, everywhere = streams(model, tokens, Add(directions[0], 0.0))  # an edit that does nothing
+    _, everywhere = streams(
+        model, tokens, Add(directions[0], 0.0, sites="all")
+    )  # an edit that does nothing
     first = names[0]
     plain = everywhere[first]
     assert torch.allclose(seen[first], plain - (plain @ r)[..., None] * r, atol=1e-5)
@@ -75,8 +77,8 @@ def test_places_that_can_not_be_had_are_refused(model, directions):
     d = directions[0]
     for settings, words in (
         ({"sites": ["atn"]}, "no site 'atn'"),
-        ({"layer": 1, "layers": [1]}, "not both"),
-        ({"layers": [3]}, "layer 3 is not there"),
+        ({"block_input": 1, "layers": [1]}, "not both"),
+        ({"layers": [3]}, "block 3 is not there"),
         ({"positions": "first"}, "positions is 'first'"),
         ({"layers": []}, "no place of the model"),
     ):
@@ -94,7 +96,7 @@ def test_interventions_at_different_places_compose(model, tokens, directions):
     a, b, c = directions
     both = (
         Ablate(a, sites=["attn"]),
-        Add(b, 0.5, layer=1),
+        Add(b, 0.5, block_input=1),
         Clamp(c, high=0.0, layers=[2], sites=["mlp"]),
     )
     _, seen = streams(model, tokens, *both)
@@ -110,7 +112,7 @@ def test_interventions_at_different_places_compose(model, tokens, directions):
 
 def test_a_routed_row_has_the_bits_of_its_program_alone(model, tokens, directions):
     a, b, c = directions
-    programs = [Ablate(a)], [Ablate(b, 0.5), Add(c, layer=1)], [Clamp(c, high=0.0)]
+    programs = [Ablate(a)], [Ablate(b, 0.5), Add(c, block_input=1)], [Clamp(c, high=0.0)]
     mixed, _ = streams(model, tokens, *programs, route=[1, None, 2])
     for row, program in ((0, programs[1]), (2, programs[2])):
         alone, _ = streams(model, tokens, *program)
@@ -130,11 +132,14 @@ def test_a_route_holds_through_generation(model, tokens, directions, settings):
     common |= settings
     returned = settings.get("num_return_sequences", 1)
     a, b, _ = directions
-    with patch(model, [Ablate(a)], [Add(b, 2.0, layer=1)]) as handle, handle.route([0, None, 1]):
+    with (
+        patch(model, [Ablate(a)], [Add(b, 2.0, block_input=1)]) as handle,
+        handle.route([0, None, 1]),
+    ):
         mixed = model.generate(tokens, **common).view(3, returned, -1)
     plain = model.generate(tokens, **common).view(3, returned, -1)
     assert torch.equal(mixed[1], plain[1])
-    for row, intervention in ((0, Ablate(a)), (2, Add(b, 2.0, layer=1))):
+    for row, intervention in ((0, Ablate(a)), (2, Add(b, 2.0, block_input=1))):
         with patch(model, intervention):
             alone = model.generate(tokens, **common).view(3, returned, -1)
         assert torch.equal(mixed[row], alone[row])
@@ -145,7 +150,7 @@ def test_a_route_holds_through_generation(model, tokens, directions, settings):
 def test_a_routed_row_keeps_its_bits_through_decoding_and_beams(model, tokens, directions, beams):
     """Every step's logits, not only the tokens: rows beside it change no bit of a row."""
     a, b, c = directions
-    programs = [Ablate(a, 0.8)], [Ablate(b, 0.5), Add(c, layer=1)], [Clamp(c, high=0.0)]
+    programs = [Ablate(a, 0.8)], [Ablate(b, 0.5), Add(c, block_input=1)], [Clamp(c, high=0.0)]
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     settings |= {"num_beams": beams, "output_logits": True, "return_dict_in_generate": True}
 
@@ -212,7 +217,10 @@ def test_steering_and_telemetry_ask_the_host_for_nothing(model, tokens, directio
     assert called(lambda: tokens.max().item())  # it would be seen
     mask = torch.ones_like(tokens)
     plain = called(lambda: model(tokens, attention_mask=mask))
-    programs = [Ablate(directions[0], positions="last")], [Add(directions[1], positions="prompt")]
+    programs = (
+        [Ablate(directions[0], positions="last")],
+        [Add(directions[1], sites="all", positions="prompt")],
+    )
     with patch(model, *programs) as handle, handle.route([0, 1, None]):
         handle.keep_scores = True
 
@@ -224,7 +232,7 @@ def test_steering_and_telemetry_ask_the_host_for_nothing(model, tokens, directio
 
 
 def test_the_coefficient_is_a_dial_of_its_own(model, tokens, directions):
-    given = Add(directions[0], 1.0, layer=1)
+    given = Add(directions[0], 1.0, block_input=1)
     with patch(model, given, Ablate(directions[1])) as handle, torch.no_grad():
         handle.coefficient = 3.0
         assert handle.coefficient == 3.0 and handle.strength == 1.0
@@ -232,7 +240,7 @@ def test_the_coefficient_is_a_dial_of_its_own(model, tokens, directions):
         with pytest.raises(InputError, match="finite"):
             handle.coefficient = float("inf")
     assert given.coefficient == 1.0  # what was given to patch is not touched
-    want, _ = streams(model, tokens, Add(directions[0], 3.0, layer=1), Ablate(directions[1]))
+    want, _ = streams(model, tokens, Add(directions[0], 3.0, block_input=1), Ablate(directions[1]))
     assert torch.equal(turned, want)
     with patch(model, Ablate(directions[0])) as handle, pytest.raises(InputError, match="no Add"):
         handle.coefficient = 1.0
@@ -240,7 +248,7 @@ def test_the_coefficient_is_a_dial_of_its_own(model, tokens, directions):
 
 def test_dials_turn_a_compiled_model_without_compiling_anew(model, tokens, directions):
     a, b, _ = directions
-    programs = [Ablate(a)], [Add(b, layer=1)]
+    programs = [Ablate(a)], [Add(b, block_input=1)]
     with patch(model, *programs) as handle, torch.no_grad(), handle.route([0, 1, None]):
         compiled = torch.compile(model, fullgraph=True)
         assert torch.allclose(compiled(tokens).logits, model(tokens).logits, atol=1e-4)
@@ -254,7 +262,7 @@ def test_dials_turn_a_compiled_model_without_compiling_anew(model, tokens, direc
 
 def test_scores_come_from_the_same_pass(model, tokens, directions):
     a, b, _ = directions
-    with patch(model, Ablate(a), Add(b, 0.1, layer=1)) as handle, torch.no_grad():
+    with patch(model, Ablate(a), Add(b, 0.1, block_input=1)) as handle, torch.no_grad():
         without = model(tokens).logits
         with pytest.raises(InputError, match="keep_scores"):
             handle.scores()

@@ -150,7 +150,7 @@ def test_chunked_prefill_and_preemption(path, directions, steering, engines):
         name, cases = (
             ("ablate", (rk.Ablate(directions["r"]),)),
             ("none", ()),
-            ("add", (rk.Add(directions["r"], 2.0, layer=2),)),
+            ("add", (rk.Add(directions["r"], 2.0, block_input=2),)),
         )[k % 3]
         asked.append((prompt, {"program": name}))
         wanted.append(greedy(model, prompt, 40, cases))

@@ -20,7 +20,7 @@ def interventions(directions):
     return {
         "ablate": (rk.Ablate(r),),
         "half": (rk.Ablate(r, 0.5),),
-        "add": (rk.Add(r, 2.0, layer=2),),
+        "add": (rk.Add(r, 2.0, block_input=2),),
         "clamp": (rk.Clamp(r, high=0.0),),
         "two": (rk.Ablate(r, layers=(1, 2)), rk.Set(t, 1.0, sites=("mlp",))),
     }

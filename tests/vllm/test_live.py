@@ -19,7 +19,7 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
     wanted = {
         "r": greedy(model, prompt, 16, (rk.Ablate(directions["r"]),)),
         "t": greedy(model, prompt, 16, (rk.Ablate(directions["t"]),)),
-        "new": greedy(model, prompt, 16, (rk.Add(new, 3.0, layer=1),)),
+        "new": greedy(model, prompt, 16, (rk.Add(new, 3.0, block_input=1),)),
     }
     assert len({tuple(text) for text in wanted.values()}) == 3
     settings = steering(programs={"p": {"ablate": "r"}}, default="p")

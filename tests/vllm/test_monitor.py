@@ -46,7 +46,7 @@ def test_the_histogram_counts_the_requests(eager, folder, directions, steering, 
     shares = []
     for name, interventions in (
         ("none", ()),
-        ("away", (rk.Add(directions["r"], -2.0, layer=1),)),
+        ("away", (rk.Add(directions["r"], -2.0, block_input=1),)),
     ):
         answers = served(llm, [(prompt, name) for prompt in asked], TOKENS)
         # the last token that is generated is never read

@@ -39,7 +39,7 @@ def settings(tmp_path, directions):
 def test_programs_are_read(directions):
     given = [
         {"ablate": "r", "strength": 0.5, "layers": [1, 2]},
-        {"add": "t", "coefficient": 2, "layer": 3},
+        {"add": "t", "coefficient": 2, "block_input": 3},
         {"set": "t", "value": 1.5, "sites": ["mlp"]},
         {"clamp": "t", "high": 0},
     ]
@@ -48,7 +48,7 @@ def test_programs_are_read(directions):
     assert kinds == [Ablate, Add, Set, Clamp]
     ablate, add, fixed, clamp = program.interventions
     assert (ablate.strength, ablate.layers) == (0.5, (1, 2))
-    assert (add.coefficient, add.layer) == (2.0, 3)
+    assert (add.coefficient, add.block_input) == (2.0, 3)
     assert (fixed.value, fixed.sites) == (1.5, ("mlp",))
     assert (clamp.low, clamp.high) == (float("-inf"), 0.0)
     assert program.version == parse_program("q", given, directions).version
@@ -60,11 +60,12 @@ def test_an_erasure_names_three_vectors(directions):
     named = {"erase": "r", "v": "v", "bias": "mean", "strength": 0.5, "layers": [1]}
     (erase,) = parse_program("p", named, given).interventions
     assert isinstance(erase, Erase) and (erase.strength, erase.layers) == (0.5, (1,))
-    assert torch.equal(erase.write, u) and torch.equal(erase.read, v)
+    (slot,) = erase.slots(1.0)
+    assert torch.equal(slot.write, u) and torch.equal(slot.read, v)
     assert torch.equal(erase.bias, torch.arange(8.0))
     del named["bias"]
     (without,) = parse_program("p", named, given).interventions
-    assert not without.bias.any()
+    assert without.bias is None and without.slots(1.0)[0].b == 0.0
     assert (
         parse_program("p", named, given).version
         != parse_program("p", {**named, "bias": "mean"}, given).version
@@ -82,16 +83,16 @@ def test_an_erasure_names_three_vectors(directions):
 def test_the_version_changes_with_all_that_changes_the_result(directions):
     other = {**directions, "r": Direction(directions["r"].vector * 2)}
     variants = [
-        ({"add": "r"}, directions),
-        ({"add": "r"}, other),
-        ({"add": "t"}, directions),
-        ({"add": "r", "coefficient": 2}, directions),
+        ({"add": "r", "sites": "all"}, directions),
+        ({"add": "r", "sites": "all"}, other),
+        ({"add": "t", "sites": "all"}, directions),
+        ({"add": "r", "coefficient": 2, "sites": "all"}, directions),
         ({"add": "r", "strength": 2, "layers": [0]}, directions),
-        ({"add": "r", "layer": 1}, directions),
+        ({"add": "r", "block_input": 1}, directions),
         ({"add": "r", "layers": [1]}, directions),
         ({"add": "r", "sites": ["mlp"]}, directions),
         ({"ablate": "r"}, directions),
-        ([{"add": "r"}, {"ablate": "t"}], directions),
+        ([{"add": "r", "sites": "all"}, {"ablate": "t"}], directions),
     ]
     versions = [parse_program("p", given, those).version for given, those in variants]
     assert len(set(versions)) == len(versions)
@@ -101,7 +102,7 @@ def test_the_version_changes_with_all_that_changes_the_result(directions):
     ("program", "words"),
     [
         ([], "empty list"),
-        ("ablate", "holds a str"),
+        ("ablate", "is a str"),
         ({}, "no intervention"),
         ({"ablate": "r", "add": "r"}, "ablate and add"),
         ({"ablate": "x"}, "no direction 'x'; there are: r, t"),
@@ -112,11 +113,12 @@ def test_the_version_changes_with_all_that_changes_the_result(directions):
         ({"ablate": "r", "strength": "1"}, "strength is '1'"),
         ({"ablate": "r", "strength": True}, "strength is True"),
         ({"ablate": "r", "strength": float("nan")}, "strength is nan"),
-        ({"ablate": "r", "layer": "3"}, "layer is '3'"),
-        ({"ablate": "r", "layer": -1}, "layer is -1"),
+        ({"ablate": "r", "block_input": "3"}, "block_input is '3'"),
+        ({"ablate": "r", "block_input": -1}, "block_input is -1"),
+        ({"add": "r"}, "does not say at which layer"),
         ({"ablate": "r", "layers": []}, r"layers is \[\]"),
         ({"ablate": "r", "sites": ["nowhere"]}, "no site 'nowhere'"),
-        ({"ablate": "r", "layer": 1, "sites": ["mlp"]}, "not both"),
+        ({"ablate": "r", "block_input": 1, "sites": ["mlp"]}, "not both"),
         ({"clamp": "r", "low": 2, "high": 1}, "above high"),
     ],
 )
@@ -219,7 +221,7 @@ def bank(rows=3, slots=2, tokens=16):
 
 def test_a_row_holds_a_program_at_its_strength_and_its_places(directions):
     made = bank()
-    program = parse_program("p", [{"ablate": "r"}, {"add": "t", "layer": 1}], directions)
+    program = parse_program("p", [{"ablate": "r"}, {"add": "t", "block_input": 1}], directions)
     made.add(program)
     (row,) = made.rows_of([Steering(program.version, 0.25)])
     unit = directions["r"].unit
@@ -263,9 +265,9 @@ def test_programs_that_can_not_be_are_refused(directions):
     other = {"o": Direction(torch.ones(5))}
     for given, those, words in (
         ([{"ablate": "r"}, {"ablate": "s"}], slanted, "orthonormal"),
-        ({"ablate": "r", "layer": 7}, directions, "no place of the model"),
+        ({"ablate": "r", "block_input": 7}, directions, "no place of the model"),
         ({"ablate": "o"}, other, "hidden size 5; the model has 8"),
-        ([{"add": "r"}] * 3, directions, "3 interventions; the engine was started with slots 2"),
+        ([{"ablate": "r"}] * 3, directions, "3 slots; the engine was started with slots 2"),
     ):
         with pytest.raises(InputError, match=words):
             bank().add(parse_program("p", given, those))

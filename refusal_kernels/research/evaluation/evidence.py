@@ -183,8 +183,8 @@ def evaluate(
 
     edits: dict[str, Intervention] = {
         ABLATED: Ablate(direction),
-        ADDED: Add(direction, layer=layer),
-        SUBTRACTED: Add(direction, coefficient=-1.0, layer=layer),
+        ADDED: Add(direction, block_input=layer),
+        SUBTRACTED: Add(direction, coefficient=-1.0, block_input=layer),
     }
     conditions = {name: Condition(name) for name in MAIN}
     for name, (control, edit) in controls.items():
@@ -273,7 +273,7 @@ def _controls(
     return {
         f"{name} {what}": (control, edit)
         for name, (control, at) in chosen.items()
-        for what, edit in ((ABLATED, Ablate(control)), (ADDED, Add(control, layer=at)))
+        for what, edit in ((ABLATED, Ablate(control)), (ADDED, Add(control, block_input=at)))
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Ablate, Add, Intervention
+from refusal_kernels.interventions import INTERVENTIONS, PLACE_FIELDS, Intervention
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.rates import Rate
@@ -29,19 +29,11 @@ except ImportError:
         'the lm-evaluation-harness is not installed: pip install "refusal-kernels[research]"'
     ) from None
 
-INTERVENTIONS = ("ablate", "add", "none")
+NONE = "none"
 
 
 def intervention_of(
-    direction: str | Path | Direction | None,
-    intervention: str = "ablate",
-    *,
-    strength: float = 1.0,
-    coefficient: float = 1.0,
-    layer: int | None = None,
-    layers: str | Sequence[int] | None = None,
-    sites: str | Sequence[str] | None = None,
-    positions: str = "all",
+    direction: str | Path | Direction | None, intervention: str = "ablate", **settings: Any
 ) -> Intervention | None:
     """Make the edit that the arguments of the model type describe.
 
@@ -50,11 +42,10 @@ def intervention_of(
     direction
         A direction, or its file.
     intervention
-        "ablate", "add" or "none".
-    strength, coefficient, layer, positions
-        As for `Ablate` and `Add`; the layer of "add" is by default the direction's own.
-    layers, sites
-        As there, or as one string with "+" between them: ``layers=3+4``, ``sites=attn+mlp``.
+        A name out of `refusal_kernels.interventions.INTERVENTIONS`, or "none".
+    **settings
+        As `Intervention.from_dict` takes them, further vectors by their files. Lists are also
+        taken as one string with "+" between: ``layers=3+4``, ``sites=attn+mlp``.
 
     Returns
     -------
@@ -66,34 +57,24 @@ def intervention_of(
     InputError
         If one of these is not as said.
     """
-    if intervention not in INTERVENTIONS:
-        raise InputError(
-            f"intervention is '{intervention}'; expected one of {', '.join(INTERVENTIONS)}"
-        )
-    if direction is None or intervention == "none":
-        if intervention == "add" or (direction is not None and intervention != "none"):
-            raise InputError("direction=FILE is needed to add it")
+    if intervention not in (*INTERVENTIONS, NONE):
+        known = ", ".join((*INTERVENTIONS, NONE))
+        raise InputError(f"intervention is '{intervention}'; expected one of {known}")
+    if direction is None and intervention not in ("ablate", NONE):
+        raise InputError(f"direction=FILE is needed to {intervention}")
+    if direction is None or intervention == NONE:
         return None
-    if not isinstance(direction, Direction):
-        direction = Direction.load(direction)
-    blocks: Any = [layers] if isinstance(layers, int) else _parts(layers)
-    common: dict[str, Any] = {
-        "strength": strength,
-        "layers": None if blocks is None else [_number(block) for block in blocks],
-        "sites": _parts(sites),
-        "positions": positions,
-    }
-    if intervention == "ablate":
-        return Ablate(direction, layer=layer, **common)
-    if layer is None and blocks is None and common["sites"] is None:
-        layer = direction.layer
-        if layer is None:
-            raise InputError("the direction does not say at which layer to add; give layer=")
-    return Add(direction, coefficient=coefficient, layer=layer, **common)
+    if "layers" in settings:
+        settings["layers"] = [_number(block) for block in _parts(settings["layers"])]
+    if "sites" in settings:
+        settings["sites"] = _parts(settings["sites"])
+    return Intervention.from_dict({intervention: direction, **settings})
 
 
-def _parts(value: str | Sequence[Any] | None) -> Sequence[Any] | None:
-    return value.split("+") if isinstance(value, str) else value
+def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, str):
+        return value.split("+")
+    return [value] if isinstance(value, int) else list(value)
 
 
 def _number(text: Any) -> int:
@@ -113,10 +94,10 @@ class SteeredLM(HFLM):
         A hub id, a folder, "toy", or a transformers model.
     edit
         The edit itself; otherwise it is made of the next arguments.
-    direction, intervention, strength, coefficient, layer, layers, sites, positions
+    direction, intervention
         As for `intervention_of`.
     **kwargs
-        All arguments of the harness's type ``hf``.
+        The settings of the intervention, and all arguments of the harness's type ``hf``.
     """
 
     def __init__(
@@ -125,19 +106,13 @@ class SteeredLM(HFLM):
         edit: Intervention | None = None,
         direction: str | Path | Direction | None = None,
         intervention: str = "ablate",
-        strength: float = 1.0,
-        coefficient: float = 1.0,
-        layer: int | None = None,
-        layers: str | Sequence[int] | None = None,
-        sites: str | Sequence[str] | None = None,
-        positions: str = "all",
         **kwargs: Any,
     ) -> None:
+        kind = INTERVENTIONS.get(intervention, Intervention)
+        names = {*kind.fields(), *PLACE_FIELDS} & set(kwargs)
+        settings = {name: kwargs.pop(name) for name in names}
         if edit is None:
-            edit = intervention_of(
-                direction, intervention, strength=strength, coefficient=coefficient,
-                layer=layer, layers=layers, sites=sites, positions=positions,
-            )  # fmt: skip
+            edit = intervention_of(direction, intervention, **settings)
         if pretrained == "toy":
             pretrained = str(toy.PATH)
             kwargs = {"dtype": "float32"} | kwargs  # as everywhere: its file is only small
@@ -210,7 +185,7 @@ def run_tasks(
         logger = logging.getLogger("lm_eval")
         level = logger.level
         logger.setLevel(logging.ERROR)  # its warnings are about how it is called from here
-        lm = SteeredLM(model, edit, intervention="none", tokenizer=tokenizer, batch_size=batch_size)
+        lm = SteeredLM(model, edit, intervention=NONE, tokenizer=tokenizer, batch_size=batch_size)
         try:
             result = lm_eval.simple_evaluate(
                 model=lm, tasks=list(tasks), task_manager=manager, limit=limit,

@@ -282,7 +282,7 @@ class Measurement:
                 stack.enter_context(replay.starting_at(layer, added))
             else:
                 programs = sorted(set(unit.candidates))
-                edits = ([Add(self.directions[c], layer=layer)] for c in programs)
+                edits = ([Add(self.directions[c], block_input=layer)] for c in programs)
                 handle = stack.enter_context(patch(self.model, *edits))
                 stack.enter_context(handle.route([programs.index(c) for c in unit.candidates]))
             logits = self._logits([self.question.harmless[prompt] for prompt in prompts])

@@ -173,7 +173,9 @@ def test_outcomes_runs_every_intervention_over_every_set() -> None:
     calls: list[tuple[int, int]] = []
     result = measure_outcomes(
         model, tiny_tokenizer(), harmful=HARMFUL, harmless=HARMLESS, skills=skills,
-        interventions={"none": None, "ablate": Ablate(direction), "add": Add(direction, layer=1)},
+        interventions={
+            "none": None, "ablate": Ablate(direction), "add": Add(direction, block_input=1),
+        },
         judge=SubstringJudge(words), max_new_tokens=4, batch_size=3,
         progress=lambda *c: calls.append(c),
     )  # fmt: skip

@@ -63,15 +63,15 @@ def edits_of(direction, vectors):
     found = {
         "unmodified": None,
         "ablated": Ablate(direction),
-        "added": Add(direction, layer=1),
-        "subtracted": Add(direction, coefficient=-1.0, layer=1),
+        "added": Add(direction, block_input=1),
+        "subtracted": Add(direction, coefficient=-1.0, block_input=1),
     }
     for i, control in enumerate(random_directions(direction, 2, 7), 1):
         found[f"random {i} ablated"] = Ablate(control)
-        found[f"random {i} added"] = Add(control, layer=1)
+        found[f"random {i} added"] = Add(control, block_input=1)
     other = Direction(vectors[-2, 2])
     found["layer 2 ablated"] = Ablate(other)
-    found["layer 2 added"] = Add(other, layer=2)
+    found["layer 2 added"] = Add(other, block_input=2)
     return found
 
 
@@ -154,7 +154,7 @@ def test_the_dose_is_the_dial(tiny) -> None:
             edit = (
                 Ablate(direction, row.strength)
                 if kind == "ablation"
-                else Add(direction, coefficient=row.strength, layer=1)
+                else Add(direction, coefficient=row.strength, block_input=1)
             )
             with patch(model, edit):
                 texts = generate(model, tokenizer, HARMFUL, 5)

@@ -118,7 +118,7 @@ def test_tasks_of_our_own_unmodified_ablated_and_added(world) -> None:
     edits = {
         "unmodified": None,
         "ablated": Ablate(direction),
-        "added": Add(direction, layer=LAYER),
+        "added": Add(direction, block_input=LAYER),
     }
     found = lm.run_tasks(
         model, tokenizer, edits, ["rk_refused", "rk_answers"], include=folder,
@@ -231,13 +231,14 @@ def test_arguments_of_the_model_type(tmp_path) -> None:
     path = tmp_path / "d.safetensors"
     direction.save(path)
     edit = lm.intervention_of(path, "ablate", strength=0.5, sites="attn+mlp", layers="1+2")
-    assert edit.strength == 0.5 and edit.sites == ["attn", "mlp"] and edit.layers == [1, 2]
+    assert edit.strength == 0.5 and edit.sites == ("attn", "mlp") and edit.layers == (1, 2)
     edit = lm.intervention_of(path, "add", coefficient=-1.0)
-    assert isinstance(edit, Add) and edit.layer == 1 and edit.coefficient == -1.0
-    assert lm.intervention_of(path, "ablate", layers=2).layers == [2]
+    assert isinstance(edit, Add) and edit.block_input == 1 and edit.coefficient == -1.0
+    assert lm.intervention_of(path, "ablate", layers=2).layers == (2,)
     assert lm.intervention_of(path, "none") is None and lm.intervention_of(None) is None
     for arguments, words in (
-        ({"direction": path, "intervention": "erase"}, "expected one of ablate, add, none"),
+        ({"direction": path, "intervention": "erase"}, "erase needs 'v'"),
+        ({"direction": path, "intervention": "no"}, "expected one of ablate, add, set, .*, none"),
         ({"direction": None, "intervention": "add"}, "direction=FILE is needed"),
         ({"direction": path, "layers": "a+b"}, "layers names 'a'"),
         ({"direction": tmp_path / "no"}, "is not there"),

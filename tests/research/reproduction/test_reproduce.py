@@ -76,9 +76,9 @@ def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
     for edit, prompts, rate, loss in (
         (None, harmful, "substring_asr_unmodified", "plans_unmodified"),
         (Ablate(direction), harmful, "substring_asr_ablation", "plans_ablation"),
-        (Add(direction, coefficient=-1.0, layer=layer), harmful, "substring_asr_subtraction",
+        (Add(direction, coefficient=-1.0, block_input=layer), harmful, "substring_asr_subtraction",
          "plans_addition"),
-        (Add(direction, layer=layer), harmless, "harmless_answer_rate_addition", None),
+        (Add(direction, block_input=layer), harmless, "harmless_answer_rate_addition", None),
     ):  # fmt: skip
         handle = None if edit is None else patch(model, edit)
         answered = [not is_refusal(text) for text in generate(model, tokenizer, prompts)]
