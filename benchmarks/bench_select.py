@@ -48,7 +48,7 @@ def subjects(prompts: int) -> tuple[dict[str, Callable[[], Table]], int]:
     def fast() -> Table:
         chosen = select(model, tokenizer, candidates, **validation, refusal_tokens=tokens)
         return {
-            (row.position, row.layer): (row.bypass, row.induce, row.kl) for row in chosen.scores
+            (row.position, row.layer): (row.bypass, row.induce, row.kl) for row in chosen.candidates
         }
 
     def plain(model: Any) -> Callable[[], Table]:

@@ -251,13 +251,15 @@ def read_selection(path: Path) -> dict[str, Any]:
         If the file is missing or something else.
     """
     selection = read_json(path)
+    if isinstance(selection, dict) and "scores" in selection:  # the key's older name
+        selection["candidates"] = selection.pop("scores")
     if not isinstance(selection, dict) or not (
         type(selection.get("position")) is type(selection.get("layer")) is int
         and _list_of(selection.get("refusal_tokens"), lambda token: type(token) is int)
-        and _list_of(selection.get("scores"), _is_score)
+        and _list_of(selection.get("candidates"), _is_score)
         and any(
             _position_and_layer(row) == _position_and_layer(selection)
-            for row in selection["scores"]
+            for row in selection["candidates"]
         )
     ):
         raise InputError(f"{path} is no selection; expected what 'select --json' writes")

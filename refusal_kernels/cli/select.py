@@ -99,7 +99,7 @@ def select(
         )
     for path in written:
         sweep(path)
-    plots.plot_candidates(picture, selection.scores, (selection.position, selection.layer))
+    plots.plot_candidates(picture, selection.candidates, (selection.position, selection.layer))
     selection.direction.save(out)
     console.print(_table(selection, model))
     console.print(f"written: {picture}", soft_wrap=True)
@@ -124,7 +124,7 @@ def _table(selection: Selection, model: str) -> Table:
     table = Table(title=f"Candidates, {model}")
     for name in ("position", "layer", "bypass", "induce", "kl", "discarded"):
         table.add_column(name, justify="left" if name == "discarded" else "right")
-    for row in selection.scores:
+    for row in selection.candidates:
         won = (row.position, row.layer) == (selection.position, selection.layer)
         scores = ["" if s is None else f"{s:.3f}" for s in (row.bypass, row.induce, row.kl)]
         note = "selected" if won else row.discarded or ""

@@ -107,7 +107,9 @@ def is_valid(found: Any) -> bool:
     if isinstance(found, RecordedRow):
         return all(c.to_dict() for c in compare({"bypass_score": -4.0}, [found]))
     if isinstance(found, dict) and "refusal_tokens" in found:
-        plots.plot_candidates(io.BytesIO(), found["scores"], (found["position"], found["layer"]))
+        plots.plot_candidates(
+            io.BytesIO(), found["candidates"], (found["position"], found["layer"])
+        )
     return isinstance(found, Moments | dict | int | float | str | None)
 
 

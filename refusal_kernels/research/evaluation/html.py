@@ -122,7 +122,8 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
         )
     if selection := document.get("selection"):
         selected = selection["position"], selection["layer"]
-        draw["candidates"] = lambda file: plots.plot_candidates(file, selection["scores"], selected)
+        rows = selection.get("candidates") or selection["scores"]  # the key's older name
+        draw["candidates"] = lambda file: plots.plot_candidates(file, rows, selected)
     return {name: _uri(picture) for name, picture in draw.items()}
 
 

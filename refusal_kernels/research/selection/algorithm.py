@@ -36,7 +36,7 @@ ZERO = 1e-6
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """One row of the table of scores.
+    """One candidate with its selection scores.
 
     Attributes
     ----------
@@ -72,13 +72,13 @@ class Selection:
     layer, position : int
         Where it was read; the position counts from the end.
     bypass, induce, kl : float
-        Its scores, as in `ScoredCandidate`.
-    baseline, baseline_harmless : float
+        Its selection scores, as in `ScoredCandidate`.
+    unmodified_harmful, unmodified_harmless : float
         Mean refusal score of the unmodified model on the harmful and on the harmless prompts.
     refusal_tokens : list of int
         The tokens whose probability the scores are made of.
-    scores : list of ScoredCandidate
-        All candidates, by position and layer.
+    candidates : list of ScoredCandidate
+        All candidates with their selection scores, by position and layer.
     """
 
     direction: Direction
@@ -87,15 +87,15 @@ class Selection:
     bypass: float
     induce: float
     kl: float
-    baseline: float
-    baseline_harmless: float
+    unmodified_harmful: float
+    unmodified_harmless: float
     refusal_tokens: list[int]
-    scores: list[ScoredCandidate]
+    candidates: list[ScoredCandidate]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vector itself, ready for JSON."""
         fields = {key: value for key, value in vars(self).items() if key != "direction"}
-        return {**fields, "scores": [asdict(row) for row in self.scores]}
+        return {**fields, "candidates": [asdict(row) for row in self.candidates]}
 
 
 def select(
@@ -174,8 +174,8 @@ def select(
     given = _given_tokens(model, chat, refusal_tokens)
     ids = chat.encode(harmful), chat.encode(harmless)
 
-    baseline = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
-    parts = baseline[: len(ids[0])], baseline[len(ids[0]) :]
+    unmodified = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
+    parts = unmodified[: len(ids[0])], unmodified[len(ids[0]) :]
     tokens = distinctive_tokens(*parts) if given is None else given
     unfit = _unfit(candidates, int(layers * (1.0 - prune_last)))
     measured = {
@@ -185,7 +185,7 @@ def select(
     }
     mean_scores: dict[tuple[int, int], list[float]] = {}
     if measured:
-        question = Question(*ids, baseline, tokens, batch_size)
+        question = Question(*ids, unmodified, tokens, batch_size)
         scores = Measurement(model, question, list(measured.values())).run(
             None if checkpoint is None else Path(checkpoint), progress
         )
@@ -207,10 +207,10 @@ def select(
         bypass=winner.bypass,
         induce=winner.induce,
         kl=winner.kl,
-        baseline=float(refusal_score(parts[0], tokens).mean()),
-        baseline_harmless=float(refusal_score(parts[1], tokens).mean()),
+        unmodified_harmful=float(refusal_score(parts[0], tokens).mean()),
+        unmodified_harmless=float(refusal_score(parts[1], tokens).mean()),
         refusal_tokens=tokens,
-        scores=rows,
+        candidates=rows,
     )
 
 

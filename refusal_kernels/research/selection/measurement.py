@@ -56,7 +56,7 @@ class Question:
     ----------
     harmful, harmless : list of list of int
         The prompts, as tokens.
-    baseline : Tensor
+    unmodified : Tensor
         float32 [prompts, vocabulary], of the harmful and then the harmless ones: the unmodified
         model's logits at the last token.
     tokens : sequence of int
@@ -67,12 +67,12 @@ class Question:
 
     harmful: list[list[int]]
     harmless: list[list[int]]
-    baseline: Tensor
+    unmodified: Tensor
     tokens: Sequence[int]
     batch_size: int
 
 
-class Scores(NamedTuple):
+class SelectionScores(NamedTuple):
     """Of every candidate on every prompt: float64 [candidates, prompts]."""
 
     bypass: Tensor
@@ -163,7 +163,9 @@ class Measurement:
             groups[direction.layer].append(number)
         return groups
 
-    def run(self, checkpoint: Path | None = None, progress: Progress | None = None) -> Scores:
+    def run(
+        self, checkpoint: Path | None = None, progress: Progress | None = None
+    ) -> SelectionScores:
         """Run what is still to be run.
 
         Parameters
@@ -194,7 +196,7 @@ class Measurement:
                 if progress is not None:
                     progress(rows, self.total)
         bypass, kl = self._ablated.split([self._harmful, len(self.question.harmless)], dim=1)
-        return Scores(bypass, self._added, kl)
+        return SelectionScores(bypass, self._added, kl)
 
     def _steps(self, done: int) -> Generator[None]:
         """Run the units, all but the first ones that are done."""
@@ -263,7 +265,7 @@ class Measurement:
                 logits[~harmless.to(logits.device)], self.question.tokens
             ).cpu()
         if harmless.any():
-            before = self.question.baseline[prompts[harmless]].to(logits.device)
+            before = self.question.unmodified[prompts[harmless]].to(logits.device)
             scores[harmless] = kl_divergence(before, logits[harmless.to(logits.device)]).cpu()
         self._ablated[candidates, prompts] = scores
 
@@ -300,7 +302,7 @@ class Measurement:
         return {
             "set of prompts or chat format": _digest(prompts.encode()),
             # the logits stand for the weights, and for what is not in them
-            "model, patch, machine or number of threads": _digest(question.baseline.numpy()),
+            "model, patch, machine or number of threads": _digest(question.unmodified.numpy()),
             "set of candidates": _digest(str(places).encode() + vectors.numpy().tobytes()),
             "set of refusal tokens": str(list(question.tokens)),
             "batch size": str(question.batch_size),

@@ -65,11 +65,11 @@ def test_filters_and_winner_are_the_protocols(model: Any, candidates: torch.Tens
         batch_size=3, progress=lambda *call: calls.append(call),
     )  # fmt: skip
 
-    assert [(row.position, row.layer) for row in selection.scores] == [
+    assert [(row.position, row.layer) for row in selection.candidates] == [
         (position, layer) for position in range(-4, 0) for layer in range(LAYERS)
     ]
     reasons = []
-    for row in selection.scores:
+    for row in selection.candidates:
         if row.layer in (0, 4):  # the template's embeddings, and the last fifth
             assert row.discarded == ("zero" if row.layer == 0 else "layer >= 4")
             assert row.bypass is row.induce is row.kl is None
@@ -95,7 +95,10 @@ def test_filters_and_winner_are_the_protocols(model: Any, candidates: torch.Tens
     assert torch.equal(direction.vector, candidates[winner])
     assert (direction.model, direction.position, direction.layer) == ("tiny", *winner)
     assert direction.method == "by hand"
-    for prompts, found in ((HARMFUL, selection.baseline), (HARMLESS, selection.baseline_harmless)):
+    for prompts, found in (
+        (HARMFUL, selection.unmodified_harmful),
+        (HARMLESS, selection.unmodified_harmless),
+    ):
         assert found == pytest.approx(mean_refusal_score(last(wide, prompts), TOKENS), abs=1e-4)
     # 12 candidates on 4 + 4 prompts ablated, on 4 added; three rows at once at most
     done = [0, *(call[0] for call in calls)]
@@ -111,10 +114,10 @@ def test_the_model_is_unmodified_afterwards_and_the_result_is_json(
     assert torch.equal(last(model, HARMFUL), before)
     found = json.loads(json.dumps(selection.to_dict()))
     assert found["layer"] == selection.layer and found["refusal_tokens"] == TOKENS
-    assert found["scores"][0] == {
+    assert found["candidates"][0] == {
         "position": -4, "layer": 0, "bypass": None, "induce": None, "kl": None, "discarded": "zero",
     }  # fmt: skip
-    assert len(found["scores"]) == 4 * LAYERS and "direction" not in found
+    assert len(found["candidates"]) == 4 * LAYERS and "direction" not in found
 
 
 def test_nan_candidates_are_discarded(model: Any, candidates: torch.Tensor) -> None:
@@ -123,19 +126,21 @@ def test_nan_candidates_are_discarded(model: Any, candidates: torch.Tensor) -> N
     poisoned[winner.position, winner.layer, 3] = float("nan")
     other = run(model, poisoned)
     assert (other.position, other.layer) != (winner.position, winner.layer)
-    row = next(r for r in other.scores if (r.position, r.layer) == (winner.position, winner.layer))
+    row = next(
+        r for r in other.candidates if (r.position, r.layer) == (winner.position, winner.layer)
+    )
     assert row.discarded == "not finite" and row.kl is None
 
 
 def test_the_share_of_pruned_layers(model: Any, candidates: torch.Tensor) -> None:
     for prune_last, kept in ((0.0, 5), (0.5, 2), (0.2, 4)):
-        rows = run(model, candidates[-1:], prune_last=prune_last).scores
+        rows = run(model, candidates[-1:], prune_last=prune_last).candidates
         assert sum("layer" not in (row.discarded or "") for row in rows) == kept
 
 
 def test_candidates_of_the_first_layers_alone(model: Any, candidates: torch.Tensor) -> None:
-    every = {(row.position, row.layer): row for row in run(model, candidates).scores}
-    rows = run(model, candidates[:, :3]).scores
+    every = {(row.position, row.layer): row for row in run(model, candidates).candidates}
+    rows = run(model, candidates[:, :3]).candidates
     assert len(rows) == 4 * 3
     for row in rows:  # other candidates share the batches: the last places may differ
         same = every[row.position, row.layer]
@@ -157,15 +162,15 @@ def test_a_score_that_is_not_finite_is_discarded(model: Any, candidates: torch.T
         selection = run(model, broken)
     finally:
         hook.remove()
-    row = next(r for r in selection.scores if (r.position, r.layer) == (-1, 2))
+    row = next(r for r in selection.candidates if (r.position, r.layer) == (-1, 2))
     assert row.discarded == "not finite" and row.induce is None  # the addition overflowed
     assert row.bypass is not None and row.kl is not None  # the ablation did not
-    assert sum(other.discarded == "not finite" for other in selection.scores) == 1
+    assert sum(other.discarded == "not finite" for other in selection.candidates) == 1
     json.dumps(selection.to_dict(), allow_nan=False)
 
 
 def test_no_survivor_names_the_closest(model: Any, candidates: torch.Tensor) -> None:
-    rows = [row for row in run(model, candidates).scores if row.kl is not None]
+    rows = [row for row in run(model, candidates).candidates if row.kl is not None]
     closest = min(rows, key=lambda row: row.kl or 0.0)
     with pytest.raises(InputError, match="no candidate is left of 20") as caught:
         run(model, candidates, kl_threshold=-1.0)

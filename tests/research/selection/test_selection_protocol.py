@@ -56,9 +56,9 @@ def thresholds(table: Table, layers: int) -> dict[str, float]:
 
 
 def check(selection: Selection, table: Table, layers: int, **limits: float) -> None:
-    measured = [row for row in selection.scores if row.kl is not None]
-    assert len(selection.scores) == len(table)
-    for row in selection.scores:
+    measured = [row for row in selection.candidates if row.kl is not None]
+    assert len(selection.candidates) == len(table)
+    for row in selection.candidates:
         at = row.position, row.layer
         assert (row.discarded is not None) == discarded(at, table[at], layers, **limits)
     for row in measured:
@@ -92,7 +92,7 @@ def test_five_families(family: str) -> None:
             kl_threshold=limits["kl"], induce_threshold=limits["induce"],
         )  # fmt: skip
         check(selection, table, LAYERS, **limits)
-        reasons |= {(row.discarded or "").split(" ")[0] for row in selection.scores}
+        reasons |= {(row.discarded or "").split(" ")[0] for row in selection.candidates}
     assert reasons == {"", "zero", "layer", "kl", "induce"}
 
 
