@@ -1,4 +1,4 @@
-"""Methods by name: this package's own, the peers, and any file."""
+"""Methods by name: those of this package, the peers, and any file."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ METHODS = Path(__file__).parent / "methods"
 CHECKOUT = Path(__file__).parents[2]
 PEERS = CHECKOUT / "benchmarks" / "peers"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
-# the interpreter of Triton serves a CPU too, but is no way to run a model
+# Triton's interpreter runs on a CPU too, but far too slowly for a model
 SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 PLUGIN = "vllm:plugin"
 ENGINES = (PLUGIN, "vllm:hooks")
@@ -97,7 +97,7 @@ def _one(name: str, peers: Path) -> BenchMethod:
         if not file.is_file():
             raise InputError(f"--methods: there is no file {file}")
         runs = Path(python).absolute() if at else Path(sys.executable)
-        # a file of its own environment, so that what goes wrong in it is its own
+        # an environment for this file alone, so that its failure does not end other methods
         return BenchMethod(file.stem, file.absolute(), None, name, file.stem, runs)
     if name in ENGINES:
         there = (ENGINE_ENVIRONMENT / ".ready").is_file()

@@ -1,4 +1,4 @@
-"""How far the logits of every method are off, beside what the unmodified model is off."""
+"""The error of every method's logits, beside that of the unmodified model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def compare(
     rows: dict[str, dict[str, Any]],
     opened: Mapping[str, Sequence[str]],
 ) -> None:
-    """Compare the logits with those of float64, and write into the rows what is off and may be.
+    """Compare the logits with those of float64; write the errors and their limits into the rows.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def compare(
                 error = row["logits_error_at_sites"] = off(environment, method, row["sites"])
             row["logits_allowed"] = LOGITS_TIMES * base
             if error > row["logits_allowed"]:
-                # removed, what the stream mostly was leaves less for the same roundings
+                # without most of its length, the stream is more sensitive to the same rounding
                 worse = sensitivity(row["sites"]) / sensitivity(())
                 row["logits_allowed"] *= max(1.0, worse)
 

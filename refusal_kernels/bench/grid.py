@@ -16,7 +16,7 @@ CONTEXT = 128
 """Tokens before the one that is decoded, at most."""
 ALL = "all"
 AXES = {"dtype": "dtypes", "mode": "modes", "steered": "steered", "programs": "programs"}
-"""For each field of `BenchCell` that need not be crossed, the field of `Grid` with its values."""
+"""Fields of `BenchCell` that can vary one at a time, with the fields of `Grid` for their values."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,11 @@ class Grid:
     layers
         How many layers of each model; None: what fits in memory.
     shape_layers, shape_weights
-        How many layers at most of the models with random weights, and how many weights in them, the
-        first apart: a processor has no use for 24, and a ratio hardly depends on the number.
+        The most layers of a model with random weights, and the most weights in them (one layer is
+        always kept). A ratio hardly depends on the number of layers.
     prompt, prompt_work
-        Tokens of a prompt, with ``shared`` those of all rows together; and how many multiplications
-        of weights it may take, above which the prompt is the shorter; so is then what all rows
-        have before the token that they decode.
+        Tokens of a prompt, with ``shared`` of all rows together; and the most multiplications by
+        weights that a prompt, or the context of a decoded token, may take. It is shortened to fit.
     rounds
         The most.
     measure_s
@@ -103,12 +102,12 @@ class Grid:
     steered, programs
         None stands for all layers.
     vary
-        Fields of `AXES` whose further values are measured one at a time, in one cell of each model:
-        decoding, the largest batch where it is about its rows, else the smallest. All others are
-        crossed.
+        Fields of `AXES` whose further values are measured one at a time, in one cell of each model
+        that decodes: the largest batch for steered layers and programs, else the smallest. All
+        other fields are crossed.
     vary_weights
-        How many weights a layer has at most in a model where they vary: with more a round takes so
-        long that what they change is lost in the noise.
+        The most weights in a layer of a model where they vary. In a larger model a round takes so
+        long that the noise hides what they change.
     """
 
     limit_s: float
@@ -213,11 +212,10 @@ PROFILES = {
         rounds=101,
     ),
 }  # fmt: skip
-# On a processor a matrix product of 4,096 tokens is nearly all of the time, and there is little to
-# be seen beside it. A round is sixteen measurements, and compiling all methods takes minutes: with
-# all axes crossed the full profile would not end in a day. Preparing the last cell takes minutes
-# too, so that the limit is less than the two hours. The largest model comes first: what is left of
-# the time is shared by the cells still to come, and only small ones can make do with less of it.
+# On a CPU, matrix products of 4,096 tokens hide everything else, so prompts are short. With all
+# axes crossed the full profile would take more than a day. Its limit leaves room for preparing the
+# last cell within two hours. The largest model comes first, since the cells that follow share the
+# rest of the time, and small models need less of it.
 ON_CPU: dict[str, dict[str, Any]] = {
     "smoke": {},
     "quick": {"shape_layers": 4, "shared": True},
@@ -255,7 +253,7 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
     elif profile != "smoke":
         grid = replace(grid, dtypes=("bfloat16", "float16"), modes=MODES["cuda"])
     chosen = {name: value for name, value in given.items() if value is not None}
-    # who names them wants all that go with the rest
+    # axes that are named are crossed with the rest
     vary = tuple(axis for axis in grid.vary if AXES[axis] not in chosen)
     grid = replace(grid, **chosen, vary=vary)
     _among("--phases", grid.phases, PHASES)

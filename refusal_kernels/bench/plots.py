@@ -37,7 +37,7 @@ def plot_cells(path: Target, document: Mapping[str, Any], methods: Sequence[str]
     path
         Where the picture goes.
     document
-        What a run found.
+        The results of a run.
     methods
         Which to draw; all of them without it.
     """

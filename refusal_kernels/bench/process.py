@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("worker") / "__main__.py"
 
 
 class WorkerError(Exception):
-    """Why a worker gave no answer; it is gone then."""
+    """Why a worker gave no answer. Its process has ended."""
 
 
 class Process:

@@ -1,4 +1,4 @@
-"""What a run found, in words and in the terminal."""
+"""A run's results in words and in the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

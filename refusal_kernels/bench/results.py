@@ -158,5 +158,5 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, document: Mapping[str, Any]) -> None:
-    """Write what a run found."""
+    """Write the results of a run."""
     records.write_records(path, document, USUAL)

@@ -38,9 +38,9 @@ from refusal_kernels.environment import clock_mhz
 from refusal_kernels.errors import InputError, first_line
 
 LEAST_ROUNDS = 7  # six are needed for an interval; one may be lost to a method that dies
-LEAST_S = 30.0  # of rounds, also where preparing took all the time that a cell has
-SLOW = 10  # an environment that takes so many times as long as the quickest has the least rounds
-GIVE_UP = 2  # a worker that failed so often in a row is not started again
+LEAST_S = 30.0  # of rounds, also where preparing took all of the cell's time
+SLOW = 10  # an environment that takes this many times the quickest's time gets the fewest rounds
+GIVE_UP = 2  # a worker that failed this often in a row is not started again
 
 
 class Run:
@@ -53,7 +53,7 @@ class Run:
     resume
         Keep the rows of the run that is in the output folder, if it is one like this.
     say
-        Told in words what is done now, with the number of cells done and of all.
+        Called with a text, the number of cells done and the number of all cells.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Run:
         self.settings, self.say = settings, say
         self.start = time.monotonic()
         torch.set_num_threads(settings.threads)
-        self.comparable = settings.comparable()  # of the start: a checkout can be edited meanwhile
+        self.comparable = settings.comparable()  # now: the checkout may be edited during the run
         self.rows: list[dict[str, Any]] = []
         self.kept = by_cell(earlier_rows(settings.path, self.comparable) if resume else ())
         self.workers: dict[str, Process] = {}
@@ -79,7 +79,7 @@ class Run:
     # --- the whole
 
     def __call__(self) -> dict[str, Any]:
-        """Measure everything; Ctrl-C leaves what is there, written, and goes on to the caller."""
+        """Measure everything. Ctrl-C writes what was measured and is raised again."""
         complete, plan = False, self._plan()
         self.folder = Path(tempfile.mkdtemp(prefix="refusal_kernels-bench-"))
         try:
@@ -106,7 +106,7 @@ class Run:
             if self._on_gpu():  # where every worker has weights of its own, and the reference
                 room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
             fits = {dtype: shapes.layers_that_fit(config, dtype, room) for dtype in grid.dtypes}
-            # one that does not fit is not the one that all the rest is measured with
+            # a dtype that does not fit must not be the one that the other axes are measured in
             dtypes = tuple(sorted(grid.dtypes, key=lambda dtype: not fits[dtype]))
             random = name in shapes.SHAPES
             most = grid.layers or (grid.most_layers(config) if random else None)
@@ -121,7 +121,7 @@ class Run:
     def _model(self, config: Any, cells: list[BenchCell]) -> None:
         """Measure all cells of one model in one dtype."""
         model, name = None, ""
-        # one for which the last model was too large may do with this: it has one more try
+        # a worker that failed with the last model has one more try with this one
         self.failures = {name: min(n, GIVE_UP - 1) for name, n in self.failures.items()}
         for cell in cells:
             if rows := self._kept(cell):
@@ -152,7 +152,7 @@ class Run:
 
     def _weights(self, cell: BenchCell, config: Any, folder: Path) -> Any:
         shapes.write(shapes.build(cell.model, config, cell.dtype), folder)
-        # as the workers have it: from the file; a GPU is the faster also in float64
+        # from the file, as the workers load it; a GPU is faster, also in float64
         return load(str(folder), cell.dtype, self.settings.device if self._on_gpu() else "cpu")
 
     def _on_gpu(self) -> bool:
@@ -355,7 +355,7 @@ class Run:
     def write(self, complete: bool) -> dict[str, Any]:
         """Write the document, and return it."""
         settings = self.settings
-        # rows that an earlier run has and this one did not come to are not lost
+        # rows of an earlier run that this one has not reached are kept
         come = set(by_cell(self.rows))
         rest = [row for key, rows in self.kept.items() if key not in come for row in rows]
         document = rounded({

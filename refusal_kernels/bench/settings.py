@@ -1,4 +1,4 @@
-"""What a run is told: grid, methods, machine, and the command that gives a row again."""
+"""The settings of a run, and the command that measures a row again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from refusal_kernels.errors import InputError
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Everything that a run is told.
+    """Grid, methods, device and limits of a run.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class BenchSettings:
 
 
 def command_for(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return the command that gives one row of a document."""
+    """Return the command that measures one row of a document again."""
     words = {
         "--models": row["model"], "--layers": row["layers"], "--phases": row["work"],
         "--batch": row["batch"], "--dtypes": row["dtype"], "--modes": row["mode"],

@@ -46,8 +46,8 @@ def reason(error: BaseException) -> str:
 def shuffled(names: Iterable[str], number: int) -> list[str]:
     """Return the order of a round.
 
-    By chance: were every other one reversed, the first would follow itself, with all that it needs
-    in the caches, and so would the last (0.3 % of a compiled step of the toy model).
+    It is random. If every other round were reversed, the first method would follow itself, with all
+    that it needs in the caches, and so would the last.
     """
     order = list(names)
     random.Random(number).shuffle(order)
