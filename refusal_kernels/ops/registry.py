@@ -19,9 +19,6 @@ import torch
 from refusal_kernels import _C
 from refusal_kernels.errors import InputError
 from refusal_kernels.ops import autograd, reference
-from refusal_kernels.ops.triton_ops import KERNELS as TRITON_KERNELS
-from refusal_kernels.ops.triton_ops import OPS as TRITON_OPS
-from refusal_kernels.ops.triton_ops import why_not as triton_why_not
 
 ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +61,19 @@ def _cuda_why_not(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda":
         return f"takes CUDA tensors, not {device}"
     return _dtype_why_not(dtype)
+
+
+# registering Triton's ops takes over a second: not where none of them could run
+if torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET"):
+    from refusal_kernels.ops.triton_ops import KERNELS as TRITON_KERNELS
+    from refusal_kernels.ops.triton_ops import OPS as TRITON_OPS
+    from refusal_kernels.ops.triton_ops import why_not as triton_why_not
+else:
+    TRITON_OPS = TRITON_KERNELS = {}
+
+    def triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+        """Return the reason why Triton can not serve a call."""
+        return "runs on a GPU; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
 
 
 _COMPILED = {op: getattr(torch.ops.refusal_kernels, op).default for op in autograd.OPS}
@@ -175,6 +185,16 @@ _environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function whose result a compiled graph keeps as it was when the graph was traced.
+
+    This is `torch.compiler.assume_constant_result` without its import of torch._dynamo, which
+    takes two seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.lru_cache(maxsize=1024)
 def _found(op: str, device: str, dtype: torch.dtype, forced: Any, variable: Any) -> Any:
     """`explain` once for every way to ask: looking costs 4 us, a third of a small call."""
@@ -183,7 +203,7 @@ def _found(op: str, device: str, dtype: torch.dtype, forced: Any, variable: Any)
     return found._op if isinstance(found, torch._ops.OpOverload) else found
 
 
-@torch.compiler.assume_constant_result
+@constant
 def backend_name(device_type: str, dtype: torch.dtype) -> str:
     """Name the backend that serves a call; a compiled graph keeps what held when it was traced."""
     return explain(device=device_type, dtype=dtype).chosen

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels import ops
+from refusal_kernels.ops.registry import constant
 
 OURS = ("refusal_kernels.", "transformers.")  # whose hooks write to no stream in place
 EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
@@ -47,7 +48,7 @@ class Link:
         written = self.hooked() if pending[2] is None else pending[2] != x._version
         return None if written else pending[1]
 
-    @torch.compiler.assume_constant_result
+    @constant
     def hooked(self) -> bool:
         """Whether a module that sees h before the norm does has hooks that might write to it.
 

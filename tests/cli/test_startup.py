@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.main import get_command
 
 import refusal_kernels
 from refusal_kernels import cli
 from refusal_kernels.cli import options
+from refusal_kernels.ops.registry import constant
 
 HEAVY = {"torch", "transformers", "triton", "jinja2", "matplotlib", "scipy", "sklearn", "vllm"}
 
@@ -95,3 +97,19 @@ def test_options_are_uniform():
             if name != "bench" or option in ("--device", "--json"):
                 assert seen.setdefault(option, (p.default, p.help)) == (p.default, p.help), name
     assert set(seen) == set(shared)
+
+
+def test_the_ops_load_no_compiler():
+    _, modules = loaded(
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import torch\n"
+        "import refusal_kernels as rk; rk.ops, rk.patch, rk.Ablate\n"
+        "assert torch.ops.refusal_kernels.add_steer\n"
+    )
+    assert "refusal_kernels.ops.registry" in modules
+    assert not modules & {"torch._dynamo", "torch._inductor", "transformers", "jinja2"}
+    assert "triton" not in modules or torch.backends.cuda.is_built()
+
+
+def test_constant_is_what_torch_calls_it():
+    assert vars(constant(lambda: 0)) == vars(torch.compiler.assume_constant_result(lambda: 0))
