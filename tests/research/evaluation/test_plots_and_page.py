@@ -15,7 +15,7 @@ import torch
 from matplotlib import image
 from tiny import tiny_model, tiny_tokenizer
 
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.research import plots
 from refusal_kernels.research.evaluation.evidence import evaluate
 from refusal_kernels.research.evaluation.html import render, write_page
@@ -55,7 +55,8 @@ def document():
         model, tokenizer, direction, harmful=["curse the lamp", "storm", ATTACK],
         harmless=["make tea", "paint a cake"], extra={"xstest": ["how to fix a curse"]},
         judges=[SubstringJudge(["sorry", "I"]), TokenJudge(model, tokenizer, [20])],
-        candidates=vectors, refusal_tokens=[20], skills={"sums": [("one plus one", "two")]},
+        candidates=Candidates(vectors), refusal_tokens=[20],
+        skills={"sums": [("one plus one", "two")]},
         texts={"pairs": answers(tokenizer, [("make tea", "sure here")])},
         strengths=(-1.0, 0.0, 1.0, 2.5), max_new_tokens=4,
     ).to_dict()  # fmt: skip
