@@ -3,10 +3,12 @@
 And the interventions in the plainest form there is, as hooks, to compare with.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -135,3 +137,13 @@ def plain_hooks(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def run_command(*words: Any) -> int:
+    """Run the command line in this process; return its exit code."""
+    from refusal_kernels import cli
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as exit_:
+        patched.setattr(sys, "argv", ["refusal-kernels", *map(str, words)])
+        cli.main()
+    return int(exit_.value.code or 0)

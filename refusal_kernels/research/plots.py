@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 
 INK, GRAY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
 OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GRAY)
+PARTS = {"harmful": RED, "harmless": BLUE}
 Target = Path | IO[bytes]
 """The target of a picture: a file (the suffix is the format), or a stream for SVG."""
 STYLE: dict[Any, Any] = {
@@ -202,22 +203,22 @@ def plot_dose(
         )  # fmt: skip
         for column, (kind, rows) in enumerate(dose.items()):
             x = [row["strength"] for row in rows]
+            curves = {
+                "rate": {part: _percent([row[part] for row in rows]) for part in PARTS},
+                "score": {
+                    part: ([row["refusal_scores"].get(part) for row in rows], None)
+                    for part in PARTS
+                },
+                "kl": {"": ([row["kl"] for row in rows], None)},
+                "loss": {"": ([row["loss"] and row["loss"]["nats"] for row in rows], None)},
+            }
             for name, axes in zip(names, every[:, column], strict=True):
-                if name in ("rate", "score"):
-                    for part, color in (("harmful", RED), ("harmless", BLUE)):
-                        if name == "rate":
-                            y, error = _percent([row[part] for row in rows])
-                            axes.fill_between(
-                                x, y - error[0], y + error[1], color=color, alpha=0.18, linewidth=0
-                            )
-                        else:
-                            y = np.array([row["refusal_scores"][part] for row in rows])
-                        axes.plot(x, y, "o-", color=color, markersize=4, label=f"{part} prompts")
-                else:
-                    y = np.array(
-                        [row["kl"] if name == "kl" else row["loss"]["nats"] for row in rows]
-                    )
-                    axes.plot(x, y, "o-", color=GREEN, markersize=4)
+                for part, (y, error) in curves[name].items():
+                    color, label = PARTS.get(part, GREEN), f"{part} prompts"
+                    axes.plot(x, y, "o-", color=color, markersize=4, label=label)
+                    if error is not None:
+                        low, high = y - error[0], y + error[1]
+                        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
                 for mark in (0, 1):
                     axes.axvline(mark, color=GRAY, linestyle=":", linewidth=1)
                 if column == 0:
@@ -255,30 +256,26 @@ def plot_candidates(
         "kl": ("kl: on harmless prompts, ablated (low is good)", "viridis_r"),
     }
     size = (max(6.4, 0.27 * len(layers)), 3 * (0.9 + 0.28 * len(positions)))
+
+    def frame(axes: Any, position: int, layer: int, **style: Any) -> None:
+        corner = layers.index(layer) - 0.5, positions.index(position) - 0.5
+        axes.add_patch(plt.Rectangle(corner, 1, 1, fill=False, **style))
+
     with plt.rc_context(STYLE):
         figure, every = plt.subplots(3, 1, figsize=size, sharex=True)
         for axes, (name, (title, colors)) in zip(every, panels.items(), strict=True):
             table = np.full((len(positions), len(layers)), np.nan)
             for row in rows:
-                y, x = positions.index(row["position"]), layers.index(row["layer"])
+                place = row["position"], row["layer"]
                 if row[name] is not None:
-                    table[y, x] = row[name]
+                    table[positions.index(place[0]), layers.index(place[1])] = row[name]
                 if row["discarded"] is not None:
-                    axes.add_patch(
-                        plt.Rectangle(
-                            (x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", linewidth=0,
-                            edgecolor="white" if row[name] is not None else GRAY,
-                        )
-                    )  # fmt: skip
+                    edge = "white" if row[name] is not None else GRAY
+                    frame(axes, *place, hatch="////", linewidth=0, edgecolor=edge)
             image = axes.imshow(table, cmap=colors, aspect="auto", interpolation="nearest")
             figure.colorbar(image, ax=axes, pad=0.01)
             if selected is not None:
-                y, x = positions.index(selected[0]), layers.index(selected[1])
-                axes.add_patch(
-                    plt.Rectangle(
-                        (x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5, zorder=3
-                    )
-                )
+                frame(axes, *selected, edgecolor=RED, linewidth=2.5, zorder=3)
             axes.set_yticks(range(len(positions)), list(map(str, positions)))
             axes.set_ylabel("position")
             axes.set_title(title, fontsize=10, loc="left")

@@ -2,12 +2,12 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
+from tiny import run_command
 
-from refusal_kernels import cli, ops, toy
+from refusal_kernels import ops, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.generate import generate
@@ -16,17 +16,10 @@ from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
 
 
-def run(*arguments):
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as exit_:
-        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *map(str, arguments)])
-        cli.main()
-    return exit_.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "made" / "here"
-    assert run("demo", "--out", path, "--rounds", 3) == 0
+    assert run_command("demo", "--out", path, "--rounds", 3) == 0
     return path
 
 
@@ -129,6 +122,6 @@ def test_without_the_kernel_the_demo_fails(out, tmp_path, monkeypatch, capsys):
     backend = type(ops.BACKENDS["cpu"])("cpu", broken, ops.BACKENDS["cpu"].why_not)
     monkeypatch.setitem(ops.BACKENDS, "cpu", backend)
     # the ablation does nothing, which the certificate of the orthogonalized weights finds first
-    assert run("demo", "--out", tmp_path / "broken", "--rounds", 2) in (1, 2)
+    assert run_command("demo", "--out", tmp_path / "broken", "--rounds", 2) in (1, 2)
     error = capsys.readouterr().err
     assert "the logits differ from those under ablation" in error or "not as expected" in error

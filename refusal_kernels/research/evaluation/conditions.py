@@ -11,7 +11,7 @@ from torch import Tensor
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST, batch_logits, model_inputs
 from refusal_kernels.hf.generate import decoded, generate_ids
-from refusal_kernels.hf.model import decoder_layers, input_device
+from refusal_kernels.hf.model import input_device
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.handle import PatchHandle
 from refusal_kernels.patching.patch import patch
@@ -246,48 +246,6 @@ class ConditionRunner:
                 points.append(DosePoint(strength, **rates, refusal_scores=scores, kl=kl, loss=loss))
                 progress(number, len(strengths))
         return points
-
-    @torch.inference_mode()
-    def projections(self, unit: Tensor, position: int) -> dict[str, list[list[float]]]:
-        """Project the unmodified stream on a unit vector at one position, such as -1, the last.
-
-        Returns
-        -------
-        dict of str to list
-            By set of prompts: for the input of every block and the output of the last, one number
-            for each prompt.
-        """
-        layers = decoder_layers(self.model)
-        projected: dict[str, list[list[float]]] = {}
-
-        def see(number: int, stream: Tensor) -> None:
-            chosen = stream[:, position].float() @ unit.to(stream.device)
-            for row, value in zip(batch.rows, chosen.tolist(), strict=True):
-                table[number][row] = value
-
-        def reader(number: int) -> Callable[..., None]:
-            return lambda _, args, kwargs: see(number, args[0] if args else kwargs["hidden_states"])
-
-        hooks = [
-            layer.register_forward_pre_hook(reader(number), with_kwargs=True)
-            for number, layer in enumerate(layers)
-        ]
-        hooks.append(
-            layers[-1].register_forward_hook(
-                lambda _, __, out: see(len(layers), out[0] if isinstance(out, tuple) else out)
-            )
-        )
-        try:
-            for part, prompts in self.sets.items():
-                table = [[0.0] * len(prompts) for _ in range(len(layers) + 1)]
-                for batch in self.chat.batches(prompts, self.batch_size):
-                    inputs = model_inputs(batch, input_device(self.model))
-                    self.model(**inputs, use_cache=False, logits_to_keep=LAST)
-                projected[part] = table
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return projected
 
     def _loss(self, passages: Sequence[Passage]) -> Loss:
         return cross_entropy(self.model, passages, batch_size=min(self.batch_size, 16))

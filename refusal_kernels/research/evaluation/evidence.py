@@ -20,6 +20,7 @@ from refusal_kernels.progress import Step, no_step
 from refusal_kernels.research.evaluation.conditions import Condition, ConditionRunner, DosePoint
 from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, make_judge
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
+from refusal_kernels.research.evaluation.projections import project
 from refusal_kernels.research.evaluation.tasks import Match
 from refusal_kernels.research.selection.scoring import find_refusal_tokens
 
@@ -197,7 +198,7 @@ def evaluate(
         for part in sets
     }
     position = -1 if direction.position is None else direction.position
-    projections = runner.projections(direction.unit, position)
+    projections = project(model, chat, sets, direction.unit, position, batch_size)
     completions = runner.unmodified(conditions[UNMODIFIED], step("Unmodified"))
     with patch(model, *([edit] for edit in edits.values())) as handle:
         programs = {name: number for number, name in enumerate(edits)}

@@ -225,46 +225,34 @@ class GuardJudge:
         return GuardAnswer(unsafe, probability, categories)
 
 
-def load_judge(spec: str, device: Any = "cpu") -> "ClassifierJudge | GuardJudge":
+def load_judge(
+    spec: str, device: Any = "cpu", batch_size: int = 16
+) -> ClassifierJudge | GuardJudge:
     """Load a classifier or a guard model, whichever the model's configuration says it is.
 
     Parameters
     ----------
     spec
         A hub id or a folder; of a classifier with ``#LABEL`` for the label that is a hit.
-    device
-        Where it runs.
+    device, batch_size
+        Where it runs; texts at once.
 
     Raises
     ------
     InputError
         If it can not be loaded, or is neither.
     """
-    name = spec.partition("#")[0]
-    try:
-        from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        kinds = AutoConfig.from_pretrained(name).architectures or []
-    except Exception as error:  # whatever a hub, a config or a damaged file can bring
-        raise _not_loaded(name, error) from None
-    if any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        return load_classifier(spec, device)
-    return load_guard(name, device)
-
-
-def load_classifier(spec: str, device: Any = "cpu", batch_size: int = 16) -> ClassifierJudge:
-    """Load a classifier, ``MODEL`` or ``MODEL#LABEL``."""
     name, _, label = spec.partition("#")
-    return ClassifierJudge(name, label or None, device=device, batch_size=batch_size)
-
-
-def load_guard(name: str, device: Any = "cpu", batch_size: int = 16) -> GuardJudge:
-    """Load a guard model from a hub id or a folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
+        kinds = AutoConfig.from_pretrained(name).architectures or []
+        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            return ClassifierJudge(name, label or None, device=device, batch_size=batch_size)
         guard: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except InputError:
+        raise
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise _not_loaded(name, error) from None
     return GuardJudge(guard.to(device).eval(), tokenizer, name, batch_size)

@@ -11,11 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import last_logits
-from refusal_kernels.research.evaluation.judge_models import (
-    load_classifier,
-    load_guard,
-    load_judge,
-)
+from refusal_kernels.research.evaluation.judge_models import load_judge
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 
@@ -158,46 +154,35 @@ class JudgeKind:
     Attributes
     ----------
     spec : str
-        How such a judge is written: its name, and after a colon what it needs beside it.
+        How to write such a judge: its name, and after a colon what it needs.
     make
-        Makes it from what follows the colon (empty without one) and from `JudgeInputs`.
+        Makes it from the text after the colon (empty without one) and from `JudgeInputs`.
     """
 
     spec: str
     make: Callable[[str, JudgeInputs], Judge]
 
 
-def _token_judge(_: str, inputs: JudgeInputs) -> TokenJudge:
-    tokens = inputs.refusal_tokens or find_refusal_tokens(
-        inputs.model, inputs.chat, inputs.harmful, inputs.harmless
-    )
+def _substring_judge(substrings: str, _: JudgeInputs) -> Judge:
+    return SubstringJudge(substrings.split("|") if substrings else REFUSAL_SUBSTRINGS)
+
+
+def _token_judge(_: str, inputs: JudgeInputs) -> Judge:
+    prompts = inputs.harmful, inputs.harmless
+    tokens = inputs.refusal_tokens or find_refusal_tokens(inputs.model, inputs.chat, *prompts)
     return TokenJudge(inputs.model, inputs.chat, tokens)
 
 
 JUDGES: dict[str, JudgeKind] = {
-    "substrings": JudgeKind(
-        "substrings[:ONE|OTHER|...]",
-        lambda words, _: SubstringJudge(words.split("|") if words else REFUSAL_SUBSTRINGS),
-    ),
+    "substrings": JudgeKind("substrings[:ONE|OTHER|...]", _substring_judge),
     "tokens": JudgeKind("tokens", _token_judge),
-    "classifier": JudgeKind(
-        "classifier:MODEL[#LABEL]", lambda spec, inputs: load_classifier(spec, inputs.device)
-    ),
-    "guard": JudgeKind("guard:MODEL", lambda name, inputs: load_guard(name, inputs.device)),
+    "model": JudgeKind("model:MODEL[#LABEL]", lambda m, inputs: load_judge(m, inputs.device)),
 }
 """The kinds of judges by name. A new kind is one more entry."""
 
 
 def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
-    """Make a judge from its spec.
-
-    Parameters
-    ----------
-    spec
-        A name in `JUDGES`, with a colon and what that kind needs; or a model (``MODEL[#LABEL]``),
-        of which the configuration says whether it is a classifier or a guard.
-    inputs
-        What it is made from.
+    """Make a judge from its spec: a name in `JUDGES`, a colon and what it needs; or a model alone.
 
     Raises
     ------
@@ -208,7 +193,7 @@ def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
     if name in JUDGES:
         return JUDGES[name].make(argument, inputs)
     try:
-        return load_judge(spec, inputs.device)
+        return JUDGES["model"].make(spec, inputs)
     except InputError as error:
         kinds = ", ".join(kind.spec for kind in JUDGES.values())
-        raise InputError(f"{error}; expected a model, or one of {kinds}") from None
+        raise InputError(f"{error}; expected one of {kinds}") from None

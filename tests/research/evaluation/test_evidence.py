@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
-from tiny import plain_hooks, tiny_model, tiny_tokenizer
+from tiny import plain_hooks, run_command, tiny_model, tiny_tokenizer
 
-from refusal_kernels import cli, toy
+from refusal_kernels import toy
 from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
@@ -345,17 +344,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, folder):
+def run(capsys, folder):
     """Run `evaluate` with the options that it needs and others; returns code, stdout, stderr."""
 
     def call(arguments: str) -> tuple[int, str, str]:
         needed = "--model {f}/model --harmful {f}/harmful.txt --harmless {f}/harmless.txt"
         line = f"evaluate {needed} {arguments}".format(f=folder)
-        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *line.split()])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
+        return run_command(*line.split()), *capsys.readouterr()
 
     return call
 

@@ -228,7 +228,7 @@ def test_guard_of_a_folder(tmp_path) -> None:
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     inputs = JudgeInputs(None, None, PROMPTS, PROMPTS)
-    for spec in (str(tmp_path), f"guard:{tmp_path}"):
+    for spec in (str(tmp_path), f"model:{tmp_path}"):
         judge = make_judge(spec, inputs)
         assert isinstance(judge, GuardJudge) and judge.name == str(tmp_path)
 

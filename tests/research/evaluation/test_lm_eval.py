@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import run_command, tiny_model, tiny_tokenizer
 
-from refusal_kernels import cli, toy
+from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
@@ -183,7 +183,7 @@ def test_benchmarks_of_the_protocol_are_run(world, monkeypatch) -> None:
     assert list(found["mine"]) == ["acc"]
 
 
-def test_evaluate_puts_it_into_json_and_page(world, tmp_path, monkeypatch, capsys) -> None:
+def test_evaluate_puts_it_into_json_and_page(world, tmp_path, capsys) -> None:
     *_, folder = world
     arguments = (
         f"evaluate --direction {folder / 'direction.safetensors'} --quick --max-prompts 6 "
@@ -191,10 +191,7 @@ def test_evaluate_puts_it_into_json_and_page(world, tmp_path, monkeypatch, capsy
         f"--lm-eval-include {folder} --limit 4 --report {tmp_path / 'page.html'} "
         f"--json {tmp_path / 'all.json'}"
     )
-    monkeypatch.setattr(sys, "argv", ["refusal-kernels", *arguments.split()])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert not exit_.value.code
+    assert run_command(*arguments.split()) == 0
     document = json.loads((tmp_path / "all.json").read_text())
     assert set(document["lm_eval"]) == {"unmodified", "ablated", "added"}
     assert list(document["lm_eval"]["unmodified"]) == ["rk_both"]

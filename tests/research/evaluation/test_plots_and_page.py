@@ -128,21 +128,8 @@ def test_the_page_says_what_was_measured_and_by_whom(page, document) -> None:
 
 def test_a_page_of_less(document) -> None:
     """Without controls, dose, scores and all that stands beside the evidence."""
-    little = {
-        k: v
-        for k, v in document.items()
-        if k
-        not in (
-            "model",
-            "selection",
-            "lm_eval",
-            "versions",
-            "device",
-            "command",
-            "created",
-            "sources",
-        )
-    }
+    beside = "model selection lm_eval versions device command created sources".split()
+    little = {key: value for key, value in document.items() if key not in beside}
     conditions = {
         name: {**own, "refusal_scores": {}, "skills": {}, "losses": {}}
         for name, own in document["conditions"].items() if " " not in name

@@ -4,12 +4,12 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import run_command
 
 from refusal_kernels import cli, toy
 from refusal_kernels.direction import Direction
@@ -29,11 +29,7 @@ Outcome = tuple[int, str, str]
 
 def reproduce(capsys: Any, *arguments: Any) -> Outcome:
     """Run the command in process: exit code, stdout, stderr."""
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as exit_:
-        patched.setattr(sys, "argv", ["refusal-kernels", "reproduce", *map(str, arguments)])
-        cli.main()
-    shown = capsys.readouterr()
-    return exit_.value.code or 0, shown.out, shown.err
+    return run_command("reproduce", *arguments), *capsys.readouterr()
 
 
 # --- the toy model

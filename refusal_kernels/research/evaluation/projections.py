@@ -1,0 +1,72 @@
+"""Projections of the residual stream on a direction, layer by layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import LAST, model_inputs
+from refusal_kernels.hf.model import decoder_layers, input_device
+
+
+@torch.inference_mode()
+def project(
+    model: Any,
+    chat: ChatFormat,
+    sets: Mapping[str, Sequence[str]],
+    unit: Tensor,
+    position: int,
+    batch_size: int = 64,
+) -> dict[str, list[list[float]]]:
+    """Project the unmodified stream on a unit vector at one position of every prompt.
+
+    Parameters
+    ----------
+    model, chat
+        A transformers causal language model, and its chat format.
+    sets
+        Prompts by set.
+    unit
+        Floating point [hidden].
+    position
+        Counted from the prompt's end: -1 is the last token.
+    batch_size
+        Prompts at once.
+
+    Returns
+    -------
+    dict of str to list
+        By set of prompts: for the input of every block and the output of the last, one number for
+        each prompt.
+    """
+    layers = decoder_layers(model)
+    projections: dict[str, list[list[float]]] = {}
+
+    def see(layer: int, stream: Tensor) -> None:
+        values = stream[:, position].float() @ unit.to(stream.device)
+        for row, value in zip(batch.rows, values.tolist(), strict=True):
+            table[layer][row] = value
+
+    def input_hook(layer: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: see(layer, args[0] if args else kwargs["hidden_states"])
+
+    def output_hook(_: Any, __: Any, output: Any) -> None:
+        see(len(layers), output[0] if isinstance(output, tuple) else output)
+
+    hooks = [
+        layer.register_forward_pre_hook(input_hook(number), with_kwargs=True)
+        for number, layer in enumerate(layers)
+    ]
+    hooks.append(layers[-1].register_forward_hook(output_hook))
+    try:
+        for part, prompts in sets.items():
+            table = projections[part] = [[0.0] * len(prompts) for _ in range(len(layers) + 1)]
+            for batch in chat.batches(prompts, batch_size):
+                inputs = model_inputs(batch, input_device(model))
+                model(**inputs, use_cache=False, logits_to_keep=LAST)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return projections
