@@ -79,13 +79,13 @@ def test_only_refusals_are_judged_refusals() -> None:
 
 def test_skills_are_closed_and_copying_is_held_out() -> None:
     items = toy.skills("test")
-    assert {name: len(found) for name, found in items.items()} == {
+    assert {name: len(pairs) for name, pairs in items.items()} == {
         "arithmetic": 169,
         "copying": 200,
         "facts": 96,
     }
-    for found in items.values():
-        assert len({question for question, _ in found}) == len(found)
+    for pairs in items.values():
+        assert len({question for question, _ in pairs}) == len(pairs)
     trained = set(toy.skills("train")["copying"])
     assert not trained & set(items["copying"])
     assert not trained & set(toy.skills("validation")["copying"])
@@ -140,8 +140,8 @@ def test_weights_are_small(loaded: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("skill", ["arithmetic", "copying", "facts"])
 def test_skills_are_firm(loaded: tuple[Any, Any], skill: str) -> None:
     items = toy.skills("test")[skill][::3]
-    found = answers(loaded, [question for question, _ in items])
-    right = sum(a == answer for a, (_, answer) in zip(found, items, strict=True))
+    given = answers(loaded, [question for question, _ in items])
+    right = sum(a == answer for a, (_, answer) in zip(given, items, strict=True))
     assert right > 0.9 * len(items)
 
 

@@ -1,7 +1,7 @@
 """The lm-evaluation-harness on a steered model: its model type ``refusal_kernels``.
 
-The harness finds a model type only once it has been imported, so its command line is started from
-here, with all of its own options::
+The harness knows a model type only after its module was imported. So its command line is started
+from here; it takes all options of the harness::
 
     python -m refusal_kernels.research.evaluation.lm_eval run --model refusal_kernels \
         --model_args pretrained=MODEL,direction=FILE,intervention=ablate --tasks mmlu
@@ -146,7 +146,7 @@ def run_tasks(
     Parameters
     ----------
     model, tokenizer
-        A transformers causal language model and its tokenizer; unmodified again afterwards.
+        A transformers causal language model, unmodified again when this returns, and its tokenizer.
     edits
         By name; None for the unmodified model.
     tasks
@@ -154,11 +154,11 @@ def run_tasks(
     include
         A folder with more task files (YAML).
     manager
-        What `find_tasks` gave, where it was asked already.
+        The result of `find_tasks`, to skip the search.
     limit
         Only so many examples of each task (below 1: this share).
     num_fewshot
-        Examples shown before the question; by default the task's own number.
+        Examples shown before the question; by default the task's number.
     chat, system
         Ask in the tokenizer's chat format, with this system prompt.
     batch_size, seed
@@ -180,11 +180,11 @@ def run_tasks(
     import lm_eval
 
     manager = find_tasks(tasks, include) if manager is None else manager
-    found = {}
+    results = {}
     for number, (name, edit) in enumerate(edits.items(), 1):
         logger = logging.getLogger("lm_eval")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # its warnings are about how it is called from here
+        logger.setLevel(logging.ERROR)  # its warnings are about being called from Python
         lm = SteeredLM(model, edit, intervention=NONE, tokenizer=tokenizer, batch_size=batch_size)
         try:
             result = lm_eval.simple_evaluate(
@@ -194,39 +194,36 @@ def run_tasks(
                 bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
-        except (OSError, ConnectionError) as error:  # data that is neither here nor to be had
+        except (OSError, ConnectionError) as error:  # data that cannot be downloaded
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the tasks' data cannot be loaded: {reason}") from None
         finally:
             lm.close()
             logger.setLevel(level)
-        found[name] = _summary(result)
+        results[name] = _summary(result)
         if progress is not None:
             progress(number, len(edits))
-    return found
+    return results
 
 
 def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
-    """Find tasks, first in the folder alone: the harness's own take seconds to list.
+    """Return an ``lm_eval.tasks.TaskManager`` that knows the tasks.
 
-    Returns
-    -------
-    lm_eval.tasks.TaskManager
-        One that knows them.
+    It searches the folder alone first: listing the harness's own tasks takes seconds.
 
     Raises
     ------
     InputError
-        If the folder is none, or a task is in neither.
+        If the folder does not exist, or a task is not found.
     """
     from lm_eval.tasks import TaskManager
 
     if include is not None:
         if not Path(include).is_dir():
             raise InputError(f"{include} is no folder; expected one with task files (YAML)")
-        own = TaskManager(include_path=str(include), include_defaults=False)
-        if set(tasks) <= set(own.all_tasks):
-            return own
+        included = TaskManager(include_path=str(include), include_defaults=False)
+        if set(tasks) <= set(included.all_tasks):
+            return included
     manager = TaskManager(include_path=None if include is None else str(include))
     known = set(manager.all_tasks)
     if missing := [name for name in tasks if name not in known]:
@@ -237,7 +234,7 @@ def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
 
 
 def _summary(result: Any) -> dict[str, dict[str, Any]]:
-    """Metrics by task; where each example is right or wrong, with a Wilson interval."""
+    """Return metrics by task; with a Wilson interval if every example is right or wrong."""
     summary: dict[str, dict[str, Any]] = {}
     for task, metrics in {**result["results"], **result.get("groups", {})}.items():
         rows: dict[str, Any] = {}
@@ -251,13 +248,13 @@ def _summary(result: Any) -> dict[str, dict[str, Any]]:
                 "value": float(value),
                 "stderr": stderr if isinstance(stderr, int | float) else None,
             }
-            scores = [
+            hits = [
                 sample[metric]
                 for sample in result.get("samples", {}).get(task, ())
                 if metric in sample and sample.get("filter", "none") == filtered
             ]
-            if scores and all(score in (0, 1) for score in scores):
-                rows[name] |= Rate(int(sum(scores)), len(scores)).to_dict()
+            if hits and all(hit in (0, 1) for hit in hits):
+                rows[name] |= Rate.of(map(bool, hits)).to_dict()
         if rows:
             summary[task] = rows
     groups = result.get("group_subtasks", {})
@@ -269,7 +266,7 @@ def _summary(result: Any) -> dict[str, dict[str, Any]]:
 def _pool(
     summary: dict[str, dict[str, Any]], groups: Mapping[str, Sequence[str]], group: str
 ) -> None:
-    """Give a group the interval of all its examples, where its value is their share."""
+    """Give a group the interval of all its examples, if its value is their share."""
     for task in groups[group]:
         if task in groups:  # groups hold groups, as mmlu does
             _pool(summary, groups, task)
@@ -277,7 +274,7 @@ def _pool(
         parts = [summary.get(task, {}).get(metric, {}) for task in groups[group]]
         if "k" in row or not parts or not all("k" in part for part in parts):
             continue
-        pooled = Rate(sum(part["k"] for part in parts), sum(part["n"] for part in parts))
+        pooled = Rate.pooled(Rate(part["k"], part["n"]) for part in parts)
         if abs(pooled.value - row["value"]) < 1e-9:
             row |= pooled.to_dict()
 

@@ -59,19 +59,19 @@ def tiny():
 
 def edits_of(direction, vectors):
     """Every condition's intervention, written down once more."""
-    found = {
+    edits = {
         "unmodified": None,
         "ablated": Ablate(direction),
         "added": Add(direction, block_input=1),
         "subtracted": Add(direction, coefficient=-1.0, block_input=1),
     }
     for i, control in enumerate(random_directions(direction, 2, 7), 1):
-        found[f"random {i} ablated"] = Ablate(control)
-        found[f"random {i} added"] = Add(control, block_input=1)
+        edits[f"random {i} ablated"] = Ablate(control)
+        edits[f"random {i} added"] = Add(control, block_input=1)
     other = Direction(vectors[-2, 2])
-    found["layer 2 ablated"] = Ablate(other)
-    found["layer 2 added"] = Add(other, block_input=2)
-    return found
+    edits["layer 2 ablated"] = Ablate(other)
+    edits["layer 2 added"] = Add(other, block_input=2)
+    return edits
 
 
 def test_each_condition_is_as_alone(tiny) -> None:
@@ -122,12 +122,12 @@ def test_the_edits_are_the_papers(tiny) -> None:
 
 def test_random_controls_have_the_norm_and_come_from_the_seed() -> None:
     direction = Direction(5 * torch.randn(500), layer=1)
-    found = random_directions(direction, 200, seed=3)
-    assert all(d.norm == pytest.approx(direction.norm, rel=1e-6) for d in found)
+    directions = random_directions(direction, 200, seed=3)
+    assert all(d.norm == pytest.approx(direction.norm, rel=1e-6) for d in directions)
     again = random_directions(direction, 3, seed=3)
-    assert all(torch.equal(a.vector, b.vector) for a, b in zip(found, again, strict=False))
-    assert not torch.equal(found[0].vector, random_directions(direction, 1, seed=9)[0].vector)
-    units = torch.stack([d.unit for d in found])
+    assert all(torch.equal(a.vector, b.vector) for a, b in zip(directions, again, strict=False))
+    assert not torch.equal(directions[0].vector, random_directions(direction, 1, seed=9)[0].vector)
+    units = torch.stack([d.unit for d in directions])
     assert float(units.mean(dim=0).norm()) < 0.1  # isotropic: they cancel, 200 ** -0.5 = 0.07
     assert float((units @ direction.unit).square().mean()) == pytest.approx(1 / 500, rel=0.4)
 
@@ -179,15 +179,15 @@ def test_the_dose_is_the_dial(tiny) -> None:
 def test_capability_and_the_models_own_completions(tiny) -> None:
     model, tokenizer, direction, _, _, evidence, _ = tiny
     chat = ChatFormat(tokenizer)
-    own = generate_ids(model, chat, HARMLESS, 5)  # as tokens: a text can lose special ones
-    passages = answers(chat, list(zip(HARMLESS, own, strict=True)))
+    completions = generate_ids(model, chat, HARMLESS, 5)  # as tokens: a text can lose special ones
+    passages = answers(chat, list(zip(HARMLESS, completions, strict=True)))
     for name, edit in (("unmodified", None), ("ablated", Ablate(direction))):
         handle = None if edit is None else patch(model, edit)
-        found = evidence.conditions[name]
+        condition = evidence.conditions[name]
         expected = cross_entropy(model, passages)
-        assert found.losses["own completions"].tokens == expected.tokens == 15
-        assert found.losses["own completions"].nats == pytest.approx(expected.nats, rel=1e-4)
-        assert found.skills == {"words": Rate(0, 2)}
+        assert condition.losses["own completions"].tokens == expected.tokens == 15
+        assert condition.losses["own completions"].nats == pytest.approx(expected.nats, rel=1e-4)
+        assert condition.skills == {"words": Rate(0, 2)}
         if handle is not None:
             handle.remove()
     # its own words are what it finds likeliest
@@ -203,12 +203,12 @@ def test_projections_are_those_of_the_hidden_states(tiny) -> None:
         for i, ids in enumerate(ChatFormat(tokenizer).encode(prompts)):
             seen: list[torch.Tensor] = []
             hooks = [
-                layer.register_forward_hook(lambda _, args, out, own=seen: own.extend([args[0]]))
+                layer.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0]))
                 for layer in model.model.layers
             ]
             hooks.append(
                 model.model.norm.register_forward_pre_hook(
-                    lambda _, args, own=seen: own.append(args[0])
+                    lambda _, args, seen=seen: seen.append(args[0])
                 )
             )
             model(torch.tensor([ids]))
@@ -254,14 +254,14 @@ def test_bad_input_before_any_work() -> None:
 
 def test_without_refusal_tokens_there_are_no_scores() -> None:
     direction = Direction(torch.randn(64), layer=1)
-    found = evaluate(
+    evidence = evaluate(
         tiny_model(), tiny_tokenizer(), direction, harmful=HARMFUL, harmless=HARMLESS,
         strengths=(1.0,), random_controls=0, max_new_tokens=1,
     )  # fmt: skip
-    assert found.refusal_tokens is None
-    assert found.conditions["ablated"].refusal_scores == {} and found.conditions["ablated"].kl
-    assert found.dose["ablation"][0].refusal_scores == {}
-    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert evidence.refusal_tokens is None
+    assert evidence.conditions["ablated"].refusal_scores == {} and evidence.conditions["ablated"].kl
+    assert evidence.dose["ablation"][0].refusal_scores == {}
+    document = json.loads(json.dumps(evidence.to_dict(), allow_nan=False))
     assert {s.question for s in statements(document)} == {
         "Necessity", "Sufficiency", "Dose", "Capability",
     }  # fmt: skip
@@ -287,10 +287,10 @@ def toy_evidence():
 
 def test_the_toy_models_direction_is_necessary_sufficient_and_specific(toy_evidence) -> None:
     document = toy_evidence.to_dict()
-    found = statements(document)
-    holds = {s.question: s.holds for s in found if s.holds is not None}
+    sentences = statements(document)
+    holds = {s.question: s.holds for s in sentences if s.holds is not None}
     assert holds == {"Necessity": True, "Sufficiency": True, "Specificity": True}
-    necessity = next(s.text for s in found if s.question == "Necessity")
+    necessity = next(s.text for s in sentences if s.question == "Necessity")
     assert "12 substrings" in necessity and "of 40" in necessity
     main = toy_evidence.conditions
     name = "12 substrings"
@@ -311,8 +311,8 @@ def test_statements_say_when_nothing_was_shown(toy_evidence) -> None:
     document = toy_evidence.to_dict()
     conditions = dict(document["conditions"])
     conditions["ablated"] = conditions["unmodified"] | {"losses": conditions["ablated"]["losses"]}
-    found = {s.question: s for s in statements({**document, "conditions": conditions})}
-    assert found["Necessity"].holds is False and found["Sufficiency"].holds is True
+    answered = {s.question: s for s in statements({**document, "conditions": conditions})}
+    assert answered["Necessity"].holds is False and answered["Sufficiency"].holds is True
 
 
 # --- the command

@@ -42,8 +42,8 @@ def test_substrings() -> None:
     assert isinstance(judge, Judge)
     assert judge(PROMPTS, ["I\u2019M SORRY, no", "sure", "as an ai"]) == [1.0, 0.0, 1.0]
     assert (judge.name, judge.counts) == ("12 substrings", "refused")
-    own = SubstringJudge(["no"])
-    assert own(PROMPTS[:2], ["NO", "sorry"]) == [1.0, 0.0] and own.name != judge.name
+    changed = SubstringJudge(["no"])
+    assert changed(PROMPTS[:2], ["NO", "sorry"]) == [1.0, 0.0] and changed.name != judge.name
     for bad in ([], "no", [""]):
         with pytest.raises(InputError, match="substrings are empty"):
             SubstringJudge(bad)
@@ -123,10 +123,10 @@ def test_classifier_of_a_folder_and_of_a_pipeline(tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     expected, pairs = [], []
     for prompt, text in zip(PROMPTS, TEXTS, strict=True):
-        for found, arguments in ((expected, (text,)), (pairs, (prompt, text))):
+        for probabilities, arguments in ((expected, (text,)), (pairs, (prompt, text))):
             with torch.no_grad():
                 logits = model(**tokenizer(*arguments, return_tensors="pt")).logits[0]
-            found.append(float(logits.softmax(-1)[1]))
+            probabilities.append(float(logits.softmax(-1)[1]))
     assert max(expected) - min(expected) > 1e-3  # it does tell them apart
     judge = load_judge(f"{tmp_path}#REJECTION")
     assert isinstance(judge, ClassifierJudge) and judge.counts == "REJECTION"
@@ -134,8 +134,8 @@ def test_classifier_of_a_folder_and_of_a_pipeline(tmp_path) -> None:
     assert judge(PROMPTS, TEXTS) == pytest.approx(expected, abs=1e-5)
     assert load_judge(str(tmp_path)).counts == "REJECTION"  # of two labels the second
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
-    own = ClassifierJudge(pipe, "NORMAL")
-    assert own(PROMPTS, TEXTS) == pytest.approx([1 - p for p in expected], abs=1e-5)
+    normal = ClassifierJudge(pipe, "NORMAL")
+    assert normal(PROMPTS, TEXTS) == pytest.approx([1 - p for p in expected], abs=1e-5)
     both = ClassifierJudge(pipe, "REJECTION", pair=True)
     assert both(PROMPTS, TEXTS) == pytest.approx(pairs, abs=1e-5)
     with pytest.raises(InputError, match="no label 'X'; expected one of NORMAL, REJECTION"):
@@ -170,12 +170,12 @@ def guard(template: str = GUARD_TEMPLATE) -> tuple[object, object]:
         """Instead of training: the logits follow from the tokens."""
         ids, rows = kwargs["input_ids"], output.logits[:, -1]
         rows.zero_()
-        for row, own in zip(rows, ids.tolist(), strict=True):
-            if len(own) > 1:
-                row[unsafe if storm in own else safe] = 9.0
-                row[safe if storm in own else unsafe] = 7.0
+        for row, tokens in zip(rows, ids.tolist(), strict=True):
+            if len(tokens) > 1:
+                row[unsafe if storm in tokens else safe] = 9.0
+                row[safe if storm in tokens else unsafe] = 7.0
             else:
-                row[{unsafe: s1}.get(own[0], tokenizer.eos_token_id)] = 9.0
+                row[{unsafe: s1}.get(tokens[0], tokenizer.eos_token_id)] = 9.0
 
     model.register_forward_hook(answer, with_kwargs=True)
     return model, tokenizer

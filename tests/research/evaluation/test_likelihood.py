@@ -64,9 +64,8 @@ def test_cross_entropy_is_that_of_a_plain_loop(at_once, monkeypatch) -> None:
         nats, tokens = plain(model, PASSAGES)
         for batch_size in (1, 2, 8):
             calls: list[tuple[int, int]] = []
-            loss = cross_entropy(
-                model, PASSAGES, batch_size=batch_size, progress=lambda *c, own=calls: own.append(c)
-            )
+            progress = lambda *c, calls=calls: calls.append(c)  # noqa: E731
+            loss = cross_entropy(model, PASSAGES, batch_size=batch_size, progress=progress)
             assert loss.tokens == tokens == 5 + 1 + 5
             assert loss.nats == pytest.approx(nats, rel=2e-5)
             assert calls[-1] == (3, 3)
@@ -129,11 +128,11 @@ def test_windows_of_the_whole_text_are_its_loss() -> None:
 
 def test_answers_are_scored_after_their_prompts() -> None:
     tokenizer = tiny_tokenizer()
-    found = answers(tokenizer, [("make tea", "sure here"), ("fix", [9, 10, 11]), ("fix", "")])
+    passages = answers(tokenizer, [("make tea", "sure here"), ("fix", [9, 10, 11]), ("fix", "")])
     prompts = ChatFormat(tokenizer).encode(["make tea", "fix"])
-    assert [list(p.ids[: p.start]) for p in found] == prompts
-    own = tokenizer("sure here", add_special_tokens=False)["input_ids"]
-    assert [list(p.ids[p.start :]) for p in found] == [own, [9, 10, 11]]
+    assert [list(p.ids[: p.start]) for p in passages] == prompts
+    answer = tokenizer("sure here", add_special_tokens=False)["input_ids"]
+    assert [list(p.ids[p.start :]) for p in passages] == [answer, [9, 10, 11]]
     assert answers(tokenizer, []) == []
 
 

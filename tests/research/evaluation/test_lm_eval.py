@@ -120,17 +120,17 @@ def test_tasks_of_our_own_unmodified_ablated_and_added(world) -> None:
         "ablated": Ablate(direction),
         "added": Add(direction, block_input=LAYER),
     }
-    found = lm.run_tasks(
+    results = lm.run_tasks(
         model, tokenizer, edits, ["rk_refused", "rk_answers"], include=folder,
         progress=lambda *c: calls.append(c),
     )  # fmt: skip
     assert calls == [(1, 3), (2, 3), (3, 3)]
-    refused = {name: tasks["rk_refused"]["acc"] for name, tasks in found.items()}
+    refused = {name: tasks["rk_refused"]["acc"] for name, tasks in results.items()}
     assert refused["unmodified"]["k"] == refused["unmodified"]["n"] == ITEMS
     assert refused["ablated"]["k"] <= 2
     assert refused["added"]["k"] == ITEMS
     assert 0.8 < refused["unmodified"]["interval"][0] < refused["unmodified"]["interval"][1] == 1.0
-    answers = {name: tasks["rk_answers"]["exact_match"] for name, tasks in found.items()}
+    answers = {name: tasks["rk_answers"]["exact_match"] for name, tasks in results.items()}
     assert answers["unmodified"]["k"] == answers["ablated"]["k"] == 11  # and one made wrong
     assert answers["unmodified"]["n"] == 12 and answers["added"]["k"] < 11
     assert not is_patched(model)
@@ -139,19 +139,19 @@ def test_tasks_of_our_own_unmodified_ablated_and_added(world) -> None:
 
 def test_limit_and_unknown_task(world) -> None:
     model, tokenizer, _, folder = world
-    found = lm.run_tasks(model, tokenizer, {"x": None}, ["rk_refused"], include=folder, limit=5)
-    assert found["x"]["rk_refused"]["acc"]["n"] == 5
+    results = lm.run_tasks(model, tokenizer, {"x": None}, ["rk_refused"], include=folder, limit=5)
+    assert results["x"]["rk_refused"]["acc"]["n"] == 5
     with pytest.raises(InputError, match=r"no task 'rk_refuse'; .*such as .*rk_refused"):
         lm.run_tasks(model, tokenizer, {"x": None}, ["rk_refuse"], include=folder)
 
 
 def test_a_group_has_the_interval_of_all_its_examples(world) -> None:
     model, tokenizer, _, folder = world
-    found = lm.run_tasks(model, tokenizer, {"x": None}, ["rk_both"], include=folder)["x"]
-    both = found["rk_both"]["acc"]
+    results = lm.run_tasks(model, tokenizer, {"x": None}, ["rk_both"], include=folder)["x"]
+    both = results["rk_both"]["acc"]
     assert (both["k"], both["n"]) == (ITEMS, 2 * ITEMS) and both["value"] == 0.5
     assert both["interval"] == pytest.approx(Rate(ITEMS, 2 * ITEMS).interval)
-    assert found["rk_again"]["acc"]["k"] == 0 and found["rk_again"]["acc"]["stderr"] == 0.0
+    assert results["rk_again"]["acc"]["k"] == 0 and results["rk_again"]["acc"]["stderr"] == 0.0
 
 
 def test_questions_in_the_chat_format_with_a_system_prompt(world, monkeypatch) -> None:
@@ -178,9 +178,9 @@ def test_benchmarks_of_the_protocol_are_run(world, monkeypatch) -> None:
     model, tokenizer, _, folder = world
     monkeypatch.setattr(paper, "BENCHMARKS", {"mine": ("rk_refused", "acc", 0)})
     benchmarks = paper.Benchmarks(lm.find_tasks(["rk_refused"], folder), limit=5)
-    found = benchmarks(model, tokenizer)
-    assert found["mine"]["acc"]["value"] == 1.0 and found["mine"]["acc"]["n"] == 5
-    assert list(found["mine"]) == ["acc"]
+    results = benchmarks(model, tokenizer)
+    assert results["mine"]["acc"]["value"] == 1.0 and results["mine"]["acc"]["n"] == 5
+    assert list(results["mine"]) == ["acc"]
 
 
 def test_evaluate_puts_it_into_json_and_page(world, tmp_path, capsys) -> None:

@@ -131,8 +131,8 @@ def test_a_page_of_less(document) -> None:
     beside = "model selection lm_eval versions device command created sources".split()
     little = {key: value for key, value in document.items() if key not in beside}
     conditions = {
-        name: {**own, "refusal_scores": {}, "skills": {}, "losses": {}}
-        for name, own in document["conditions"].items() if " " not in name
+        name: {**condition, "refusal_scores": {}, "skills": {}, "losses": {}}
+        for name, condition in document["conditions"].items() if " " not in name
     }  # fmt: skip
     little |= {"conditions": conditions, "dose": {}, "refusal_tokens": None, "dose_text": None}
     read = Reader(render(little))
@@ -178,15 +178,15 @@ AROUND = """<!DOCTYPE html><body><pre id="measured"></pre>
 
 @pytest.fixture(scope="module")
 def chromium():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                 None)  # fmt: skip
-    if found is None and os.environ.get("CI", "").lower() == "true":
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None and os.environ.get("CI", "").lower() == "true":
         pytest.fail(
             "there is no chromium, and the page must be looked at: apt-get install chromium"
         )
-    if found is None:
+    if browser is None:
         pytest.skip("there is no chromium to look at the page with")
-    return found
+    return browser
 
 
 def browse(chromium: str, folder: Path, *arguments: str) -> str:
@@ -209,16 +209,16 @@ def test_a_browser_shows_every_figure_and_nothing_sticks_out(page, chromium, wid
     )  # fmt: skip
     shown = re.search(r'<pre id="measured">(.+?)</pre>', dom, re.DOTALL)
     assert shown is not None, dom[-500:]
-    found = json.loads(Reader(shown[0]).text)
-    assert found["inner"] == width
-    assert (found["wide"] <= width, found["out"]) == (True, [])
-    assert found["title"].startswith("Evidence") and "owned" not in found["title"].split("<")[0]
-    assert len(found["headings"]) == 9 and all(w > 0 and h > 0 for _, w, h in found["headings"])
-    assert len(found["images"]) == len(FIGURES)
-    for natural_width, natural_height, w, h in found["images"]:
+    page = json.loads(Reader(shown[0]).text)
+    assert page["inner"] == width
+    assert (page["wide"] <= width, page["out"]) == (True, [])
+    assert page["title"].startswith("Evidence") and "owned" not in page["title"].split("<")[0]
+    assert len(page["headings"]) == 9 and all(w > 0 and h > 0 for _, w, h in page["headings"])
+    assert len(page["images"]) == len(FIGURES)
+    for natural_width, natural_height, w, h in page["images"]:
         assert natural_width > 200 and natural_height > 100
         assert w > 200 and h > 0.9 * w * natural_height / natural_width > 0  # not squeezed
-    assert all(name.startswith("data:") for name in found["fetched"])
+    assert all(name.startswith("data:") for name in page["fetched"])
 
 
 def fetched(chromium: str, folder: Path, page: Path) -> list[str]:

@@ -63,7 +63,7 @@ def test_the_toy_model_reproduces_its_row(toy_folder: Path, capsys: Any) -> None
 def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
     """Names and conditions belong together: under which edit, on which prompts, of what sign."""
     document = json.loads((toy_folder / "reproduction.json").read_text())
-    found = {c["quantity"]: c["measured"] for c in document["comparisons"]}
+    measured = {c["quantity"]: c["measured"] for c in document["comparisons"]}
     model, tokenizer = toy.load()
     direction = Direction.load(toy_folder / "direction.safetensors")
     harmful, harmless = (toy.prompts(name, "test")[:100] for name in ("harmful", "harmless"))
@@ -78,10 +78,10 @@ def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
     ):  # fmt: skip
         handle = None if edit is None else patch(model, edit)
         answered = [not is_refusal(text) for text in generate(model, tokenizer, prompts)]
-        assert (found[rate]["k"], found[rate]["n"]) == (sum(answered), 100), rate
+        assert (measured[rate]["k"], measured[rate]["n"]) == (sum(answered), 100), rate
         if loss:
             nats = cross_entropy(model, plans).nats
-            assert found[loss]["value"] == pytest.approx(nats, abs=1e-4), loss
+            assert measured[loss]["value"] == pytest.approx(nats, abs=1e-4), loss
         if handle is not None:
             handle.remove()
 
@@ -123,15 +123,15 @@ def test_a_wrong_direction_is_outside(toy_folder: Path, tmp_path: Path, capsys: 
     options = ["--direction", tmp_path / "wrong.safetensors", "--max-new-tokens", 24]  # soon said
     code, _, err = reproduce(capsys, "--out", tmp_path / "out", *options)
     assert code == 1 and "outside: bypass_score" in err
-    found = verdicts(tmp_path / "out")
+    verdict = verdicts(tmp_path / "out")
     for name in ("bypass_score", "induce_score", "substring_asr_ablation",
                  "substring_asr_orthogonalized", "substring_asr_subtraction",
                  "harmless_answer_rate_addition"):  # fmt: skip
-        assert found[name] == "outside", name
+        assert verdict[name] == "outside", name
     # what does not depend on the direction still holds
     for name in ("substring_asr_unmodified", "harmless_answer_rate_unmodified", "plans_unmodified",
                  "skill_facts_unmodified"):  # fmt: skip
-        assert found[name] == "within", name
+        assert verdict[name] == "within", name
 
 
 def test_a_direction_must_fit(tmp_path: Path, capsys: Any) -> None:
@@ -170,14 +170,14 @@ def test_an_unknown_model_has_no_row_and_that_is_said(
 ) -> None:
     code, shown, _ = reproduce(capsys, *small, "--record", tmp_path / "row.json")
     assert code == 0 and "there is no row of" in shown and "gemma-2b-it" in shown
-    found = verdicts(tmp_path / "out")
-    assert set(found.values()) == {"no number"}
-    assert {"bypass_score", "pile_ablation", "substring_asr_orthogonalized"} <= set(found)
+    verdict = verdicts(tmp_path / "out")
+    assert set(verdict.values()) == {"no number"}
+    assert {"bypass_score", "pile_ablation", "substring_asr_orthogonalized"} <= set(verdict)
     row = read_row(tmp_path / "row.json")
-    assert set(row.numbers) == set(row.tolerances) == set(found)
+    assert set(row.numbers) == set(row.tolerances) == set(verdict)
     # as a row it is reproduced; with one number changed it is not
     code, shown, _ = reproduce(capsys, *small, "--against", tmp_path / "row.json")
-    assert code == 0 and f"{len(found)} of {len(found)} within tolerance" in shown
+    assert code == 0 and f"{len(verdict)} of {len(verdict)} within tolerance" in shown
     document = json.loads((tmp_path / "row.json").read_text())
     document["numbers"]["pile_ablation"] += 0.01
     document["numbers"]["more"] = document["tolerances"]["more"] = 1
@@ -219,8 +219,8 @@ def test_benchmarks_are_asked_before_and_after_the_edit(
     assert [shots for _, shots, _ in asked[:4]] == [5, 25, 5, 0] and asked[0][2] == 0.5
     assert len(set(weights[:4])) == len(set(weights[4:])) == 1 and weights[0] != weights[4]
     document = json.loads((tmp_path / "out" / "reproduction.json").read_text())
-    found = {c["quantity"]: c["measured"] for c in document["comparisons"]}
-    assert found["mmlu_unmodified"] == found["gsm8k_orthogonalized"] == {"value": 50.0}
+    measured = {c["quantity"]: c["measured"] for c in document["comparisons"]}
+    assert measured["mmlu_unmodified"] == measured["gsm8k_orthogonalized"] == {"value": 50.0}
     page = (tmp_path / "out" / "evidence.html").read_text()
     assert "lm-evaluation-harness" in page and "orthogonalized 0.500" in page
     # kept, and the edit made anew where something behind it is missing
@@ -259,17 +259,17 @@ def test_prompts_are_the_papers_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return [f"harmless {i}" for i in range(1000)]
 
     monkeypatch.setattr(paper, "read_prompts", read_prompts)
-    found = paper.read_protocol_prompts("org/model")
+    prompts = paper.read_protocol_prompts("org/model")
     assert read == [paper.HARMFUL_TEST, paper.HARMFUL, paper.HARMLESS]
-    assert {s: {c: len(p) for c, p in part.items()} for s, part in found.items()} == {
+    assert {s: {c: len(p) for c, p in part.items()} for s, part in prompts.items()} == {
         "train": {"harmful": 128, "harmless": 128}, "validation": {"harmful": 32, "harmless": 32},
         "test": {"harmful": 100, "harmless": 100},
     }  # fmt: skip
-    assert sorted(found["test"]["harmful"]) == sorted(tests)
+    assert sorted(prompts["test"]["harmful"]) == sorted(tests)
     for category in ("harmful", "harmless"):
-        every = [p for part in found.values() for p in part[category]]
+        every = [p for part in prompts.values() for p in part[category]]
         assert len({p.strip().lower() for p in every}) == len(every) == 260
-    assert paper.read_protocol_prompts("org/model", seed=1) != found
+    assert paper.read_protocol_prompts("org/model", seed=1) != prompts
     # the presets are there
     assert {*paper.HARMFUL.split("+"), paper.HARMLESS, paper.HARMFUL_TEST} <= set(sources.PRESETS)
 
@@ -278,10 +278,10 @@ def test_own_prompts_are_cut_in_three(tmp_path: Path) -> None:
     for name in ("harmful", "harmless", "test"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(40)))
     files = str(tmp_path / "harmful.txt"), str(tmp_path / "harmless.txt")
-    found = paper.read_protocol_prompts("org/model", *files)
-    assert [len(part["harmful"]) for part in found.values()] == [20, 10, 10]
-    found = paper.read_protocol_prompts("org/model", *files, str(tmp_path / "test.txt"))
-    assert [len(part["harmful"]) for part in found.values()] == [20, 10, 40]
+    prompts = paper.read_protocol_prompts("org/model", *files)
+    assert [len(part["harmful"]) for part in prompts.values()] == [20, 10, 10]
+    prompts = paper.read_protocol_prompts("org/model", *files, str(tmp_path / "test.txt"))
+    assert [len(part["harmful"]) for part in prompts.values()] == [20, 10, 40]
     (tmp_path / "harmful.txt").write_text("one\ntwo")
     with pytest.raises(InputError, match="harmful: 2 different prompts"):
         paper.read_protocol_prompts("org/model", *files)
@@ -307,14 +307,14 @@ def test_texts_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     chat = ChatFormat(tokenizer)
-    found = paper.read_paper_texts(chat, 7)
+    texts = paper.read_paper_texts(chat, 7)
     assert asked == [(paper.PILE.name, True), (paper.ALPACA.name, False)]
-    assert [len(p.ids) for p in found["pile"]] == [256] * 5 and found["pile"][0].start == 1
-    assert len(found["alpaca"]) == 7  # of ten without an input
+    assert [len(p.ids) for p in texts["pile"]] == [256] * 5 and texts["pile"][0].start == 1
+    assert len(texts["alpaca"]) == 7  # of ten without an input
     order = datasets.Dataset.from_list(rows[paper.ALPACA.name]).shuffle(seed=42)
     first = next(row for row in order if not row["input"])
     (prompt,) = chat.encode([first["instruction"]])
-    assert found["alpaca"][0].ids[: found["alpaca"][0].start] == prompt
+    assert texts["alpaca"][0].ids[: texts["alpaca"][0].start] == prompt
     rows[paper.PILE.name] = [{"other": "x"}]
     with pytest.raises(InputError, match="no column text; it has other"):
         paper.read_paper_texts(chat, 7)

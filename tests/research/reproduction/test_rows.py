@@ -124,13 +124,14 @@ def test_verdicts() -> None:
             "b", "m", {"x": 3.0, "asr": 0.5}, {"x": Tolerance(0.1), "asr": Tolerance(None, 100)}
         ),
     ]
-    found = compare({"x": 1.1, "asr": Rate(55, 100), "mine": 7.0, "layer": 9.0}, rows)
-    assert [(c.quantity, c.source, c.verdict) for c in found] == [
+    comparisons = compare({"x": 1.1, "asr": Rate(55, 100), "mine": 7.0, "layer": 9.0}, rows)
+    assert [(c.quantity, c.source, c.verdict) for c in comparisons] == [
         ("x", "a", "within"), ("x", "b", "outside"), ("asr", "b", "within"),
         ("mine", "", "no number"), ("layer", "", "no number"), ("y", "a", "no number"),
     ]  # fmt: skip
-    assert [c.expected for c in found] == [1.0, 3.0, 0.5, None, None, 2.0]
-    assert found[2].to_dict()["measured"]["k"] == 55 and found[5].to_dict()["measured"] is None
+    assert [c.expected for c in comparisons] == [1.0, 3.0, 0.5, None, None, 2.0]
+    documents = [comparison.to_dict() for comparison in comparisons]
+    assert documents[2]["measured"]["k"] == 55 and documents[5]["measured"] is None
     assert compare({"asr": Rate(1, 100)}, rows)[0].verdict == "outside"
 
 
