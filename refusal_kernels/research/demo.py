@@ -142,9 +142,14 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoR
         write_json(out / "report.json", document)
         write_json(out / "samples.json", samples)
         plots.plot_projections(out / "projections.png", projections, selection.layer)
-        plots.plot_refusals(out / "refusals.png", outcomes)
+        plots.plot_rates(out / "refusals.png", {name: refusals(o) for name, o in outcomes.items()})
         plots.plot_speed(out / "speed.png", speed)
     return DemoResult(document, samples)
+
+
+def refusals(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """Return the refusal rates of an intervention by category, ready for JSON."""
+    return {"harmful": outcome.harmful.to_dict(), "harmless": outcome.harmless.to_dict()}
 
 
 def largest_residual(
@@ -216,17 +221,14 @@ def assemble(
     speed: Mapping[str, Speed],
 ) -> dict[str, Any]:
     """Make the report of the measurements and of what was expected of them."""
-    rates = {
-        category: {name: getattr(outcome, category) for name, outcome in outcomes.items()}
-        for category in CATEGORIES
-    }
+    rates = {name: refusals(outcome) for name, outcome in outcomes.items()}
     capability = {
         name: outcome.capability.value
         for name, outcome in outcomes.items()
         if outcome.capability is not None and name != "added"
     }
     harmful, harmless = (
-        {name: rate.value for name, rate in rates[category].items()} for category in CATEGORIES
+        {name: rate[category]["value"] for name, rate in rates.items()} for category in CATEGORIES
     )
     edited = abs(harmful["orthogonalized"] - harmful["ablated"])
     claims = [
@@ -249,8 +251,8 @@ def assemble(
         },
         "refusal_rate": {"harmful": harmful, "harmless": harmless},
         "refusal_interval": {
-            category: {name: list(rate.interval) for name, rate in by_name.items()}
-            for category, by_name in rates.items()
+            category: {name: rate[category]["interval"] for name, rate in rates.items()}
+            for category in CATEGORIES
         },
         "capability": capability,
         "skills": {

@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 
 from refusal_kernels.files.atomic import replacing
-from refusal_kernels.research.evaluation.outcomes import Outcome
 from refusal_kernels.timing import Speed
 
 matplotlib.use("Agg")  # no window, whatever the machine offers
@@ -77,15 +76,6 @@ def plot_projections(
         axes.set_ylabel("projection on the direction")
         axes.legend(frameon=False)
         save_figure(figure, path)
-
-
-def plot_refusals(path: Target, outcomes: Mapping[str, Outcome]) -> None:
-    """Draw the refusal rates of each intervention, with 95 % Wilson intervals."""
-    rates = {
-        name: {part: getattr(outcome, part).to_dict() for part in ("harmful", "harmless")}
-        for name, outcome in outcomes.items()
-    }
-    plot_rates(path, rates)
 
 
 def plot_rates(

@@ -97,6 +97,11 @@ class _Protocol:
         self.inputs, self.folder, self.announce = inputs, folder, step
         self.model, self.chat = inputs.model, ChatFormat.of(inputs.tokenizer)
         self.size, self.test = inputs.batch_size, inputs.prompts["test"]
+        self.measured: dict[str, Any] = {
+            "harmful": self.test["harmful"], "harmless": self.test["harmless"],
+            "skills": inputs.skills, "max_new_tokens": inputs.max_new_tokens,
+            "batch_size": self.size,
+        }  # fmt: skip
         options = [self.chat.system, self.chat.thinking, str(next(self.model.parameters()).dtype)]
         self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
         self.edited = False
@@ -196,12 +201,9 @@ class _Protocol:
         if not inputs.controls:
             controls = {"strengths": (), "random_controls": 0, "layer_controls": 0}
         return evaluate(
-            self.model, self.chat, direction,
-            harmful=self.test["harmful"], harmless=self.test["harmless"],
+            self.model, self.chat, direction, **self.measured, **controls,
             candidates=None if inputs.direction else candidates, refusal_tokens=tokens,
-            skills=inputs.skills, texts=inputs.texts, seed=inputs.seed,
-            max_new_tokens=inputs.max_new_tokens, batch_size=self.size, step=self.announce,
-            **controls,
+            texts=inputs.texts, seed=inputs.seed, step=self.announce,
         ).to_dict()  # fmt: skip
 
     def evaluate_edited(self, direction: Direction) -> dict[str, Any]:
@@ -211,9 +213,7 @@ class _Protocol:
         except InputError as error:
             return {"refused": str(error)}
         outcome = measure_outcomes(
-            self.model, self.chat, harmful=self.test["harmful"], harmless=self.test["harmless"],
-            interventions={"orthogonalized": None}, skills=self.inputs.skills,
-            max_new_tokens=self.inputs.max_new_tokens, batch_size=self.size,
+            self.model, self.chat, **self.measured, interventions={"orthogonalized": None},
             progress=self.announce("Orthogonalized"),
         )["orthogonalized"].to_dict()  # fmt: skip
         return {key: outcome[key] for key in ("harmful", "harmless", "skills")}

@@ -164,12 +164,12 @@ def test_generate_refuses_bad_input() -> None:
 def test_outcomes_runs_every_intervention_over_every_set() -> None:
     model = tiny_model()
     direction = Direction(30 * torch.randn(64, generator=torch.Generator().manual_seed(3)))
-    baseline = [greedy(model, prompt, 4) for prompt in HARMLESS]
+    unmodified = [greedy(model, prompt, 4) for prompt in HARMLESS]
     skills = {
-        "one": [(HARMLESS[0], baseline[0]), (HARMLESS[1], "something else")],
-        "two": [(prompt, answer) for prompt, answer in zip(HARMLESS, baseline, strict=True)],
+        "one": [(HARMLESS[0], unmodified[0]), (HARMLESS[1], "something else")],
+        "two": [(prompt, answer) for prompt, answer in zip(HARMLESS, unmodified, strict=True)],
     }
-    words = tuple(baseline[0].split()[:1])  # what counts as a refusal here
+    words = tuple(unmodified[0].split()[:1])  # what counts as a refusal here
     calls: list[tuple[int, int]] = []
     result = measure_outcomes(
         model, tiny_tokenizer(), harmful=HARMFUL, harmless=HARMLESS, skills=skills,
@@ -202,7 +202,7 @@ def test_outcomes_runs_every_intervention_over_every_set() -> None:
     assert result["none"].skills == {"one": Rate(1, 2), "two": Rate(4, 4)}
     assert result["none"].capability == Rate(5, 6)
     assert result["ablate"].completions != result["none"].completions
-    assert generate(model, tiny_tokenizer(), HARMLESS, 4) == baseline  # unmodified again
+    assert generate(model, tiny_tokenizer(), HARMLESS, 4) == unmodified  # unmodified again
     assert json.loads(json.dumps(result["none"].to_dict()))["capability"]["k"] == 5
 
 

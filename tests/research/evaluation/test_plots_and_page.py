@@ -21,7 +21,6 @@ from refusal_kernels.research.evaluation.evidence import evaluate
 from refusal_kernels.research.evaluation.html import render, write_page
 from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudge
 from refusal_kernels.research.evaluation.likelihood import answers
-from refusal_kernels.research.evaluation.outcomes import Outcome
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.statements import percent
 from refusal_kernels.research.selection.algorithm import ScoredCandidate
@@ -301,14 +300,14 @@ def test_rates_are_drawn_where_they_are(tmp_path, monkeypatch) -> None:
 
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
-    outcomes = {
-        "unmodified": Outcome(Rate(9, 10), Rate(1, 10), {}, None, {}),
-        "ablated": Outcome(Rate(2, 10), Rate(0, 10), {}, None, {}),
+    rates = {
+        "unmodified": {"harmful": Rate(9, 10).to_dict(), "harmless": Rate(1, 10).to_dict()},
+        "ablated": {"harmful": Rate(2, 10).to_dict(), "harmless": Rate(0, 10).to_dict()},
     }
-    plots.plot_refusals(tmp_path / "a.png", outcomes)
+    plots.plot_rates(tmp_path / "a.png", rates)
     axes = kept[0].axes[0]
     assert [bar.get_height() for bar in axes.patches] == [90.0, 20.0, 10.0, 0.0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(outcomes)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(rates)
     lines = [segment for c in axes.collections for segment in c.get_segments()]
     low, high = (100 * end for end in Rate(9, 10).interval)
     assert [tuple(p[1] for p in lines[0])] == [pytest.approx((low, high))]
