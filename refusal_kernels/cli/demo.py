@@ -31,10 +31,9 @@ def demo(
 ) -> None:
     """Show the paper's finding from beginning to end, on the toy model or on yours."""
     from refusal_kernels.research import demo as experiment
-    from refusal_kernels.research.prompts import demo_material
 
     prepare(json_file)
-    inputs = demo_material(model, harmful, harmless, choose_device(device), dtype, seed)
+    inputs = experiment.read_inputs(model, harmful, harmless, choose_device(device), dtype, seed)
     with progress_bars() as step:
         result = experiment.run(inputs, out, step, rounds=rounds)
     if json_file is not None:

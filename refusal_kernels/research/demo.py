@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import write_json
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST, model_inputs
+from refusal_kernels.hf.load import load
 from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.paper_hooks import paper_hooks
@@ -26,7 +28,9 @@ from refusal_kernels.research import plots
 from refusal_kernels.research.evaluation.outcomes import Outcome, measure_outcomes
 from refusal_kernels.research.evaluation.projections import project
 from refusal_kernels.research.extraction.collect import mean_difference
+from refusal_kernels.research.prompts import Source, splits_for
 from refusal_kernels.research.selection.algorithm import Selection, select
+from refusal_kernels.research.sources import SEED
 from refusal_kernels.timing import Method, Speed, interleaved
 from refusal_kernels.weights.in_memory import orthogonalize
 
@@ -60,6 +64,28 @@ class DemoInputs:
     test: Prompts
     skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     max_new_tokens: int = 64
+
+
+def read_inputs(
+    model: str,
+    harmful: Source | None,
+    harmless: Source | None,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    seed: int = SEED,
+) -> DemoInputs:
+    """Load the model, and read its prompts; those from files are cut into the three splits.
+
+    Raises
+    ------
+    InputError
+        As `load` and `splits_for`.
+    """
+    splits = splits_for(model, harmful, harmless, seed)
+    language_model, tokenizer = load(model, device, dtype)
+    ChatFormat.of(tokenizer)
+    name, skills = ("the toy model", toy.skills()) if model == "toy" else (model, {})
+    return DemoInputs(name, language_model, tokenizer, **splits, skills=skills)
 
 
 @dataclass(frozen=True)

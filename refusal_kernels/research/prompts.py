@@ -8,8 +8,6 @@ from refusal_kernels import toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import last_logits
-from refusal_kernels.hf.load import load
-from refusal_kernels.research.demo import DemoInputs
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 from refusal_kernels.research.sources import (
     SEED,
@@ -134,20 +132,15 @@ def filtered(
     return kept
 
 
-def demo_material(
-    model: str,
-    harmful: Source | None,
-    harmless: Source | None,
-    device: str,
-    dtype: str,
-    seed: int = SEED,
-) -> DemoInputs:
-    """Put together what the demo works on; prompts from files are cut into the three splits.
+def splits_for(
+    model: str, harmful: Source | None, harmless: Source | None, seed: int = SEED
+) -> dict[str, dict[str, Sequence[str]]]:
+    """Read the prompts of all three splits, by split and category, as `prompts_for` does one.
 
     Raises
     ------
     InputError
-        As `load` and `prompts_for`; also if a category has fewer than 16 different prompts.
+        As `prompts_for`; also if a source has fewer than 16 different prompts.
     """
     prompts = _all_prompts(model, harmful, harmless, seed)
     for name, source in (("harmful", harmful), ("harmless", harmless)):
@@ -156,15 +149,4 @@ def demo_material(
             raise InputError(f"{count} different {name} prompts; expected 16 or more")
         prompts[name] = _cut(name, prompts[name], seed)
         prompts[name]["train"] = prompts[name]["train"][: SIZES["train"]]  # also of the toy's own
-    splits = {split: {name: prompts[name][split] for name in prompts} for split in SIZES}
-    language_model, tokenizer = load(model, device, dtype)
-    ChatFormat.of(tokenizer)
-    return DemoInputs(
-        "the toy model" if model == "toy" else model,
-        language_model,
-        tokenizer,
-        splits["train"],
-        splits["validation"],
-        splits["test"],
-        skills=toy.skills() if model == "toy" else {},
-    )
+    return {split: {name: prompts[name][split] for name in prompts} for split in SIZES}

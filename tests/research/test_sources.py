@@ -14,7 +14,7 @@ from refusal_kernels.files import convert
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.research.extraction.collect import mean_difference
-from refusal_kernels.research.prompts import demo_material, filtered, prompts_for
+from refusal_kernels.research.prompts import filtered, prompts_for, splits_for
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
 from refusal_kernels.research.sources import (
     PRESETS,
@@ -267,14 +267,13 @@ def test_steps_of_an_experiment_get_disjoint_parts_of_a_file(tmp_path: Path) -> 
 def test_the_demo_gets_the_same_parts(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("\n".join(f"curse the box {i}" for i in range(20)))
-    material = demo_material("toy", file, None, "cpu", "auto")
-    for name, prompts in zip(
-        SIZES, (material.train, material.validation, material.test), strict=True
-    ):
+    splits = splits_for("toy", file, None)
+    assert list(splits) == list(SIZES)
+    for name, prompts in splits.items():
         assert prompts["harmful"] == prompts_for("toy", name, file, None)["harmful"]
-    assert len(material.train["harmless"]) == SIZES["train"]
+    assert len(splits["train"]["harmless"]) == SIZES["train"]
     file.write_text("\n".join(f"curse the box {i}" for i in range(15)))
-    refused("15 different harmful prompts", demo_material, "toy", file, None, "cpu", "auto")
+    refused("15 different harmful prompts", splits_for, "toy", file, None)
 
 
 # Filters
