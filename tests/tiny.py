@@ -139,6 +139,21 @@ def plain_hooks(
             hook.remove()
 
 
+def greedy(model: Any, prompt: str, new: int, ends: tuple[int, ...] = (2,)) -> str:
+    """One prompt alone, every token from scratch, without a cache."""
+    from refusal_kernels.hf.chat import ChatFormat
+
+    tokenizer = tiny_tokenizer()
+    ids = ChatFormat(tokenizer).encode([prompt])[0]
+    start = len(ids)
+    for _ in range(new):
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in ends:
+            break
+        ids.append(token)
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+
+
 def run_command(*words: Any) -> int:
     """Run the command line in this process; return its exit code."""
     from refusal_kernels import cli

@@ -187,14 +187,14 @@ MUTANTS = [
         "hf/batches.py",
         "return Batch(rows.tolist(), input_ids, real.long())",
         "return Batch(rows.tolist(), input_ids, torch.ones_like(input_ids))",
-        "tests/research/extraction tests/research/evaluation/test_evaluation.py",
+        "tests/research/extraction tests/hf/test_generate.py",
     ),
     Mutant(
         "answers come in the order of the batches",
         "hf/generate.py",
         "zip(batch.rows, out",
         "zip(sorted(batch.rows), out",
-        "tests/research/evaluation/test_evaluation.py",
+        "tests/hf/test_generate.py",
     ),
     Mutant(
         "special tokens are added twice",
@@ -208,7 +208,7 @@ MUTANTS = [
         "hf/generate.py",
         "answers[row] = ids[:stop]",
         "answers[row] = ids[: stop + 1]",
-        "tests/research/evaluation/test_evaluation.py",
+        "tests/hf/test_generate.py",
     ),
     # extraction
     Mutant(
