@@ -195,7 +195,7 @@ def _write(
     from refusal_kernels.research.evaluation.html import write_page
 
     rows = [c.to_dict() for c in comparisons]
-    chosen = {key: value for key, value in result.selection.items() if key != "scores"}
+    chosen = {key: value for key, value in result.selection.items() if key != "candidates"}
     document = {
         **about,
         "selection": chosen,
