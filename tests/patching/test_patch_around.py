@@ -210,7 +210,7 @@ def test_accelerate(model, direction, tokens, how, first, last, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", ["patch", "quantize"])
-@pytest.mark.parametrize("how", ["torchao", "dynamic"])
+@pytest.mark.parametrize("how", ["dynamic", pytest.param("torchao", marks=pytest.mark.full)])
 @torch.no_grad()
 def test_quantized_linears(model, direction, tokens, how, first):
     def quantized(model):

@@ -195,6 +195,7 @@ def browse(chromium: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_browser_shows_every_figure_and_nothing_sticks_out(page, chromium, width, tmp_path):
     text = page.read_text(encoding="utf-8")
@@ -234,6 +235,7 @@ def fetched(chromium: str, folder: Path, page: Path) -> list[str]:
     return [url for url, initiator in pairs if initiator != "not an origin"]
 
 
+@pytest.mark.full
 def test_a_browser_paints_it_and_fetches_nothing(page, chromium, tmp_path):
     control = tmp_path / "control.html"
     control.write_text("<body>one <img src='http://127.0.0.1:9/evil.png'></body>")
