@@ -29,11 +29,18 @@ EXERCISED: dict[str, int] = {}
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Leave most cases of the Triton kernels to the full tests: their interpreter is slow."""
+    """Mark the tests that share a fixture of their module, and most cases of Triton's kernels.
+
+    The first run in one process, so that the fixture is made once. Triton's interpreter is slow:
+    the quick tests run every seventh case, which is no factor of a product of parameters.
+    """
     cases = collections.Counter()
     for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(fixture.scope == "module" for versions in fixtures for fixture in versions):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
         if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
-            if not GPU and cases[item.function] % 7:  # no product of parameters has this factor
+            if not GPU and cases[item.function] % 7:
                 item.add_marker(pytest.mark.full)
             cases[item.function] += 1
 
