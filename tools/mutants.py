@@ -8,7 +8,9 @@ that no test notices survives, which fails the run unless the list gives the rea
 """
 
 import argparse
+import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutants"
@@ -418,6 +422,31 @@ def copy_checkout() -> None:
             shutil.copyfile(source, target)
 
 
+def run_tests(arguments: Sequence[str]) -> tuple[int, str]:
+    """Run pytest in the copy; return its exit code and what it said.
+
+    In a fork: PyTorch and transformers were imported before, the package was not.
+    """
+    log = COPY / "build" / "mutant.log"
+    log.parent.mkdir(exist_ok=True)
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            os.chdir(COPY)
+            os.environ.update(PYTHONPATH=str(COPY), OMP_NUM_THREADS="1")
+            sys.path.insert(0, str(COPY))
+            code = pytest.main(["-x", "-p", "no:cacheprovider", "-m", "not full", *arguments])
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), log.read_text()
+
+
 def run(mutant: Mutant, everything: bool) -> str | None:
     """Return what noticed the mutant: a test, or the compiler; None if nothing did."""
     path = mutant.path(COPY)
@@ -428,22 +457,13 @@ def run(mutant: Mutant, everything: bool) -> str | None:
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
             if subprocess.run(build, cwd=COPY, capture_output=True, check=False).returncode:
                 return "the compiler"
-        tests = ["-n", "2", "--dist", "loadgroup"] if everything else mutant.tests.split()
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
-        environment = dict(os.environ, PYTHONPATH=str(COPY), OMP_NUM_THREADS="1")
-        done = subprocess.run(
-            [*command, "-m", "not full"],
-            cwd=COPY,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode == 0:
+        tests = ["-n", "2", "--dist", "loadgroup"] if everything else shlex.split(mutant.tests)
+        code, said = run_tests(tests)
+        if code == 0:
             return None
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        if done.returncode != 1 or not failed:
-            raise SystemExit(f"{mutant.name}: the tests did not run\n{done.stdout}{done.stderr}")
+        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if not failed:
+            raise SystemExit(f"{mutant.name}: the tests did not run\n{said}")
         return failed[0].split()[1]
     finally:
         path.write_bytes(before)
@@ -465,6 +485,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*(f"{mutant.file}: {mutant.name}" for mutant in chosen), sep="\n")
         return 0
     copy_checkout()
+    sys.path.insert(0, str(ROOT / "tests"))
+    importlib.import_module("tiny")  # torch and transformers, once for all
     survivors = []
     for mutant in chosen:
         start = time.monotonic()
