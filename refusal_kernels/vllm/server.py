@@ -1,7 +1,7 @@
-"""Routes to see and change the programs of a running server: off unless asked for.
+"""HTTP routes that list and change the programs of a running server.
 
-vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them. The routes stand below ``/v1``,
-which is what ``--api-key`` guards.
+vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them. The routes are below ``/v1``,
+which ``--api-key`` guards.
 """
 
 from typing import Any
@@ -33,8 +33,7 @@ class Endpoints:
         state.refusal_kernels_engine = engine_client
 
 
-# FastAPI reads these annotations when the routes are added, so the names must be there by then
-try:
+try:  # FastAPI reads the annotations of the routes, so these names must be global
     from fastapi import Request
     from fastapi.responses import JSONResponse
 except ImportError:  # without vLLM there is no server
@@ -61,7 +60,7 @@ async def _change(request: Request) -> JSONResponse:
 
 
 async def _read(request: Request) -> tuple[dict[str, Any], dict[str, Direction]]:
-    """Read the body of a request, strictly and within limits."""
+    """Read and check the body of a request."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -83,11 +82,10 @@ async def _read(request: Request) -> tuple[dict[str, Any], dict[str, Direction]]
 
 def _answer(catalog: Any) -> JSONResponse:
     programs = {name: program.version for name, program in catalog.programs.items()}
-    directions = sorted(catalog.directions)
-    content = {"programs": programs, "default": catalog.default, "directions": directions}
-    return JSONResponse(content)
+    directions, default = sorted(catalog.directions), catalog.default
+    return JSONResponse({"programs": programs, "default": default, "directions": directions})
 
 
 def _refusal(error: InputError) -> JSONResponse:
-    content = {"error": {"message": str(error), "type": "BadRequestError", "code": 400}}
-    return JSONResponse(content, status_code=400)
+    problem = {"message": str(error), "type": "BadRequestError", "code": 400}
+    return JSONResponse({"error": problem}, status_code=400)

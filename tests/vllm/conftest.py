@@ -1,5 +1,6 @@
 """One process, one thread, no hub; every engine is closed before the next starts."""
 
+import functools
 import gc
 import os
 
@@ -50,6 +51,19 @@ def steering(folder, directions):
         return {"refusal_kernels": {"directions": files, **others}}
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def reference(folder, directions):
+    """Make a family's model and Hugging Face's tokens, once."""
+    from reference import expected
+
+    @functools.cache
+    def made(family):
+        path = families.make(family, folder)
+        return path, expected(family, path, directions)
+
+    return made
 
 
 @pytest.fixture

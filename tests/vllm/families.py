@@ -1,13 +1,10 @@
-"""Tiny random models of every family, saved where vLLM can load them, and what they should say."""
+"""Tiny random models of every family, saved where vLLM can load them."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-import refusal_kernels as rk
 
 HIDDEN, VOCABULARY = 64, 256
 COMMON = {
@@ -68,55 +65,3 @@ def make(family: str, folder: Path, **changes: Any) -> str:
     path = folder / family
     model.save_pretrained(path)
     return str(path)
-
-
-def hugging_face(path: str) -> Any:
-    """Load a saved model."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-def greedy(
-    model: Any, prompt: list[int], tokens: int, interventions: Any = (), strength: float = 1.0
-) -> list[int]:
-    """Continue a prompt greedily, patched: what vLLM must say."""
-    patched = rk.patch(model, *interventions) if interventions else contextlib.nullcontext()
-    with patched as handle, torch.inference_mode():
-        if handle is not None and strength != 1.0:
-            handle.strength = [strength * i.strength for i in interventions]
-        out = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
-def prompts(count: int = 4, seed: int = 3, longest: int = 30) -> list[list[int]]:
-    """Make prompts of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-
-
-def served(llm: Any, asked: list[tuple[list[int], Any]], tokens: int = 16) -> list[list[int]]:
-    """Generate greedily, all requests at once; ``asked`` has (prompt, steer) pairs."""
-    from vllm import SamplingParams
-
-    params = [
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=tokens,
-            min_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=None if steer is None else {"steer": steer},
-        )
-        for _, steer in asked
-    ]
-    inputs = [{"prompt_token_ids": prompt} for prompt, _ in asked]
-    outputs = llm.generate(inputs, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from families import greedy, hugging_face, make, prompts, served
+from families import make
+from reference import greedy, hugging_face, prompts, served
 from vllm import SamplingParams
 
 import refusal_kernels as rk

@@ -1,75 +1,62 @@
-"""Every family says, token by token, what the patched Hugging Face model says."""
+"""Every family gives, token by token, the answers of the patched Hugging Face model."""
 
 import pytest
-from families import FAMILIES, greedy, hugging_face, make, prompts, served
-from vllm.config import VllmConfig, set_current_vllm_config
+from families import FAMILIES
+from reference import compare, programs_for
 
-import refusal_kernels as rk
-
-PROGRAMS = {
-    "ablate": {"ablate": "r"},
-    "half": {"ablate": "r", "strength": 0.5},
-    "add": {"add": "r", "coefficient": 2.0, "layer": 2},
-    "clamp": {"clamp": "r", "high": 0.0},
-    "two": [{"ablate": "r", "layers": [1, 2]}, {"set": "t", "value": 1.0, "sites": ["mlp"]}],
-}
+ONE, TENSOR, PIPELINE, BOTH = (1, 1), (2, 1), (1, 2), (2, 2)  # ranks: tensor, pipeline
 
 
-def interventions(directions):
-    r, t = directions["r"], directions["t"]
-    return {
-        "ablate": (rk.Ablate(r),),
-        "half": (rk.Ablate(r, 0.5),),
-        "add": (rk.Add(r, 2.0, block_input=2),),
-        "clamp": (rk.Clamp(r, high=0.0),),
-        "two": (rk.Ablate(r, layers=(1, 2)), rk.Set(t, 1.0, sites=("mlp",))),
-    }
+@pytest.fixture
+def compare_on(reference, steering, engines):
+    """Start an engine of a family, and compare it."""
 
+    def start(family, split, eager):
+        path, texts = reference(family)
+        tensor, pipeline = split
+        llm = engines(
+            path,
+            steering(programs=programs_for(family)),
+            enforce_eager=eager,
+            max_num_seqs=40,
+            tensor_parallel_size=tensor,
+            pipeline_parallel_size=pipeline,
+            distributed_executor_backend="mp" if tensor * pipeline > 1 else None,
+        )
+        compare(llm, texts)
 
-def programs_for(family):
-    """All, but those that ask for one of two writers that a family adds in one sum."""
-    return {k: v for k, v in PROGRAMS.items() if (family, k) != ("neox", "two")}
-
-
-def expected(path, directions, programs=PROGRAMS):
-    """What Hugging Face says, by (program, strength), for each of the prompts."""
-    # a vLLM engine leaves its mark on Hugging Face classes that it has served itself
-    with set_current_vllm_config(VllmConfig()):
-        model = hugging_face(path)
-    edits = interventions(directions)
-    cases = {(name, 1.0): (edits[name], 1.0) for name in programs}
-    cases["none", 1.0] = ((), 1.0)
-    cases["ablate", 0.7] = (edits["ablate"], 0.7)
-    return {
-        case: [greedy(model, prompt, 16, *program) for prompt in prompts()]
-        for case, program in cases.items()
-    }
-
-
-def compare(llm, wanted):
-    asked = [
-        (prompt, {"program": name, "strength": strength})
-        for name, strength in wanted
-        for prompt in prompts()
-    ]
-    got = iter(served(llm, asked))
-    for case, texts in wanted.items():
-        assert [next(got) for _ in texts] == texts, case
-    assert len({str(texts) for texts in wanted.values()}) >= 5  # the programs do differ
+    return start
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_the_patched_hugging_face_model(
-    family, folder, directions, steering, engines
-):
-    path, programs = make(family, folder), programs_for(family)
-    wanted = expected(path, directions, programs)
-    compare(engines(path, steering(programs=programs), max_num_seqs=32), wanted)
+def test_greedy_tokens_are_those_of_the_patched_hugging_face_model(family, compare_on):
+    compare_on(family, ONE, eager=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_compiled_too(family, folder, directions, steering, engines):
-    path = make(family, folder)
-    wanted = expected(path, directions)
-    llm = engines(path, steering(programs=PROGRAMS), enforce_eager=False, max_num_seqs=32)
-    compare(llm, wanted)
+def test_compiled_too(family, compare_on):
+    compare_on(family, ONE, eager=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "split", "eager"),
+    [
+        ("llama", TENSOR, True),
+        ("llama", PIPELINE, True),
+        ("gemma2", TENSOR, False),
+        ("gpt2", PIPELINE, False),
+        ("llama", BOTH, False),
+    ],
+)
+def test_several_ranks(family, split, eager, compare_on):
+    compare_on(family, split, eager)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "split", [ONE, TENSOR, PIPELINE, BOTH], ids=["one", "tensor", "pipeline", "both"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_on_every_split(family, split, eager, compare_on):
+    compare_on(family, split, eager)

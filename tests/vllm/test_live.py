@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import HIDDEN, greedy, hugging_face, make, prompts, served
+from families import HIDDEN, make
+from reference import greedy, hugging_face, prompts, served
 
 import refusal_kernels as rk
 from refusal_kernels import InputError

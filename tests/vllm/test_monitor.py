@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import hugging_face, make, prompts, served
+from families import make
+from reference import hugging_face, prompts, served
 
 import refusal_kernels as rk
 from refusal_kernels import InputError

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from families import greedy, hugging_face, make, prompts
+from families import make
 from prometheus_client.parser import text_string_to_metric_families
+from reference import greedy, hugging_face, prompts
 
 import refusal_kernels as rk
 from refusal_kernels.vllm.metrics import NAME
