@@ -35,27 +35,12 @@ def vectors_of(interventions: Sequence[Intervention], slots: int) -> Tensor:
     return vectors
 
 
-def params_of(
-    interventions: Sequence[Intervention],
-    slots: int,
-    acting: Sequence[Intervention] | None = None,
-) -> Tensor:
-    """Return a program's numbers at the interventions' strengths, float32 [slots, 5].
-
-    Parameters
-    ----------
-    interventions, slots
-        As for `vectors_of`.
-    acting
-        Those that act; the numbers of the others are zeros, which edit nothing. None: all.
-    """
+def params_of(interventions: Sequence[Intervention], slots: int, strength: float = 1.0) -> Tensor:
+    """Return a program's numbers, float32 [slots, 5]; `strength` multiplies the interventions'."""
     params = torch.zeros(slots, NUMBERS)
-    k = 0
-    for i in interventions:
-        for slot in i.slots(i.strength):
-            if acting is None or any(i is one for one in acting):
-                params[k] = torch.tensor([slot.a, slot.c, slot.b, slot.low, slot.high])
-            k += 1
+    terms = [slot for i in interventions for slot in i.slots(i.strength * strength)]
+    for k, slot in enumerate(terms):
+        params[k] = torch.tensor([slot.a, slot.c, slot.b, slot.low, slot.high])
     return params
 
 

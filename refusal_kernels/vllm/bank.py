@@ -57,7 +57,8 @@ class Bank:
         self.params = torch.zeros(len(places), rows, slots, NUMBERS, device=device)
         self.route = torch.full((tokens,), PLAIN, dtype=torch.int32, device=device)
         self.routed = False
-        self._programs: dict[str, tuple[Tensor, Tensor]] = {}  # of each version: vectors, params
+        # Of each version: the program, and which of its slots act at each place, [places, slots].
+        self._programs: dict[str, tuple[NamedProgram, Tensor]] = {}
         self._row_of: dict[Steering, int] = {}  # the least recently used first
         self._free = list(range(rows))[::-1]
 
@@ -90,16 +91,14 @@ class Bank:
         for i in program.interventions:
             if not any(i.meets(p.block, p.writers, p.feeds) for p in self.whole):
                 raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
-        params = []
-        for place in self.places:
-            acting = [
-                i for i in program.interventions if i.meets(place.block, place.writers, place.feeds)
-            ]
+        acts = torch.zeros(len(self.places), self.slots, dtype=torch.bool)
+        for at, p in enumerate(self.places):
+            acting = [i for i in program.interventions if i.meets(p.block, p.writers, p.feeds)]
             check_program(acting)
-            params.append(params_of(program.interventions, self.slots, acting))
+            flags = [i in acting for i in program.interventions for _ in i.slots(1.0)]
+            acts[at, : len(flags)] = torch.tensor(flags)
         self._programs.pop(program.version, None)  # the latest last
-        vectors = vectors_of(program.interventions, self.slots)
-        self._programs[program.version] = vectors, torch.stack(params)
+        self._programs[program.version] = program, acts
 
     def keep_only(self, versions: Collection[str]) -> None:
         """Forget every other program."""
@@ -145,13 +144,12 @@ class Bank:
                 f"a request asks for program version {steering.version}, which this worker does "
                 "not have: are the direction files the same on all nodes?"
             )
-        vectors, params = self._programs[steering.version]
+        program, acts = self._programs[steering.version]
         if not self._free:
             oldest = next(s for s in self._row_of if s not in wanted)
             self._free.append(self._row_of.pop(oldest))
         row = self._free.pop()
-        scaled = params.clone()
-        scaled[..., :3] *= steering.strength  # a, c and b; the limits of a clamp stay
-        self.vectors[row].copy_(vectors)
-        self.params[:, row].copy_(scaled)
+        params = params_of(program.interventions, self.slots, steering.strength)
+        self.vectors[row].copy_(vectors_of(program.interventions, self.slots))
+        self.params[:, row].copy_(torch.where(acts[..., None], params, 0.0))
         return row

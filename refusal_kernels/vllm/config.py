@@ -19,12 +19,12 @@ class Monitor:
     ----------
     direction
         Its name.
-    layer
+    block_input
         The number of the block.
     """
 
     direction: str
-    layer: int
+    block_input: int
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | Non
     monitor = given.get("monitor")
     if monitor is None:
         return None
-    if not isinstance(monitor, dict) or set(monitor) != {"direction", "layer"}:
+    if not isinstance(monitor, dict) or set(monitor) != {"direction", "block_input"}:
         raise InputError(
-            f"monitor is {monitor!r}; expected null or an object with direction and layer"
+            f"monitor is {monitor!r}; expected null or an object with direction and block_input"
         )
-    direction, layer = monitor["direction"], monitor["layer"]
+    direction, block = monitor["direction"], monitor["block_input"]
     if direction not in directions:
         raise InputError(f"monitor: there is no direction {direction!r}")
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise InputError(f"monitor: layer is {layer!r}; expected the number of a block")
-    return Monitor(direction, layer)
+    if isinstance(block, bool) or not isinstance(block, int) or block < 0:
+        raise InputError(f"monitor: block_input is {block!r}; expected the number of a block")
+    return Monitor(direction, block)
 
 
 def refuse_unsupported(config: Any) -> None:

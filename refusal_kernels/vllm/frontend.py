@@ -21,12 +21,13 @@ class Change:
     directions, programs
         All of them, after the change.
     vectors, specifications
-        For the workers, all directions by name and the new programs in their JSON form by name.
+        For the workers: all directions by name, each its vector and layer, and the new programs in
+        their JSON form by name.
     """
 
     directions: dict[str, Direction]
     programs: dict[str, NamedProgram]
-    vectors: dict[str, list[float]]
+    vectors: dict[str, tuple[list[float], int | None]]
     specifications: dict[str, Any]
 
     @property
@@ -97,8 +98,8 @@ class Catalog:
             elif name == self.default:
                 raise InputError(f"program {name!r} is the default; it can not be removed")
         new = {name: given for name, given in programs.items() if given is not None}
-        vectors = {name: d.vector.tolist() for name, d in known.items()} if new else {}
-        return Change(known, after, vectors, new)
+        vectors = {name: (d.vector.tolist(), d.layer) for name, d in known.items()}
+        return Change(known, after, vectors if new else {}, new)
 
     def commit(self, change: Change, answers: list[str | None]) -> None:
         """Make a change that all workers have made.

@@ -49,7 +49,7 @@ class Snapshot:
 
         # HistogramMetricFamily leaves out the count and the sum where an edge is negative
         family = Metric(NAME, ABOUT, "histogram")
-        labels = {"direction": self.monitor.direction, "layer": str(self.monitor.layer)}
+        labels = {"direction": self.monitor.direction, "block_input": str(self.monitor.block_input)}
         below = 0
         for edge, count in zip(self.histogram["edges"], self.histogram["counts"], strict=True):
             below += count

@@ -112,14 +112,17 @@ class WorkerState:
         return None if self.monitor is None else self.monitor.read()
 
     def update_programs(
-        self, vectors: dict[str, list[float]], programs: dict[str, Any], named: list[str]
+        self,
+        vectors: dict[str, tuple[list[float], int | None]],
+        programs: dict[str, Any],
+        named: list[str],
     ) -> str | None:
         """Make programs available while the engine runs.
 
         Parameters
         ----------
         vectors
-            Directions, by name.
+            Directions by name, each its vector and layer.
         programs
             New programs in their JSON form, by name.
         named
@@ -132,7 +135,10 @@ class WorkerState:
             The reason for a refusal.
         """
         try:
-            directions = {name: Direction(torch.tensor(v)) for name, v in vectors.items()}
+            directions = {
+                name: Direction(torch.tensor(vector), layer=layer)
+                for name, (vector, layer) in vectors.items()
+            }
             for name, given in programs.items():
                 self.bank.add(parse_program(name, given, directions))
         except InputError as error:
@@ -146,10 +152,11 @@ class WorkerState:
         monitor = settings.monitor
         if monitor is None:
             return None
-        if monitor.layer >= blocks:
-            raise InputError(f"monitor: layer is {monitor.layer}; the model has {blocks} blocks")
+        block = monitor.block_input
+        if block >= blocks:
+            raise InputError(f"monitor: block_input is {block}; the model has {blocks} blocks")
         for place, site in zip(self.bank.places, self.sites, strict=True):
-            if place.feeds == monitor.layer:
+            if place.feeds == block:
                 tokens, device = self.bank.route.shape[0], str(self.bank.route.device)
                 site.meter = Meter(settings.directions[monitor.direction], tokens, device)
                 return Histogram(site.meter)

@@ -16,7 +16,7 @@ PROGRAMS: dict[str, Any] = {
     "half": {"ablate": "r", "strength": 0.5},
     "add": {"add": "r", "coefficient": 2.0, "block_input": 2},
     "clamp": {"clamp": "r", "high": 0.0},
-    "rotate": {"rotate": "r", "b2": "t", "angle": 1.0},
+    "rotate": {"rotate": "r", "b2": "t", "angle": 60.0},
     "two": [{"ablate": "r", "layers": [1, 2]}, {"set": "t", "value": 1.0, "sites": ["mlp"]}],
 }
 

@@ -18,7 +18,7 @@ EIGHT = {
     "ablate": {"ablate": "r"},
     "half": {"ablate": "r", "strength": 0.5},
     "other": {"ablate": "t"},
-    "add": {"add": "r", "coefficient": 2.0, "layer": 2},
+    "add": {"add": "r", "coefficient": 2.0, "block_input": 2},
     "away": {"add": "t", "coefficient": -3.0, "layers": [0, 1]},
     "clamp": {"clamp": "r", "high": 0.0},
     "set": {"set": "t", "value": 2.0},

@@ -33,7 +33,9 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
     assert says() == says("p") == wanted["r"]
     set_programs(llm, {"p": {"ablate": "t"}, "q": {"ablate": "r"}})
     assert (says(), says("p"), says("q")) == (wanted["t"], wanted["t"], wanted["r"])
-    set_programs(llm, {"n": {"add": "n", "coefficient": 3.0, "layer": 1}, "q": None}, {"n": new})
+    set_programs(
+        llm, {"n": {"add": "n", "coefficient": 3.0, "block_input": 1}, "q": None}, {"n": new}
+    )
     assert says("n") == wanted["new"]
     with pytest.raises(ValueError, match="no program 'q'"):
         says("q")
@@ -43,7 +45,7 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
         ({"x": None}, {}, "no program 'x' to remove"),
         ({"x": {"ablate": "x"}}, {}, "no direction 'x'"),
         ({"x": [{"ablate": "r"}, {"ablate": "t"}]}, {}, "slots 1"),
-        ({"x": {"ablate": "r", "layer": 9}}, {}, "no place of the model"),
+        ({"x": {"ablate": "r", "block_input": 9}}, {}, "no place of the model"),
         ({"x": {"ablate": "o"}}, {"o": rk.Direction(torch.ones(3))}, "hidden size 3"),
     ):
         with pytest.raises(InputError, match=words):

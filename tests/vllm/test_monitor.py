@@ -37,8 +37,8 @@ def test_the_histogram_counts_the_requests(eager, folder, directions, steering, 
     path, asked = make("llama", folder), prompts(6, seed=31)
     model = hugging_face(path)
     settings = steering(
-        programs={"away": {"add": "r", "coefficient": -2.0, "layer": 1}},
-        monitor={"direction": "r", "layer": LAYER},
+        programs={"away": {"add": "r", "coefficient": -2.0, "block_input": 1}},
+        monitor={"direction": "r", "block_input": LAYER},
     )
     # dummy tokens were many before the first request: warm-up, compilation, the start-up check
     llm = engines(path, settings, enforce_eager=eager, enable_prefix_caching=False)
@@ -80,5 +80,5 @@ def test_prometheus_reads_it():
 
 def test_a_block_that_is_not_there(folder, steering, engines):
     path = make("llama", folder)
-    with pytest.raises(InputError, match="layer is 4; the model has 4 blocks"):
-        engines(path, steering(monitor={"direction": "r", "layer": 4}))
+    with pytest.raises(InputError, match="block_input is 4; the model has 4 blocks"):
+        engines(path, steering(monitor={"direction": "r", "block_input": 4}))

@@ -35,7 +35,7 @@ def server(path, steering, folder):
         port = probe.getsockname()[1]
     settings = steering(
         programs={"r": {"ablate": "r"}, "t": {"ablate": "t"}},
-        monitor={"direction": "r", "layer": 2},
+        monitor={"direction": "r", "block_input": 2},
     )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in {

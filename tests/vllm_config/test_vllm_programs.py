@@ -141,7 +141,7 @@ def test_malformed_programs_are_refused(settings, program, words):
         ({"slots": 1, "programs": {"p": [{"ablate": "r"}, {"ablate": "t"}]}}, "slots is 1, but"),
         ({"directions": {"r": 3}}, "direction 'r' is a int"),
         ({"directions": {"r": "/nowhere"}}, "is not there"),
-        ({"monitor": {"direction": "x", "layer": 1}}, "monitor: there is no direction 'x'"),
+        ({"monitor": {"direction": "x", "block_input": 1}}, "monitor: there is no direction 'x'"),
         ({"monitor": {"direction": "r"}}, "expected null or an object"),
     ],
 )
