@@ -147,22 +147,6 @@ class JudgeInputs:
     device: Any = "cpu"
 
 
-@dataclass(frozen=True)
-class JudgeKind:
-    """An entry of `JUDGES`.
-
-    Attributes
-    ----------
-    spec : str
-        How to write such a judge: its name, and after a colon what it needs.
-    make
-        Makes it from the text after the colon (empty without one) and from `JudgeInputs`.
-    """
-
-    spec: str
-    make: Callable[[str, JudgeInputs], Judge]
-
-
 def _substring_judge(substrings: str, _: JudgeInputs) -> Judge:
     return SubstringJudge(substrings.split("|") if substrings else REFUSAL_SUBSTRINGS)
 
@@ -173,27 +157,29 @@ def _token_judge(_: str, inputs: JudgeInputs) -> Judge:
     return TokenJudge(inputs.model, inputs.chat, tokens)
 
 
-JUDGES: dict[str, JudgeKind] = {
-    "substrings": JudgeKind("substrings[:ONE|OTHER|...]", _substring_judge),
-    "tokens": JudgeKind("tokens", _token_judge),
-    "model": JudgeKind("model:MODEL[#LABEL]", lambda m, inputs: load_judge(m, inputs.device)),
+JUDGES: dict[str, Callable[[str, JudgeInputs], Judge]] = {
+    "substrings": _substring_judge,  # substrings, or substrings:ONE|OTHER
+    "tokens": _token_judge,
+    "model": lambda model, inputs: load_judge(model, inputs.device),  # model:MODEL[#LABEL]
 }
-"""The kinds of judges by name. A new kind is one more entry."""
+"""How to make a judge, by the name before the colon of its spec: from the text after it and inputs.
+
+A new kind of judge is one more entry.
+"""
 
 
 def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
-    """Make a judge from its spec: a name in `JUDGES`, a colon and what it needs; or a model alone.
+    """Make a judge from its spec: NAME or NAME:TEXT with a name in `JUDGES`, or a model alone.
 
     Raises
     ------
     InputError
         If there is no such judge or model, or it can not be made.
     """
-    name, _, argument = spec.partition(":")
+    name, _, text = spec.partition(":")
     if name in JUDGES:
-        return JUDGES[name].make(argument, inputs)
+        return JUDGES[name](text, inputs)
     try:
-        return JUDGES["model"].make(spec, inputs)
+        return load_judge(spec, inputs.device)
     except InputError as error:
-        kinds = ", ".join(kind.spec for kind in JUDGES.values())
-        raise InputError(f"{error}; expected one of {kinds}") from None
+        raise InputError(f"{error}; expected a model, or one of {', '.join(JUDGES)}") from None

@@ -24,7 +24,6 @@ from refusal_kernels.research.evaluation.judges import (
     REFUSAL_SUBSTRINGS,
     Judge,
     JudgeInputs,
-    JudgeKind,
     SubstringJudge,
     TokenJudge,
     judged,
@@ -245,7 +244,7 @@ def test_a_new_kind_of_judge_is_one_entry(monkeypatch) -> None:
         def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
             return [float(len(text.split()) >= self.least) for text in completions]
 
-    monkeypatch.setitem(JUDGES, "words", JudgeKind("words:N", lambda n, _: LengthJudge(int(n))))
+    monkeypatch.setitem(JUDGES, "words", lambda text, inputs: LengthJudge(int(text)))
     model, tokenizer = tiny_model(), tiny_tokenizer()
     sets = {"harmful": PROMPTS, "harmless": PROMPTS[:2]}
     evidence = evaluate(
@@ -258,5 +257,5 @@ def test_a_new_kind_of_judge_is_one_entry(monkeypatch) -> None:
     unmodified = evidence.conditions["unmodified"]
     long = sum(len(text.split()) >= 2 for text in unmodified.completions["harmful"])
     assert unmodified.rates["harmful"]["2 words"] == Rate(long, 3)
-    with pytest.raises(InputError, match=r"'lengths:2' cannot be loaded.*words:N"):
+    with pytest.raises(InputError, match=r"'lengths:2' cannot be loaded.*one of .*words"):
         make_judge("lengths:2", JudgeInputs(model, ChatFormat(tokenizer), **sets))
