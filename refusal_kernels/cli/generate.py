@@ -23,8 +23,12 @@ def generate(
     ] = None,
     strength: Annotated[float, typer.Option(help="0 is no edit, 1 the whole edit.")] = 1.0,
     edit: Annotated[
-        str | None,
-        typer.Option(help='Any intervention as JSON, such as {"set": FILE, "value": 0}.'),
+        list[str] | None,
+        typer.Option(
+            metavar="JSON",
+            help='Any intervention, such as {"set": "direction.safetensors", "value": 0, '
+            '"layers": [10, 11]}, instead of --direction; repeat for several together.',
+        ),
     ] = None,
     model: options.Model = "toy",
     system: options.System = None,
@@ -36,11 +40,17 @@ def generate(
     json_file: options.Json = None,
 ) -> None:
     """Answer prompts greedily, without an intervention and with it."""
-    if edit is not None and direction is not None:
+    if direction is not None and edit:
         raise InputError("give --direction or --edit, not both")
+    if direction is None and (add or layer is not None):
+        raise InputError("--add and --layer need --direction")
+    given = [_parsed(text) for text in edit or []]
     loaded = None if direction is None else read_direction(direction)
-    if loaded is not None and add and layer is None and loaded.layer is None:
-        raise InputError(f"{direction} does not say at which layer to add; give --layer")
+    if loaded is not None:
+        if add and layer is None and loaded.layer is None:
+            raise InputError(f"{direction} does not say at which layer to add; give --layer")
+        place = {} if layer is None else {"block_input": layer}
+        given = [{"add" if add else "ablate": loaded, "strength": strength, **place}]
 
     from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.hf.generate import generate as answers
@@ -48,27 +58,27 @@ def generate(
     from refusal_kernels.interventions import Intervention
     from refusal_kernels.patching.patch import patch
 
-    given: Any = None
-    if edit is not None:
-        try:
-            given = json.loads(edit)
-        except ValueError as error:
-            raise InputError(f"--edit is no JSON: {error}") from None
-    elif loaded is not None:
-        given = {"add" if add else "ablate": loaded, "strength": strength}
-        given |= {} if layer is None else {"block_input": layer}
-    intervention = None if given is None else Intervention.from_dict(given)
+    program = [Intervention.from_dict(fields) for fields in given]
     prepare(json_file)
     language_model, tokenizer = load(model, choose_device(device), dtype, loaded)
     chat = ChatFormat(tokenizer, system, thinking=thinking)
-    texts = {"unmodified": answers(language_model, chat, prompt, max_new_tokens, batch_size)}
-    if intervention is not None:
-        with patch(language_model, intervention):
-            texts[intervention.name] = answers(
+    steered = {}
+    if program:  # first, so that an intervention that does not fit is refused at once
+        with patch(language_model, program):
+            steered["+".join(intervention.name for intervention in program)] = answers(
                 language_model, chat, prompt, max_new_tokens, batch_size
             )
+    unmodified = answers(language_model, chat, prompt, max_new_tokens, batch_size)
+    texts = {"unmodified": unmodified, **steered}
     for i, text in enumerate(prompt):
         console.print(Text(text, style="bold"))
         for name, completions in texts.items():
             console.print(Text(f"  {name}: {completions[i]}"))
     finish(None, json_file, {"prompts": prompt, **texts})
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--edit is no JSON: {error}") from None

@@ -78,6 +78,23 @@ def test_extract_then_evaluate_then_orthogonalize(folder, run, tmp_path):
     assert json.loads(found.read_text())["unmodified"] == answers["ablate"]
 
 
+def test_generate_takes_any_intervention(folder, run, tmp_path):
+    arguments = ("generate", "paint the box", "--model", folder / "model", "--max-new-tokens", 3)
+    file, out = str(folder / "direction.safetensors"), tmp_path / "answers.json"
+
+    def edit(**place):
+        return json.dumps({"ablate": file, "strength": 0.5, **place})
+
+    assert run(*arguments, "--direction", file, "--strength", 0.5, "--json", out)[0] == 0
+    want = json.loads(out.read_text())
+    assert run(*arguments, "--edit", edit(), "--json", out)[0] == 0
+    assert json.loads(out.read_text()) == want
+    parts = [word for layer in range(3) for word in ("--edit", edit(layers=[layer]))]
+    embedding = ("--edit", edit(sites=["embed"]))
+    assert run(*arguments, *parts, *embedding, "--json", out)[0] == 0
+    assert json.loads(out.read_text())["ablate+ablate+ablate+ablate"] == want["ablate"]
+
+
 def test_select_says_why_nothing_is_left(folder, run, tmp_path):
     model, out = ("--model", folder / "model"), tmp_path / "candidates.safetensors"
     assert run("extract", *model, *prompts(folder), "--out", out)[0] == 0
@@ -142,12 +159,12 @@ BAD = {
     "negative layer": (
         ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/direction.safetensors",
          "--add", "--layer", "-1"],
-        "layer is -1",
+        "block_input is -1",
     ),
     "layer beyond the model": (
         ["generate", "hi", "--model", "{f}/model", "--direction", "{f}/direction.safetensors",
          "--add", "--layer", "3"],
-        "the model has 3 layers",
+        "the model has 3 blocks",
     ),
     "unknown dtype": (
         ["generate", "hi", "--model", "{f}/model", "--dtype", "int8"],
@@ -156,6 +173,16 @@ BAD = {
     "unknown device": (
         ["generate", "hi", "--model", "{f}/model", "--device", "abacus"],
         "device 'abacus'",
+    ),
+    "no JSON": (["generate", "hi", "--model", "{f}/model", "--edit", "["], "--edit is no JSON"),
+    "no intervention": (["generate", "hi", "--model", "{f}/model", "--edit", "[]"], "an object"),
+    "two ways to steer": (
+        ["generate", "hi", "--direction", "{f}/direction.safetensors", "--edit", "[]"],
+        "not both",
+    ),
+    "a place without a direction": (
+        ["generate", "hi", "--model", "{f}/model", "--layer", "1"],
+        "need --direction",
     ),
     "a direction as candidates": (
         ["select", "--candidates", "{f}/direction.safetensors", "--model", "{f}/model", "{p}",
