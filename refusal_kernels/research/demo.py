@@ -30,7 +30,7 @@ from refusal_kernels.research.evaluation.projections import project
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.prompts import Source, splits_for
 from refusal_kernels.research.selection.algorithm import Selection, select
-from refusal_kernels.research.sources import SEED
+from refusal_kernels.research.sources import SEED, SIZES
 from refusal_kernels.timing import Method, Speed, interleaved
 from refusal_kernels.weights.in_memory import orthogonalize
 
@@ -85,7 +85,8 @@ def read_inputs(
     language_model, tokenizer = load(model, device, dtype)
     ChatFormat.of(tokenizer)
     name, skills = ("the toy model", toy.skills()) if model == "toy" else (model, {})
-    return DemoInputs(name, language_model, tokenizer, **splits, skills=skills)
+    train, validation, test = (splits[split] for split in SIZES)
+    return DemoInputs(name, language_model, tokenizer, train, validation, test, skills)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def largest_residual(
 ) -> tuple[float, dict[str, int]]:
     """Ablate; return the largest ``|r . h| / |h|`` at any site and token, and counts of sites."""
     unit = direction.unit.double()
-    largest, seen = 0.0, set()
+    largest, seen = 0.0, set[str]()
 
     def see(name: str, h: Tensor) -> None:
         nonlocal largest

@@ -193,7 +193,7 @@ def plot_dose(
         )  # fmt: skip
         for column, (kind, rows) in enumerate(dose.items()):
             x = [row["strength"] for row in rows]
-            curves = {
+            curves: dict[str, dict[str, Any]] = {
                 "rate": {part: _percent([row[part] for row in rows]) for part in PARTS},
                 "score": {
                     part: ([row["refusal_scores"].get(part) for row in rows], None)
