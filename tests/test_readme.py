@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tables
 
-from refusal_kernels import toy
+from refusal_kernels import interventions, toy
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -47,6 +47,12 @@ def test_commands_exist(page):
     targets = set(re.findall(r"^make ([\w-]+)", page.read_text(), re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize("page", [README, INTERVENTIONS], ids=lambda page: page.name)
+def test_every_intervention_is_in_the_table(page):
+    rows = set(re.findall(r"^\| `(\w+)\(", page.read_text(), re.MULTILINE))
+    assert rows == {cls.__name__ for cls in interventions.INTERVENTIONS.values()}
 
 
 def test_the_readme_takes_three_minutes():
