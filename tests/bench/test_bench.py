@@ -1,97 +1,21 @@
 """The overhead benchmark measures what it says, shows what is wrong, and loses nothing."""
 
-import copy
-import itertools
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from contextlib import nullcontext
 
 import pytest
-import torch
-from typer.testing import CliRunner
+from bench_methods import DIES, DIES_OF_FLOAT32, HALF, RAISES, SLEEPS, SLOW, by_method, script
 
-from refusal_kernels import Ablate, Direction, environment, patch
-from refusal_kernels.bench import grid, results, run, settings, shapes
-from refusal_kernels.bench.process import Process, WorkerError
-from refusal_kernels.bench.reference import reference_logits
-from refusal_kernels.bench.settings import BenchSettings
-from refusal_kernels.bench.worker import SITES, serve
-from refusal_kernels.bench.worker.models import input_ids
-from refusal_kernels.bench.worker.step import TimedStep, with_code_of_its_own
-from refusal_kernels.cli import app, main
+from refusal_kernels import environment
+from refusal_kernels.bench import results, run, settings
+from refusal_kernels.cli import main
 from refusal_kernels.errors import InputError
 
-HALF = '''"""Takes half of it out."""
-from contextlib import contextmanager
-@contextmanager
-def steer(model, task):
-    r = task.per_row(model.dtype)
-    def half(module, args):
-        return (args[0] - 0.5 * (args[0] * r).sum(-1, keepdim=True) * r, *args[1:])
-    for block in model.model.layers:
-        block.register_forward_pre_hook(half)
-    yield model
-'''
-RAISES = '''"""Fails."""
-def steer(model, task):
-    raise ValueError("not today")
-'''
-SLEEPS = '''"""Takes its time."""
-import time
-from contextlib import contextmanager
-@contextmanager
-def steer(model, task):
-    model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))
-    yield model
-'''
-DIES = '''"""Ends the process."""
-import os
-def steer(model, task):
-    os._exit(7)
-'''
-
-DIES_OF_FLOAT32 = HALF.replace(
-    "def steer(model, task):\n",
-    "def steer(model, task):\n    import os, torch\n"
-    "    if model.dtype == torch.float32:\n        os._exit(7)\n",
-)
-
-
-@pytest.fixture
-def bench(tmp_path):
-    """Run the command with the smoke profile; return its result and what it wrote."""
-
-    def go(*arguments: str, out: str = "out"):
-        folder = tmp_path / out
-        given = ("bench", "--profile", "smoke", "--threads", "1", "--device", "cpu")
-        result = CliRunner().invoke(app, [*given, "--out", str(folder), *arguments])
-        file = folder / "overhead-cpu.jsonl"
-        there = file.is_file() and file.stat().st_size > 2
-        return result, results.read_results(file) if there else None
-
-    return go
-
-
-@pytest.fixture
-def method(tmp_path):
-    """Write a method's file, and return its path as --methods takes it."""
-
-    def write(name, text):
-        path = tmp_path / f"{name}.py"
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
-def by_method(document):
-    return {row["method"]: row for row in document["rows"]}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_smoke_profile_end_to_end(bench, tmp_path):
@@ -180,27 +104,6 @@ def test_what_is_wrong_or_fails_or_dies_or_is_not_there_is_a_row(bench, method, 
     assert "NO" in result.output and "not today" in result.output
 
 
-def script(folder, text):
-    """Write what stands in for an interpreter."""
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_a_worker_that_hangs_or_does_not_start_says_so(tmp_path):
-    log = tmp_path / "log"
-    process = Process(script(tmp_path, "sleep 600"), log, True, 1, "")
-    with pytest.raises(WorkerError, match="failed: no answer in 1 s"):
-        process.ask({"do": "close"}, 1.0)
-    assert process.process.poll() is not None  # and what it started with it
-    process = Process(script(tmp_path, "echo the last words >&2; exit 3"), log, True, 1, "")
-    with pytest.raises(WorkerError, match="ended with code 3: the last words"):
-        process.ask({"do": "close"}, 30.0)
-    with pytest.raises(WorkerError, match="does not start: No such file"):
-        Process(tmp_path / "nobody", log, True, 1, "")
-
-
 def test_steered_layers_and_programs_are_right(bench):
     result, document = bench(
         *("--methods", "refusal_kernels:cpu,hooks,orthogonalized"),
@@ -221,18 +124,6 @@ def test_what_dies_of_one_model_is_tried_again_with_the_next(bench, method):
     found = {(row["dtype"], row["batch"]): row["status"] for row in rows}
     assert found["float32", 4] == "not run: it failed 2 times in a row"
     assert [found["bfloat16", batch] for batch in (1, 2, 4)] == ["ok"] * 3
-
-
-def test_a_methods_file_may_read_its_own_names_in_a_compiled_model(method):
-    half = serve.read_method(
-        method("own_names", "SHARE = 0.5\n\ndef half(x):\n    return SHARE * x\n")
-    ).half
-
-    def called(x):  # the compiler comes to the file's names from outside of it
-        return half(x) + 1
-
-    compiled = torch.compile(called, backend="eager", fullgraph=True)
-    assert compiled(torch.tensor(4.0)).item() == 3.0
 
 
 @pytest.mark.full
@@ -355,18 +246,6 @@ def test_cells_beyond_the_limit_are_rows(bench):
         assert row["ratio"] is None
 
 
-SLOW = '''"""Takes its time."""
-import time
-from contextlib import contextmanager
-@contextmanager
-def steer(model, task):
-    def wait(module, args):
-        time.sleep(2)
-    model.model.layers[0].register_forward_pre_hook(wait)
-    yield model
-'''
-
-
 @pytest.mark.full
 def test_a_cell_that_can_not_end_in_time_is_given_up(bench, method):
     # two steps a round: seven rounds take 28 s, beyond the limit however fast the rest is
@@ -379,110 +258,6 @@ def test_a_cell_that_can_not_end_in_time_is_given_up(bench, method):
         assert row["ratio"] is None
 
 
-@pytest.mark.parametrize("profile", ["quick", "full"])
-def test_on_a_processor_all_that_varies_does_so_one_at_a_time(profile):
-    found = grid.grid_for(profile, "cpu", {})
-    for name in found.models:
-        config = shapes.config_of(name)
-        layers = found.most_layers(config) if name in shapes.SHAPES else config.num_hidden_layers
-        cells = found.cells(name, layers, config)
-        assert len(set(cells)) == len(cells)
-        first = cells[0]
-        usual = [cell for cell in cells if others(cell, first) == []]
-        assert len(usual) == len(found.phases) * len(found.batch)
-        for cell in set(cells) - set(usual):
-            (axis,) = others(cell, first)
-            assert cell.work == "decode"
-            rows = axis in ("steered", "programs")
-            assert cell.batch == (max if rows else min)(found.batch)
-        if name in shapes.SHAPES and shapes.layer_weights(config) > (found.vary_weights or 1e12):
-            assert set(cells) == set(usual)
-            continue
-        for axis, values in grid.AXES.items():
-            wanted = {v for v in getattr(found, values) if axis != "steered" or (v or 0) <= layers}
-            assert {getattr(cell, axis) for cell in cells} == wanted
-
-
-def others(cell, first):
-    return [axis for axis in grid.AXES if getattr(cell, axis) != getattr(first, axis)]
-
-
-def test_what_edits_elsewhere_is_never_quite_right():
-    row = {"method": "m", "sites": list(SITES), "residual": 0.02, "dtype": "bfloat16"}
-    row |= {"logits_error": 0.07, "logits_allowed": 0.15, "logits_error_at_sites": None}
-    assert results.verdict(row) == "yes"
-    assert results.verdict(row | {"residual": 0.04}) == "no"
-    elsewhere = row | {"sites": ["output"], "logits_error_at_sites": 0.01}
-    assert results.verdict(elsewhere) == "part"
-    assert results.verdict(elsewhere | {"logits_error_at_sites": 0.2}) == "no"
-
-
-def test_of_large_models_no_axis_varies_unless_it_is_named():
-    def kinds(name, given):
-        config = shapes.config_of(name).get_text_config(decoder=True)
-        cells = grid.grid_for("full", "cpu", given).cells(name, 1, config)
-        return len(cells), {(c.dtype, c.mode, c.programs) for c in cells}
-
-    usual = {("float32", "eager", 1)}
-    for name in ("llama-3.2-1b", "llama-3-8b", "qwen2.5-72b"):
-        assert kinds(name, {}) == (4, usual)
-        assert kinds(name, {"modes": ("compile",)}) == (4, {("float32", "compile", 1)})
-    for name in ("toy", "qwen2.5-0.5b"):
-        assert kinds(name, {})[1] > usual
-
-
-def test_an_axis_that_is_named_is_crossed_with_the_rest():
-    given = {"dtypes": ("float32", "bfloat16"), "modes": ("eager", "compile")}
-    found = grid.grid_for("full", "cpu", given)
-    kinds = {(c["dtype"], c["mode"], c["work"], c["batch"]) for c in found.combinations()}
-    assert len(kinds) == 2 * 2 * len(found.phases) * len(found.batch)
-
-
-def test_layers_and_prompts_are_cut_to_what_a_processor_can_do():
-    found = grid.grid_for("full", "cpu", {})
-    for name in shapes.SHAPES:
-        config = shapes.config_of(name)
-        weights, layers = shapes.layer_weights(config), found.most_layers(config)
-        model = shapes.build(name, tiny(shapes.config_of(name)), "float32")
-        assert shapes.layer_weights(model.config) == sum(
-            module.weight.numel()
-            for module in model.model.layers.modules()
-            if isinstance(module, torch.nn.Linear)
-        )
-        assert layers == 1 or layers * weights <= found.shape_weights
-        for batch in found.batch:
-            tokens = batch * found.prompt_tokens(config, layers, batch)
-            assert batch <= tokens <= found.prompt and tokens & (tokens - 1) == 0
-            assert tokens * layers * weights <= found.prompt_work
-            before = batch * found.context_tokens(config, layers, batch)
-            assert before * layers * weights <= found.prompt_work
-            assert before == 128 * batch or before * layers * weights > found.prompt_work / 2
-    assert grid.grid_for("full", "cuda", {}).most_layers(config) is None
-
-
-def tiny(config):
-    config = shapes.cut(config, 1)
-    config.hidden_size, config.intermediate_size, config.vocab_size = 256, 96, 32
-    config.head_dim = 256 // config.num_attention_heads
-    return config
-
-
-def test_a_model_that_does_not_fit_in_one_dtype_is_measured_in_the_other(
-    bench, monkeypatch, tmp_path
-):
-    fits = {"float32": 0, "bfloat16": 8}
-    monkeypatch.setattr(shapes, "layers_that_fit", lambda config, dtype, room: fits[dtype])
-    found = grid.grid_for("full", "cpu", {"models": ("toy",)})
-    full = BenchSettings("full", found, (), "cpu", 1, tmp_path)
-    cells = [cell for _, cells in run.Run(full)._plan() for cell in cells]
-    by = {dtype: [cell for cell in cells if cell.dtype == dtype] for dtype in fits}
-    assert len(by["float32"]) == 1 and len(by["bfloat16"]) > 6
-    document = bench("--methods", "hooks", "--dtypes", "float32")[1]
-    assert {row["status"] for row in document["rows"]} == {
-        "not measured: one layer does not fit in memory"
-    }
-
-
 @pytest.mark.full
 def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
     bench, method, monkeypatch
@@ -491,95 +266,6 @@ def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
     _, document = bench("--methods", "hooks," + method("sleeps", SLEEPS), "--rounds", "11")
     rounds = {row["method"]: row["rounds"] for row in document["rows"]}
     assert rounds == {"unmodified": 11, "hooks": 11, "sleeps": 7}
-
-
-def test_no_method_runs_or_looks_through_the_compiled_graphs_of_another():
-    looked_through = torch._dynamo.eval_frame._debug_get_cache_entry_list
-    layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False), torch.nn.SiLU()]
-    steps = [with_code_of_its_own(layer) for layer in layers]
-    x = torch.randn(2, 4)
-    for layer, step in zip(layers, steps, strict=True):
-        compiled = torch.compile(step, backend="eager", dynamic=False)
-        assert torch.equal(compiled(input=x), layer(x))
-    assert [len(looked_through(step.__code__)) for step in steps] == [1, 1, 1]
-    hooked = copy.deepcopy(layers[0])
-    hooked.register_forward_hook(lambda module, args, output: output + 1)
-    compiled = torch.compile(with_code_of_its_own(hooked), backend="eager", dynamic=False)
-    assert torch.equal(compiled(input=x), layers[0](x) + 1)
-
-
-def test_every_method_comes_after_every_other_as_often():
-    orders = [serve.shuffled("abcd", number) for number in range(1000)]
-    assert orders == [serve.shuffled("abcd", number) for number in range(1000)]
-    assert all(sorted(order) == list("abcd") for order in orders)
-    for name in "abcd":
-        assert 200 < sum(order[0] == name for order in orders) < 300
-        after = Counter(one[-1] for one, two in itertools.pairwise(orders) if two[0] == name)
-        assert set(after) == set("abcd") and max(after.values()) < 2 * min(after.values())
-
-
-def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):
-    _, document = bench("--methods", "hooks")
-    assert results.compare(document, document) == ([], 2)
-    for row in document["rows"]:
-        if row["method"] == "hooks":
-            row |= {"ratio": 0.9, "ratio_low": 0.89, "ratio_high": 0.91}
-    slower = json.loads(json.dumps(document))
-    for row in slower["rows"]:
-        if row["method"] == "hooks":
-            row |= {"ratio": 0.85, "ratio_low": 0.84, "ratio_high": 0.86}
-    worse, compared = results.compare(slower, document)
-    assert compared == 2 and len(worse) == 1 and "0.900" in worse[0] and "hooks" in worse[0]
-    assert results.compare(document, slower) == ([], 2)  # faster is no regression
-    wrong = json.loads(json.dumps(document))
-    wrong["rows"][1]["verdict"] = "no"
-    assert len(results.compare(wrong, document)[0]) == 1
-
-    for row in document["rows"]:  # no machine is as fast as that
-        if row["method"] == "hooks":
-            row |= {"ratio": 90.0, "ratio_low": 89.0, "ratio_high": 91.0}
-    old = tmp_path / "old.json"
-    results.write_results(old, document)
-    result, _ = bench("--methods", "hooks", "--resume", "--compare", str(old))
-    assert result.exit_code == 1 and "slower: hooks" in result.output
-
-
-def test_the_interval_is_that_of_order_statistics():
-    # of 20 values the 6th and the 15th: 95.9 %, the narrowest with 95 % (the sign test's table)
-    assert results.interval([float(k) for k in range(1, 21)]) == (6.0, 15.0)
-    assert results.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (1.0, 6.0)
-    with pytest.raises(ValueError, match="5 values"):
-        results.interval([1.0] * 5)
-
-
-@pytest.mark.parametrize("work", ["decode", "prefill"])
-def test_the_head_is_given_what_is_contiguous(work):
-    """Otherwise its weights are copied for every row, in bfloat16 on a CPU."""
-    model, seen = shapes.build("toy", shapes.config_of("toy"), "bfloat16"), []
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    cell = {"work": work, "batch": 2, "tokens": 12, "mode": "eager"}
-    with torch.inference_mode():
-        TimedStep(model, model, cell, nullcontext).once()
-    assert [(*h.shape[:2], h.is_contiguous()) for h in seen] == [(2, 1, True)] * len(seen) != []
-
-
-def test_the_reference_is_the_patched_model_in_float64():
-    config = shapes.config_of("toy")
-    model = shapes.build("toy", config, "float32")
-    weights = [parameter.data for parameter in model.parameters()]
-    directions = shapes.directions_of(model, 1)
-    cell = {"work": "prefill", "batch": 2, "tokens": 12}
-    ids = input_ids(cell, config.vocab_size)
-    found = reference_logits(model, ids, directions, [0, 0], None, SITES)
-    plain = reference_logits(model, ids, directions, [0, 0], None, ())
-    assert found.dtype == torch.float64 and (found - plain).abs().max() > 0.1
-    assert all(p.data is not None and p.dtype == torch.float32 for p in model.parameters())
-    assert all(torch.equal(a, p.data) for a, p in zip(weights, model.parameters(), strict=True))
-    double = model.double()
-    with torch.inference_mode(), patch(double, Ablate(Direction(directions[0]))):
-        patched = double(ids).logits[:, -1]
-    # the model's own norms and softmax turn to float32 in between; the reference's do not
-    assert (patched - found).abs().max() < 1e-4 * found.abs().max()
 
 
 BAD = {
@@ -614,14 +300,3 @@ def test_the_exit_code_of_bad_input_is_two(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_engines_are_compared_with_engines():
-    def row(method, ratio):
-        return {"method": method, "ratio": ratio, "status": "ok", "verdict": "yes"}
-
-    plugin, hooked = row("vllm:plugin", 0.9), row("vllm:hooks", 0.95)
-    ours, hooks = row("refusal_kernels:cpu", 0.8), row("hooks", 0.7)
-    assert results.faster([plugin, hooked]) == (plugin, [hooked])
-    assert results.faster([plugin, hooked, ours, hooks]) == (ours, [])
-    assert results.faster([plugin, ours, hooks | {"ratio": 0.85}])[1] == [hooks | {"ratio": 0.85}]

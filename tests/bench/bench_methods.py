@@ -1,0 +1,67 @@
+"""Methods of a test: right, wrong, slow, and failing ones."""
+
+HALF = '''"""Takes half of it out."""
+from contextlib import contextmanager
+@contextmanager
+def steer(model, task):
+    r = task.per_row(model.dtype)
+    def half(module, args):
+        return (args[0] - 0.5 * (args[0] * r).sum(-1, keepdim=True) * r, *args[1:])
+    for block in model.model.layers:
+        block.register_forward_pre_hook(half)
+    yield model
+'''
+
+
+RAISES = '''"""Fails."""
+def steer(model, task):
+    raise ValueError("not today")
+'''
+
+
+SLEEPS = '''"""Takes its time."""
+import time
+from contextlib import contextmanager
+@contextmanager
+def steer(model, task):
+    model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    yield model
+'''
+
+
+DIES = '''"""Ends the process."""
+import os
+def steer(model, task):
+    os._exit(7)
+'''
+
+
+DIES_OF_FLOAT32 = HALF.replace(
+    "def steer(model, task):\n",
+    "def steer(model, task):\n    import os, torch\n"
+    "    if model.dtype == torch.float32:\n        os._exit(7)\n",
+)
+
+
+SLOW = '''"""Takes its time."""
+import time
+from contextlib import contextmanager
+@contextmanager
+def steer(model, task):
+    def wait(module, args):
+        time.sleep(2)
+    model.model.layers[0].register_forward_pre_hook(wait)
+    yield model
+'''
+
+
+def by_method(document):
+    return {row["method"]: row for row in document["rows"]}
+
+
+def script(folder, text):
+    """Write what stands in for an interpreter."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path

@@ -1,0 +1,34 @@
+"""Runs the benchmark in a folder of its own."""
+
+import pytest
+from typer.testing import CliRunner
+
+from refusal_kernels.bench import results
+from refusal_kernels.cli import app
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Run the command with the smoke profile; return its result and what it wrote."""
+
+    def go(*arguments: str, out: str = "out"):
+        folder = tmp_path / out
+        given = ("bench", "--profile", "smoke", "--threads", "1", "--device", "cpu")
+        result = CliRunner().invoke(app, [*given, "--out", str(folder), *arguments])
+        file = folder / "overhead-cpu.jsonl"
+        there = file.is_file() and file.stat().st_size > 2
+        return result, results.read_results(file) if there else None
+
+    return go
+
+
+@pytest.fixture
+def method(tmp_path):
+    """Write a method's file, and return its path as --methods takes it."""
+
+    def write(name, text):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        return str(path)
+
+    return write

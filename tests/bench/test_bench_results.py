@@ -1,0 +1,65 @@
+"""Verdicts, comparisons and intervals of the results."""
+
+import json
+
+import pytest
+
+from refusal_kernels.bench import results
+from refusal_kernels.bench.worker import SITES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_what_edits_elsewhere_is_never_quite_right():
+    row = {"method": "m", "sites": list(SITES), "residual": 0.02, "dtype": "bfloat16"}
+    row |= {"logits_error": 0.07, "logits_allowed": 0.15, "logits_error_at_sites": None}
+    assert results.verdict(row) == "yes"
+    assert results.verdict(row | {"residual": 0.04}) == "no"
+    elsewhere = row | {"sites": ["output"], "logits_error_at_sites": 0.01}
+    assert results.verdict(elsewhere) == "part"
+    assert results.verdict(elsewhere | {"logits_error_at_sites": 0.2}) == "no"
+
+
+def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):
+    _, document = bench("--methods", "hooks")
+    assert results.compare(document, document) == ([], 2)
+    for row in document["rows"]:
+        if row["method"] == "hooks":
+            row |= {"ratio": 0.9, "ratio_low": 0.89, "ratio_high": 0.91}
+    slower = json.loads(json.dumps(document))
+    for row in slower["rows"]:
+        if row["method"] == "hooks":
+            row |= {"ratio": 0.85, "ratio_low": 0.84, "ratio_high": 0.86}
+    worse, compared = results.compare(slower, document)
+    assert compared == 2 and len(worse) == 1 and "0.900" in worse[0] and "hooks" in worse[0]
+    assert results.compare(document, slower) == ([], 2)  # faster is no regression
+    wrong = json.loads(json.dumps(document))
+    wrong["rows"][1]["verdict"] = "no"
+    assert len(results.compare(wrong, document)[0]) == 1
+
+    for row in document["rows"]:  # no machine is as fast as that
+        if row["method"] == "hooks":
+            row |= {"ratio": 90.0, "ratio_low": 89.0, "ratio_high": 91.0}
+    old = tmp_path / "old.json"
+    results.write_results(old, document)
+    result, _ = bench("--methods", "hooks", "--resume", "--compare", str(old))
+    assert result.exit_code == 1 and "slower: hooks" in result.output
+
+
+def test_the_interval_is_that_of_order_statistics():
+    # of 20 values the 6th and the 15th: 95.9 %, the narrowest with 95 % (the sign test's table)
+    assert results.interval([float(k) for k in range(1, 21)]) == (6.0, 15.0)
+    assert results.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (1.0, 6.0)
+    with pytest.raises(ValueError, match="5 values"):
+        results.interval([1.0] * 5)
+
+
+def test_engines_are_compared_with_engines():
+    def row(method, ratio):
+        return {"method": method, "ratio": ratio, "status": "ok", "verdict": "yes"}
+
+    plugin, hooked = row("vllm:plugin", 0.9), row("vllm:hooks", 0.95)
+    ours, hooks = row("refusal_kernels:cpu", 0.8), row("hooks", 0.7)
+    assert results.faster([plugin, hooked]) == (plugin, [hooked])
+    assert results.faster([plugin, hooked, ours, hooks]) == (ours, [])
+    assert results.faster([plugin, ours, hooks | {"ratio": 0.85}])[1] == [hooks | {"ratio": 0.85}]
