@@ -48,10 +48,7 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str],
-    kind: str,
-    keys: tuple[str, ...],
-    limit_bytes: int = LIMIT_TENSORS,
+    path: str | os.PathLike[str], kind: str, keys: tuple[str, ...], limit_bytes: int = LIMIT_TENSORS
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the named tensors and the metadata of a file that `write_tensors` wrote.
 

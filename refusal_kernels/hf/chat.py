@@ -69,10 +69,7 @@ class ChatFormat:
         messages = [*system, {"role": "user", "content": prompt}]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=self.thinking,
+                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
             )
         except TemplateError as error:
             raise InputError(f"the chat template refuses the conversation: {error}") from None

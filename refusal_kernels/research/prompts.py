@@ -25,11 +25,7 @@ _SPLITS: tuple[Any, ...] = tuple(SIZES)
 
 
 def prompts_for(
-    model: str,
-    split: str | None,
-    harmful: Source | None,
-    harmless: Source | None,
-    seed: int = SEED,
+    model: str, split: str | None, harmful: Source | None, harmless: Source | None, seed: int = SEED
 ) -> dict[str, Sequence[str]]:
     """Read the prompts of both categories; for the toy model, its own of a split by default.
 

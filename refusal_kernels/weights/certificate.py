@@ -22,12 +22,7 @@ TOKENS = 64
 
 # Largest |r.h| / |h|: the rounding of the weights and of sums, over layers; a few eps. In a model
 # in float64 many a family still keeps its stream, or sums a branch, in float32.
-COMPONENT = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 4e-2,
-}
+COMPONENT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # Largest logit difference over the largest logit, in float64 too: the patch holds the direction in
 # float32. Random models amplify a rounding by orders of magnitude; in half precision their logits
 # say nothing (an expert's choice may flip).
@@ -104,10 +99,7 @@ class Certificate:
 
 
 def certify(
-    model: Any,
-    orthogonalized: Any,
-    direction: Direction,
-    ids: Tensor | None = None,
+    model: Any, orthogonalized: Any, direction: Direction, ids: Tensor | None = None
 ) -> Certificate:
     """Compare a model with edited weights to the original one under ablation at run time.
 

@@ -29,12 +29,7 @@ from refusal_kernels.weights.checkpoint_plan import (
 )
 from refusal_kernels.weights.projection import unit
 from refusal_kernels.weights.shard_writer import CHUNK, ShardWriter
-from refusal_kernels.weights.shards import (
-    INDEX,
-    Shard,
-    other_files,
-    read_shards,
-)
+from refusal_kernels.weights.shards import INDEX, Shard, other_files, read_shards
 
 try:
     import fcntl

@@ -80,11 +80,7 @@ class _LoraTargets:
 
 @torch.no_grad()
 def orthogonalize_lora(
-    model: Any,
-    direction: Direction,
-    folder: str | os.PathLike[str],
-    *,
-    text_only: bool = False,
+    model: Any, direction: Direction, folder: str | os.PathLike[str], *, text_only: bool = False
 ) -> LoraAdapter:
     """Write what `orthogonalize` does as a PEFT adapter of rank one; the model stays as it is.
 

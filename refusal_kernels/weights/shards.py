@@ -19,12 +19,7 @@ from refusal_kernels.files.atomic import check_size, parse_json, read_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LIMIT_HEADER = 100 << 20  # bytes: what the safetensors library takes
 LIMIT_FILE = 1 << 44
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {
     **{"I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8},
     **{"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},

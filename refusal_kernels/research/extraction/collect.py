@@ -1,4 +1,4 @@
-"""Run a model over prompts: moments at the input of every decoder layer, and last-token logits."""
+"""Run a model over prompts and accumulate moments at the input of every decoder layer."""
 
 import os
 from collections.abc import Sequence
@@ -36,14 +36,14 @@ def collect(
 ) -> Moments:
     """Stream the moments of the residual stream at the last tokens of the prompts.
 
-    Read is the input of every decoder layer (``resid_pre``): at layer 0 the embedding. No
-    activation is kept, and the last of these layers is not run, nor is anything that follows it.
+    It reads the input of every decoder layer (``resid_pre``), which is the embedding at layer 0.
+    No activation is kept. The pass ends at the last layer's input.
 
     Parameters
     ----------
     model
-        A transformers causal language model. One that calls a layer more than once is read at the
-        first time.
+        A transformers causal language model. If it calls a layer repeatedly, the first call is
+        read.
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     prompts
@@ -57,35 +57,34 @@ def collect(
     group
         Which of the groups the prompts belong to.
     moments
-        A state to go on with; by default a new one is made.
+        A state to add to; by default a new one is made.
     groups
         The names of the groups of a new state.
     checkpoint
-        A file that the state is written to after every batch. If it is there already, the run goes
-        on where it ended, and comes to the same bits; when the run is done the file stays.
+        The state is written to this file after every batch. If the file exists, the run resumes
+        from it and gives the same bits. The file stays when the run is done.
     progress
-        Called with the number of prompts done, and of all.
+        Called with the number of prompts done and the number of all prompts.
 
     Returns
     -------
     Moments
-        The state, on the device of the model's embedding where it is new.
+        The state; a new one is on the device of the model's embedding.
 
     Raises
     ------
     InputError
-        If the model has no list of decoder layers, a prompt is longer than what it takes, the state
-        does not fit model and positions, or the checkpoint is damaged or of another run.
+        If the model has no list of decoder layers, a prompt is longer than the model's limit, the
+        state does not fit model and positions, or the checkpoint is damaged or of another run.
     PeerError
         If another process has stopped, or not answered in time.
 
     Notes
     -----
-    Where torch.distributed is set up with several processes, all of which call this with the same
-    input, each runs its share of the batches, and all return the same state: bit for bit that of
-    one process with as many threads as each of them
-    (`refusal_kernels.research.extraction.distributed`). The
-    first one alone reads and writes the checkpoint, which any number of processes can go on with.
+    If torch.distributed is initialized, all processes call this with the same input. Each runs its
+    share of the batches, and all return the same state, bit-identical to that of one process with
+    the same number of threads (`refusal_kernels.research.extraction.distributed`). Only the first
+    process reads and writes the checkpoint; any number of processes can resume from it.
     """
     chat = ChatFormat.of(tokenizer)
     batches = chat.stream(prompts, batch_size)
@@ -93,14 +92,14 @@ def collect(
     if moments is None:
         moments = fresh
     elif checkpoint is not None:
-        raise InputError("a checkpoint has a state of its own; expected no moments beside it")
+        raise InputError("a checkpoint holds its state; expected no moments beside it")
     elif moments.shape != fresh.shape:
         raise InputError(
             f"the moments have (layers, positions, hidden) {moments.shape}; "
             f"model and positions need {fresh.shape}"
         )
     if not 0 <= group < len(moments.groups):
-        raise InputError(f"group {group} is not there; expected 0 to {len(moments.groups) - 1}")
+        raise InputError(f"there is no group {group}; expected 0 to {len(moments.groups) - 1}")
     _check_lengths(model, batches)
     _stream(model, [(group, batches)], moments, progress, checkpoint)
     return moments
@@ -130,7 +129,7 @@ def mean_difference(
     model_name
         Kept in the candidates.
     progress
-        Called with the number of prompts done, and of all of both sets.
+        Called with the number of prompts done and the number of prompts in both sets.
 
     Returns
     -------
@@ -140,7 +139,7 @@ def mean_difference(
     Raises
     ------
     InputError, PeerError
-        As `collect`; also if NaN or infinity came out of the model.
+        As `collect`; also if the model gave NaN or infinity.
 
     Notes
     -----
@@ -157,7 +156,7 @@ def mean_difference(
 
 
 def layers_to_read(model: Any, last_layer: int | None) -> int:
-    """Return how many layers are read, from the first to the last one wanted; None: all.
+    """Return how many layers to read, from the first to `last_layer`; None means all.
 
     Raises
     ------
@@ -184,7 +183,7 @@ def _new_moments(
 
 
 def _check_lengths(model: Any, batches: Batches) -> None:
-    """Refuse a prompt that is longer than what the model was made for."""
+    """Refuse a prompt that is longer than the model's positions."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
     longest = int(batches.ends.diff().max())
     if isinstance(limit, int) and 0 < limit < longest:
@@ -201,10 +200,10 @@ def _stream(
     progress: Progress | None,
     checkpoint: str | os.PathLike[str] | None,
 ) -> None:
-    """Fold the prompts of every group in, from where the checkpoint says.
+    """Add the prompts of every group to the moments, from where the checkpoint ends.
 
-    The moments of a batch are taken by themselves and then merged, whoever has taken them: one
-    process or several give the same bits.
+    Every batch's moments are computed alone and then merged in order, so one process and several
+    give the same bits.
     """
     jobs = [(group, batches, i) for group, batches in parts for i in range(len(batches))]
     sizes = [min(b.batch_size, b.prompts - i * b.batch_size) for _, b, i in jobs]
@@ -241,13 +240,13 @@ def _meet(
     moments: Moments,
     total: int,
 ) -> tuple[Checkpoint | None, int]:
-    """Agree on the run; return the checkpoint, of the first process alone, and what is done."""
+    """Agree on the run; return the checkpoint (first process only) and the batches done."""
     saved, done, error = None, 0, None
     if checkpoint is not None and processes.rank == 0:
         saved = Checkpoint(checkpoint, identity)
         try:
             done = saved.load(moments, total)
-            saved.save(moments, done)  # what cannot be written is named before the work
+            saved.save(moments, done)  # fail before the work if the file cannot be written
         except InputError as refused:
             error = str(refused)
     everyone = processes.everyone((identity, done, error))
@@ -265,7 +264,7 @@ def _first_row(batch: Batch) -> Batch:
 
 
 def _read(model: Any, batch: Batch, moments: Moments) -> None:
-    """Fold the last tokens of every layer's input into the only group of a state."""
+    """Add the last tokens of every layer's input to a state with one group."""
     mask = batch.attention_mask[:, -moments.positions :]
     slots = torch.arange(mask.shape[1]) + moments.positions - mask.shape[1]
     index = slots.where(mask.bool(), -1).to(moments.device, torch.int32)

@@ -1,9 +1,9 @@
-"""The processes that share the batches of a collection, as `torchrun` starts them.
+"""Share the batches of an extraction among the processes that `torchrun` starts.
 
-Of every round of batches each process takes one, and the first process merges what they found in
-the order of the batches. So neither the bits of the result nor what a checkpoint holds depend on
-how many processes there are. (The bits of a forward pass itself depend on the machine and, on a
-CPU, on the number of threads of a process, of which torchrun gives each one.)
+In every round each process takes one batch, and the first process merges the moments in the order
+of the batches. So the bits of the result and of a checkpoint do not depend on the number of
+processes. The bits of a forward pass depend on the machine and, on a CPU, on the number of threads
+of a process; torchrun gives each process one thread.
 """
 
 import os
@@ -19,27 +19,27 @@ from torch.distributed.tensor import DTensor
 
 from refusal_kernels.errors import InputError, first_line
 
-TIMEOUT_S = 1800.0  # a process waits this long for the batch of another: PyTorch's own default
+TIMEOUT_S = 1800.0  # how long a process waits for another's batch: PyTorch's default
 
 
 class PeerError(RuntimeError):
-    """Another process has stopped, or has not answered in time."""
+    """Another process has stopped or has not answered in time."""
 
 
 class Team:
-    """The processes that share the batches; one alone where there are no others.
+    """The processes that share the batches; one by default.
 
     Attributes
     ----------
     rank, size : int
-        Which process this is, and of how many. The first one, rank 0, holds the result.
+        The number of this process and of all processes. Rank 0 holds the result.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size, self._group = rank, size, group
 
     def everyone(self, mine: Any) -> list[Any]:
-        """Return what every process gave, by rank: anything that can be pickled."""
+        """Return every process's object, by rank. Objects are pickled."""
         given: list[Any] = [mine]
         if self.size > 1:
             given = [None] * self.size
@@ -48,7 +48,7 @@ class Team:
         return given
 
     def gather(self, mine: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Return the tensors of every process, by rank, to the first one; to others nothing."""
+        """Return every process's tensors, by rank, on the first process; elsewhere nothing."""
         if self.size == 1:
             return [mine]
         columns = []
@@ -83,10 +83,9 @@ class Team:
 
 @contextmanager
 def team(model: Any) -> Iterator[Team]:
-    """Give the processes that share the batches: those of torch.distributed where it is set up.
+    """Give the processes that share the batches: those of torch.distributed if initialized.
 
-    A model that is itself spread over them (tensor parallel) is run by all of them together, on
-    every batch: each is then alone.
+    All processes of a tensor-parallel model run every batch together; each is then a team of one.
     """
     if not dist.is_available() or not dist.is_initialized() or _spread(model):
         yield Team()
@@ -103,17 +102,17 @@ def team(model: Any) -> Iterator[Team]:
 
 @contextmanager
 def joined(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[int, int]]:
-    """Meet the processes that `torchrun` has started, if it has; give (rank, local rank).
+    """Connect to the other processes of `torchrun`, if any; give (rank, local rank).
 
     Parameters
     ----------
     timeout_s
-        How long one waits for another, in seconds, here and later.
+        How long a process waits for another, in seconds.
 
     Raises
     ------
     InputError
-        If the others do not come, or the environment says what cannot be.
+        If the others do not connect, or the environment variables are malformed.
     """
     try:
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))

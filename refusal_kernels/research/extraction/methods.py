@@ -1,12 +1,11 @@
-"""Other ways than the mean difference to find candidate directions, for the same selection.
+"""Candidate directions by other methods than the mean difference, for the same selection.
 
-Each gives unit vectors; the candidate is the mean difference's component along its vector. So all
-point towards the harmful prompts, and adding one raw moves the stream along its own vector as far
-as adding the mean difference would: the scores of different methods can be compared.
+Each method gives a unit vector; the candidate is the mean difference's component along it. So every
+candidate points towards the harmful prompts, and adding it moves the stream along that vector as
+far as adding the mean difference would. This makes the scores of methods comparable.
 
-Unlike the mean difference they need the activations themselves. These are kept on the CPU in the
-dtype of the model: prompts x layers x positions x hidden numbers (256 prompts of an 8B model in
-bfloat16: 0.3 GB).
+These methods keep the activations on the CPU in the model's dtype: prompts x layers x positions x
+hidden numbers (256 prompts of an 8B model in bfloat16: 0.3 GB).
 """
 
 import os
@@ -30,11 +29,11 @@ Fit = Callable[[Tensor, Tensor], Tensor]
 
 
 def leace_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
-    """What the least-squares eraser of the two classes reads: covariance^-1 (mean difference).
+    """Return what LEACE, the least-squares eraser, reads: covariance^-1 (mean difference).
 
-    LEACE (Belrose et al. 2023) is an oblique projection, ``h - u (v . (h - mean))``. Its u is the
-    mean difference, which is the default method; v is what is new. The covariance is shrunk as the
-    library does it. ``Erase.from_leace`` is the oblique projection itself.
+    LEACE (Belrose et al. 2023) is the oblique projection ``h - u (v . (h - mean))``; u is the mean
+    difference, and v is returned here. The covariance is shrunk as in the concept-erasure library.
+    ``Erase.from_leace`` makes the projection itself.
     """
     from concept_erasure import LeaceFitter
 
@@ -47,11 +46,10 @@ def leace_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
 
 
 def pca_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
-    """First principal axis of the differences between harmful and harmless prompts, pair by pair.
+    """Return the first principal axis of the differences of harmful and harmless pairs.
 
-    The pairs are taken in the order given, as many as there are of both. The axis is that of the
-    differences and their negatives together, so their mean is part of it and not taken out (Zou et
-    al. 2023, whose pairs are in random order).
+    Prompts are paired in the given order. The differences are not centered (Zou et al. 2023, who
+    pair in random order).
     """
     pairs = min(len(harmful), len(harmless))
     differences = harmful[:pairs] - harmless[:pairs]
@@ -84,12 +82,12 @@ METHODS = (MEAN_DIFFERENCE, *FITS)
 
 
 def check_method(method: str) -> None:
-    """Refuse a method that there is not, or whose library is missing.
+    """Check that a method exists and its library is installed.
 
     Raises
     ------
     InputError
-        If that is so.
+        If not.
     """
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
@@ -127,7 +125,7 @@ def find_candidates(
         "mean_difference"; "leace", "pca" and "probe" as `leace_vector`, `pca_vector` and
         `probe_vector` say.
     progress
-        Called with the number of prompts done, and of all of both sets.
+        Called with the number of prompts done and the number of prompts in both sets.
 
     Returns
     -------
@@ -138,7 +136,7 @@ def find_candidates(
     Raises
     ------
     InputError
-        As `mean_difference`; also if there is no such method, or its library is missing.
+        As `mean_difference`; also if the method does not exist or its library is missing.
     """
     check_method(method)
     if method == MEAN_DIFFERENCE:

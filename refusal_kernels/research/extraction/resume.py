@@ -1,4 +1,4 @@
-"""Checkpoints of a collection: what a killed run leaves, and whether it may be gone on with."""
+"""Checkpoints of an extraction: what an interrupted run leaves, and whether a run may resume it."""
 
 import hashlib
 import os
@@ -25,9 +25,9 @@ class Checkpoint:
     Parameters
     ----------
     path
-        Where it is; written under a temporary name and renamed, so what stands there is whole.
+        It is written under a temporary name and renamed, so it is never half-written.
     identity
-        Of this run. A file of another run is refused.
+        What this run depends on. A file of another run is refused.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Identity) -> None:
@@ -40,23 +40,14 @@ class Checkpoint:
         Raises
         ------
         InputError
-            If the file is damaged, or of another run; the message names what differs.
+            If the file is damaged or of another run; the message names what differs.
         """
         sweep(self.path)
         if not self.path.exists():
             return 0
         saved = Moments.load(self.path)
-        differ = sorted(
-            name
-            for name in {*self.identity, *saved.metadata} - {DONE}
-            if self.identity.get(name) != saved.metadata.get(name)
-        )
-        if differ:
-            raise InputError(
-                f"{self.path} is the checkpoint of another run, with another {', '.join(differ)}; "
-                "remove it to begin anew"
-            )
-        done = saved.metadata.get(DONE, "")
+        done = saved.metadata.pop(DONE, "")
+        check_identity(self.path, self.identity, saved.metadata)
         same = saved.shape == moments.shape and saved.groups == moments.groups
         if not same or not (done.isascii() and done.isdigit()) or int(done) > total:
             raise InputError(f"{self.path} is no checkpoint of this run; remove it to begin anew")
@@ -70,22 +61,38 @@ class Checkpoint:
         moments.save(self.path)
 
 
+def check_identity(path: Path, identity: Identity, metadata: Identity) -> None:
+    """Refuse a checkpoint whose metadata names another run; the message names what differs.
+
+    Raises
+    ------
+    InputError
+        If they differ.
+    """
+    names = sorted({*identity, *metadata})
+    if differ := [name for name in names if identity.get(name) != metadata.get(name)]:
+        raise InputError(
+            f"{path} is the checkpoint of another run, with another {', '.join(differ)}; "
+            "remove it to begin anew"
+        )
+
+
 def identity_of(
     model: Any, parts: Sequence[tuple[int, Batches]], moments: Moments, probe: Moments
 ) -> dict[str, str]:
-    """Return what the result of a run depends on.
+    """Return what the result of a run depends on, as digests.
 
     Parameters
     ----------
     model
-        Its class, its dtypes and a checksum of every weight are in.
+        Contributes its class, its dtypes and a checksum of every weight.
     parts
-        Groups and their prompts, of which the tokens count: the chat format is in them.
+        Groups and the tokens of their prompts, which contain the chat format.
     moments
-        Of the shape and the groups that the run has.
+        Contributes its shape and its groups.
     probe
-        The moments of one prompt alone, from this very model. They stand for what is not in the
-        weights: a patch or a hook, other kernels, another machine or number of threads.
+        The moments of one prompt from this model. They stand for what the weights do not show: a
+        patch or a hook, the kernels, the machine, the number of threads.
     """
     prompts, weights = hashlib.sha256(), hashlib.sha256(type(model).__name__.encode())
     for group, batches in parts:
@@ -107,10 +114,9 @@ def identity_of(
 
 
 def _checksum(tensor: Tensor) -> int | None:
-    """One that every single number changes, at one pass where the tensor is; None if there is none.
+    """Return a checksum of every number, computed on the tensor's device in one pass.
 
-    That is so for an offloaded tensor, whose numbers are elsewhere, and for a quantized one of a
-    class that PyTorch cannot do this for.
+    None for an offloaded tensor, and for a quantized class that PyTorch cannot hash.
     """
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
     if tensor.is_meta or not tensor.numel():

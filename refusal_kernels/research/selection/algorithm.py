@@ -1,4 +1,4 @@
-"""Choose one direction among the candidates, by what it does to refusals.
+"""Select one direction among the candidates by its effect on refusals.
 
 The algorithm is that of Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single
 Direction" (arXiv 2406.11717), section 2.3, with the constants of the paper's code.
@@ -49,8 +49,8 @@ class ScoredCandidate:
     kl : float or None
         Mean KL(unmodified || ablated) at the last token of harmless prompts: low is good.
     discarded : str or None
-        Why it was passed over. A score is None where that was known before any was measured, or
-        where it is not finite.
+        Why it was discarded. A score is None if the candidate was discarded unmeasured, or if the
+        score is not finite.
     """
 
     position: int
@@ -63,7 +63,7 @@ class ScoredCandidate:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The direction that was chosen, and what it was chosen from.
+    """The selected direction and all candidates.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class Selection:
     unmodified_harmful, unmodified_harmless : float
         Mean refusal score of the unmodified model on the harmful and on the harmless prompts.
     refusal_tokens : list of int
-        The tokens whose probability the scores are made of.
+        The tokens whose probability the refusal score sums.
     candidates : list of ScoredCandidate
         All candidates with their selection scores, by position and layer.
     """
@@ -113,10 +113,10 @@ def select(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
-    """Choose the direction whose ablation best removes refusals and changes little else.
+    """Select the direction whose ablation best removes refusals and changes little else.
 
-    Of the candidates that read before the last layers, leave the harmless prompts' next token
-    alone when ablated, and bring refusals when added, take the one with the lowest bypass score.
+    The candidates that are left were read before the last layers, keep the harmless prompts' next
+    token when ablated, and induce refusals when added. The one with the lowest bypass score wins.
 
     Parameters
     ----------
@@ -128,37 +128,36 @@ def select(
         What `mean_difference` or `find_candidates` returns, or vectors [position, layer, hidden]
         from elsewhere as ``Candidates(vectors)``; they may leave the last layers out.
     harmful, harmless
-        Validation prompts, other than those that the candidates were read from.
+        Validation prompts that the candidates were not read from.
     refusal_tokens
-        Tokens that begin a refusal. None or "auto": found as `find_refusal_tokens` does; "paper":
-        those that the paper names for the model's family (`paper_refusal_tokens`).
+        Tokens that begin a refusal. None or "auto": as `find_refusal_tokens` finds them; "paper":
+        the paper's tokens for the model's family (`paper_refusal_tokens`).
     kl_threshold
         Discard a candidate with a larger KL.
     induce_threshold
         Discard a candidate with a lower induce score.
     prune_last
-        Discard this share of the layers, the last ones: they are not measured.
+        Discard this share of the layers, counted from the last, without measuring them.
     batch_size
-        Rows at once: each is a prompt under one candidate. Of the unmodified stream, the inputs of
-        the candidates' layers are kept for so many prompts at most, and for no others.
+        Rows at once; each is a prompt under one candidate. The unmodified inputs of the candidates'
+        layers are kept for at most this many prompts.
     checkpoint
-        A file that always holds the scores so far. Where it is there, the run goes on from it, and
-        gives the same bits as one that was never disturbed. It stays; remove it when the selection
-        is kept elsewhere.
+        A file that holds the scores so far. If it exists, the run resumes from it and gives the
+        same bits. It stays; remove it when the selection is saved elsewhere.
     progress
-        Called with the number of rows done, and of all.
+        Called with the number of rows done and the number of all rows.
 
     Returns
     -------
     Selection
-        The winner, and the scores of every candidate that was measured.
+        The winner, and the selection scores of every candidate.
 
     Raises
     ------
     InputError
         If the candidates do not fit the model, there are no refusal tokens, the checkpoint is of
-        another run, or no candidate is left; the message names the closest one, and what discarded
-        it.
+        another run, or no candidate is left; the message names the closest one and why it was
+        discarded.
     """
     layers, hidden = len(decoder_layers(model)), hidden_size(model)
     if not isinstance(candidates, Candidates):
@@ -217,7 +216,7 @@ def select(
 def _given_tokens(
     model: Any, chat: ChatFormat, refusal_tokens: Sequence[int] | str | None
 ) -> list[int] | None:
-    """Return the refusal tokens that are known before the model has run; None to find them."""
+    """Return the refusal tokens that are known before the model runs; None to find them."""
     if refusal_tokens is None or refusal_tokens == AUTO:
         return None
     if refusal_tokens == PAPER:
@@ -233,7 +232,7 @@ def _given_tokens(
 def _judged(
     at: tuple[int, int], scores: Sequence[float], kl_threshold: float, induce_threshold: float
 ) -> ScoredCandidate:
-    """A measured candidate's row: bypass, induce and kl as they are given."""
+    """Return a measured candidate, discarded if a threshold says so."""
     bypass, induce, kl = (s if math.isfinite(s) else None for s in scores)
     reason = None
     if bypass is None or induce is None or kl is None:
@@ -246,7 +245,7 @@ def _judged(
 
 
 def _unfit(candidates: Candidates, limit: int) -> dict[tuple[int, int], str | None]:
-    """Why a candidate (position, layer) needs no measuring; None for those that do."""
+    """Return why a candidate (position, layer) is discarded unmeasured; None to measure it."""
     norms = torch.linalg.vector_norm(candidates.vectors.double(), dim=-1)
     finite = norms.isfinite()
     smallest = ZERO * float(norms[finite].max()) if finite.any() else 0.0

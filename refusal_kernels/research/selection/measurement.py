@@ -1,18 +1,16 @@
-"""The three scores of many candidates, in few and full batches, and what is left of a killed run.
+"""Measure the three selection scores of many candidates, in few and full batches, resumably.
 
-The protocol asks for three passes over a set of prompts per candidate. Here
+The protocol needs three passes over a set of prompts per candidate. To save passes:
 
-- one patch holds the ablation of every candidate, and each row of a batch takes its own;
-- bypass and KL, which need the same ablation, come from the same batches;
-- a batch holds prompts of one length only: nothing is padded, no mask is needed;
-- an addition at layer l leaves the layers before l alone: they run once per prompt, unmodified, and
-  all candidates start from the kept input of layer l (of a few families the whole model is run);
-- logits are made at the last token only.
+- One patch holds the ablation of every candidate; each row of a batch is routed to one of them.
+- Bypass and KL need the same ablation and share batches.
+- A batch holds prompts of one length, so it needs no padding and no mask.
+- An addition at layer l does not change the layers before l. They run once per prompt, and all
+  candidates start from the kept input of layer l. A few families run the whole model instead.
+- Logits are computed at the last token only.
 
-The batches depend on prompts, candidates and batch size alone, and are always run in the same
-order. So a run that goes on after a kill gives the bits of one that was never disturbed. Another
-batch size may change a score in its last places (about 1e-6), as matrix products of another shape
-do.
+The batches depend only on prompts, candidates and batch size, and run in a fixed order: a resumed
+run gives the same bits. Another batch size can change a score by about 1e-6.
 """
 
 import contextlib
@@ -40,6 +38,7 @@ from refusal_kernels.patching.families import STARTS
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.places import base_class
 from refusal_kernels.progress import Progress
+from refusal_kernels.research.extraction.resume import check_identity
 from refusal_kernels.research.selection.replay import Replay
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
@@ -50,7 +49,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a model, the same for every candidate.
+    """What every candidate is measured on.
 
     Attributes
     ----------
@@ -93,7 +92,7 @@ def same_length(ids: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
 
 
 def _even_parts(rows: Sequence[Row], most: int) -> list[list[Row]]:
-    """Cut into as few parts as there must be, of sizes that differ by one at most."""
+    """Cut into the fewest parts of at most `most` rows; their sizes differ by one at most."""
     count = -(-len(rows) // most)
     ends = [len(rows) * k // count for k in range(count + 1)]
     return [list(rows[a:b]) for a, b in itertools.pairwise(ends)]
@@ -112,21 +111,21 @@ def _batch(ids: Sequence[Sequence[int]], rows: list[int]) -> Batch:
 
 
 class Measurement:
-    """All forward passes that the scores of some candidates need, in a fixed order.
+    """The forward passes that measure some candidates, in a fixed order.
 
     Parameters
     ----------
     model
-        A transformers causal language model; unmodified before, between and after.
+        A transformers causal language model, unpatched.
     question
-        The prompts, and what is asked.
+        The prompts and what to score.
     directions
         The candidates, each with its layer.
 
     Attributes
     ----------
     total : int
-        How many rows there are: prompts under a candidate's edit.
+        The number of rows; each is a prompt under a candidate's edit.
     """
 
     def __init__(self, model: Any, question: Question, directions: Sequence[Direction]) -> None:
@@ -166,21 +165,21 @@ class Measurement:
     def run(
         self, checkpoint: Path | None = None, progress: Progress | None = None
     ) -> SelectionScores:
-        """Run what is still to be run.
+        """Run the passes that are not done, and return all scores.
 
         Parameters
         ----------
         checkpoint
-            A file that always holds all that was measured, and is read at the beginning: only what
-            it lacks is run. It is written aside and renamed, and it stays.
+            A file that holds what was measured; it is read first, and only missing passes run. It
+            is replaced in one step after every pass, and stays.
         progress
-            Called with the number of rows done, and of all.
+            Called with the number of rows done and the number of all rows.
 
         Raises
         ------
         InputError
-            If the file is something else or of another run (the message names what differs), or it
-            can not be written.
+            If the file cannot be written, is something else or of another run; the message names
+            what differs.
         """
         identity = {} if checkpoint is None else self._identity()
         done = 0 if checkpoint is None else self._load(checkpoint, identity)
@@ -199,7 +198,7 @@ class Measurement:
         return SelectionScores(bypass, self._added, kl)
 
     def _steps(self, done: int) -> Generator[None]:
-        """Run the units, all but the first ones that are done."""
+        """Run the units after the first `done` ones."""
         if done < len(self._ablations):
             with patch(self.model, *([Ablate(d)] for d in self.directions)) as handle:
                 for unit in self._ablations[done:]:
@@ -222,14 +221,14 @@ class Measurement:
                 yield
 
     def _replay(self) -> Replay:
-        """Try out, on the longest prompt, from which of the layers the model can be run."""
+        """Find, on the longest prompt, from which layers the model can be run."""
         longest = self._additions[0][0].rows[0]
         layers = {layer for layer in self._by_layer() if layer > 0}
         if base_class(decoder_layers(self.model)[0]).__name__ in STARTS:
-            layers = set()  # what is added to the stream is not added to the input of a block
+            layers = set()  # an edit of the stream is no edit of a block's input
         try:
             inputs = self._inputs([longest], layers)
-        except InputError:  # it does not call its layers one after the other
+        except InputError:  # it does not call its layers in order
             inputs = {}
         if any(stream.shape[2:] != self.directions[0].vector.shape for stream in inputs.values()):
             inputs = {}  # it has several streams
@@ -291,17 +290,17 @@ class Measurement:
         scores = refusal_score(logits, self.question.tokens).cpu()
         self._added[torch.tensor(unit.candidates), torch.tensor(prompts)] = scores
 
-    # --- what outlives a kill
+    # --- checkpoints
 
     def _identity(self) -> dict[str, str]:
-        """Everything that the scores depend on, each under the name that a message gives it."""
+        """Return what the scores depend on, by the names that messages use."""
         question = self.question
         vectors = torch.stack([d.vector for d in self.directions])
         places = [(d.position, d.layer) for d in self.directions]
         prompts = json.dumps([question.harmful, question.harmless])
         return {
             "set of prompts or chat format": _digest(prompts.encode()),
-            # the logits stand for the weights, and for what is not in them
+            # the logits stand for the weights and everything around them
             "model, patch, machine or number of threads": _digest(question.unmodified.numpy()),
             "set of candidates": _digest(str(places).encode() + vectors.numpy().tobytes()),
             "set of refusal tokens": str(list(question.tokens)),
@@ -309,18 +308,13 @@ class Measurement:
         }
 
     def _load(self, path: Path, identity: Mapping[str, str]) -> int:
-        """Take over what a checkpoint holds; return how many units that is."""
+        """Read a checkpoint; return how many units are done."""
         sweep(path)
         if not path.exists():
             return 0
         tensors, metadata = read_tensors(path, CHECKPOINT, ("ablated", "added"))
         done = metadata.pop(DONE, "")
-        names = sorted({*identity, *metadata})
-        if differ := [name for name in names if identity.get(name) != metadata.get(name)]:
-            raise InputError(
-                f"{path} is the checkpoint of another run, with another {', '.join(differ)}; "
-                "remove it to begin anew"
-            )
+        check_identity(path, identity, metadata)
         mine = self._ablated, self._added
         theirs = tensors["ablated"], tensors["added"]
         fits = all(

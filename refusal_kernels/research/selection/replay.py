@@ -1,8 +1,8 @@
-"""Run a model from the middle: the layers before some layer do nothing, its input is given.
+"""Run a model from the input of one layer, without the layers before it.
 
-Nothing of a family's forward is copied: the model runs as ever, but the skipped layers hand on what
-they are given, and a hook puts the kept stream into the first layer that runs. A family whose
-layers share more than the stream does not survive this; `Replay` finds out by trying.
+The model's forward runs as usual, but the skipped layers return their input, and a hook puts the
+kept stream into the first layer that runs. This fails for a family whose layers share more than the
+stream; `Replay` tries each layer and keeps those that give the same bits.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ Change = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def changed_input(layer: nn.Module, change: Change) -> Iterator[None]:
-    """Change the input of a layer, while inside."""
+    """Change the input of a layer inside the context."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -42,16 +42,16 @@ class Replay:
     model
         A transformers causal language model.
     forward
-        Runs it on the tokens of one prompt, and returns what it gives.
+        Runs it on the tokens of one prompt and returns its output.
     ids
-        Those of the prompt that it is tried out on.
+        The tokens of the prompt to try.
     inputs
-        By layer, on that prompt: [1, tokens, hidden]. Where the model may be started.
+        The input of each layer to try on that prompt: [1, tokens, hidden].
 
     Attributes
     ----------
     layers : set of int
-        Those where that gives the bits of the whole pass.
+        The layers from which a replay gives the bits of the whole pass.
     """
 
     def __init__(
@@ -67,25 +67,24 @@ class Replay:
         handle = self._every[0].register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
             whole = forward(ids)
-            forward(ids[::-1])  # whatever a skipped layer has left somewhere is another prompt's
+            forward(ids[::-1])  # state that a layer leaves behind is now another prompt's
         finally:
             handle.remove()
         self._hand_on = _as_tuple if isinstance(outputs[0], tuple) else _as_tensor
-        for layer in sorted(inputs, reverse=True):  # so that no skipped layer has run in between
+        for layer in sorted(inputs, reverse=True):  # no skipped layer runs in between
             try:
                 with self.starting_at(layer, inputs[layer]):
                     same = torch.equal(forward(ids), whole)
-            except Exception:  # whatever a family raises when what its layers share is not there
+            except Exception:  # a family may raise anything when shared state is missing
                 same = False
             if same:
                 self.layers.add(layer)
 
     @contextlib.contextmanager
     def starting_at(self, layer: int, stream: Tensor) -> Iterator[None]:
-        """Let only the layers from one on run, with a given input: [batch, tokens, hidden].
+        """Run only the layers from `layer` on, with a given input: [batch, tokens, hidden].
 
-        The passes inside take the tokens that the stream belongs to: masks and positions are made
-        from them.
+        Passes inside take the tokens of that stream, which masks and positions are made from.
         """
         skipped = [module.__dict__ for module in self._every[:layer]]
         # an instance has its own forward where accelerate wraps it

@@ -1,4 +1,4 @@
-"""What a next-token distribution says of a refusal: its score, its tokens, and how far it moved."""
+"""Scores of next-token distributions: the refusal score, the refusal tokens, the KL divergence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
-    """Refuse refusal tokens that there are not.
+    """Check the refusal tokens against the vocabulary.
 
     Raises
     ------
@@ -62,8 +62,8 @@ def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
 def kl_divergence(logits: Tensor, changed: Tensor) -> Tensor:
     """KL(p || q) of next-token distributions, float64 [prompts].
 
-    As in the paper's code: ``sum p (log(p + eps) - log(q + eps))`` with eps 1e-6, so that the
-    threshold means the same. It can come out below zero by about eps times the vocabulary.
+    The paper's code computes ``sum p (log(p + eps) - log(q + eps))`` with eps 1e-6, and so does
+    this, for the same thresholds. The result can be negative by about eps times the vocabulary.
     """
     p, q = logits.double().softmax(dim=-1), changed.double().softmax(dim=-1)
     return (p * (torch.log(p + KL_EPS) - torch.log(q + KL_EPS))).sum(dim=-1)
@@ -89,7 +89,7 @@ def find_refusal_tokens(
     Raises
     ------
     InputError
-        If there is none: the model does not tell the two sets of prompts apart.
+        If there is none: the model answers both sets of prompts alike.
     """
     chat = ChatFormat.of(tokenizer)
     logits = [last_logits(model, chat, prompts, batch_size) for prompts in (harmful, harmless)]
@@ -97,7 +97,7 @@ def find_refusal_tokens(
 
 
 def distinctive_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
-    """`find_refusal_tokens` from logits [prompts, vocabulary] that were made already."""
+    """`find_refusal_tokens`, from logits [prompts, vocabulary]."""
     p, q = (logits.double().softmax(dim=-1).mean(dim=0) for logits in (harmful, harmless))
     tokens = ((p >= MIN_PROBABILITY) & (p >= MIN_RATIO * q)).nonzero().flatten().tolist()
     if not tokens:
@@ -112,12 +112,12 @@ def distinctive_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class PaperFamily:
-    """One family of the paper's models, told by its architecture and the size of its vocabulary.
+    """One family of the paper's models, known by architecture and size of the vocabulary.
 
     Attributes
     ----------
     tokens
-        Its refusal tokens, and what they say.
+        Its refusal tokens and their text.
     """
 
     name: str
@@ -149,8 +149,7 @@ def paper_refusal_tokens(model: Any, tokenizer: Any) -> list[int]:
     Raises
     ------
     InputError
-        If the paper has no such family, or the tokens say something else to this tokenizer than
-        they did to the paper's.
+        If the paper has no such family, or this tokenizer decodes the tokens differently.
     """
     config = text_config(model)
     kind, size = getattr(config, "model_type", None), getattr(config, "vocab_size", None)

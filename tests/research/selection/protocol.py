@@ -79,9 +79,7 @@ def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int) 
     for start in range(0, len(prompts), batch):
         ids = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
             )
             for prompt in prompts[start : start + batch]
         ]
