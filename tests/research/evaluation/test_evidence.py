@@ -243,7 +243,7 @@ def test_bad_input_before_any_work() -> None:
         ({"judges": [SubstringJudge(), SubstringJudge()]}, "one name"),
         ({"candidates": Candidates(torch.randn(4, 5, 64))}, r"expected \[position, 3 layers, 64\]"),
         ({"candidates": Candidates(torch.randn(1, 3, 64))}, "have 1 positions"),
-        ({"layer": 9}, "the model has 3 layers"),
+        ({"layer": 9}, "the model has 3 blocks"),
     ):
         with pytest.raises(InputError, match=words):
             evaluate(model, tokenizer, direction, **{**sets, **changed}, refusal_tokens=[3])
