@@ -1,7 +1,4 @@
-"""Steering programs by name: how a configuration spells them, and what tells two of them apart.
-
-Nothing here needs vLLM: the engine's front end, its workers and the tests read the same form.
-"""
+"""Steering programs by name, as a configuration spells them, and the version of each."""
 
 import functools
 import hashlib
@@ -31,10 +28,10 @@ class NamedProgram:
     Attributes
     ----------
     interventions
-        What it does.
+        In the order of their slots.
     version
-        16 hexadecimal digits that change with anything that changes the result: the prefix cache is
-        keyed by them, and a running request keeps the version that it began with.
+        16 hexadecimal digits that change with everything that changes the result. They key the
+        prefix cache, and a running request keeps the version with which it began.
     """
 
     interventions: tuple[Intervention, ...]
@@ -42,7 +39,7 @@ class NamedProgram:
 
     @property
     def hidden(self) -> int:
-        """The hidden size that it is made for."""
+        """The hidden size of its directions."""
         return self.interventions[0].hidden
 
     @property
@@ -54,7 +51,7 @@ class NamedProgram:
 def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) -> NamedProgram:
     """Read one program from its JSON form: an intervention, or a list of them.
 
-    Each as `Intervention.from_dict` reads it, without ``positions``.
+    `Intervention.from_dict` reads each; ``positions`` are refused.
 
     Raises
     ------
@@ -100,7 +97,7 @@ def parse_directions(given: Any) -> dict[str, Direction]:
 
 
 def check_name(name: Any, what: str) -> None:
-    """Refuse a name that no request could give."""
+    """Refuse a name that no request can give."""
     good = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not good or name == NONE:
         raise InputError(
@@ -131,8 +128,8 @@ def _warn_of_layer() -> None:
 def _version(interventions: tuple[Intervention, ...]) -> str:
     digest = hashlib.sha256()
     for i in interventions:
-        settings = [i.block_input, i.layers and list(i.layers), i.sites and list(i.sites)]
-        digest.update(json.dumps([type(i).__name__, settings], sort_keys=True).encode())
+        places = [i.block_input, i.layers and list(i.layers), i.sites and list(i.sites)]
+        digest.update(json.dumps([i.name, i.strength, *places]).encode())
         for slot in i.slots(i.strength):
             for tensor in (slot.read, slot.write, torch.tensor(slot[2:])):
                 digest.update(tensor.numpy().tobytes())

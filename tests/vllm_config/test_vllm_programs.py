@@ -44,9 +44,8 @@ def test_programs_are_read(directions):
         {"clamp": "t", "high": 0},
     ]
     program = parse_program("p", given, directions)
-    kinds = [type(i) for i in program.interventions]
-    assert kinds == [Ablate, Add, Set, Clamp]
     ablate, add, fixed, clamp = program.interventions
+    assert [type(i) for i in program.interventions] == [Ablate, Add, Set, Clamp]
     assert (ablate.strength, ablate.layers) == (0.5, (1, 2))
     assert (add.coefficient, add.block_input) == (2.0, 3)
     assert (fixed.value, fixed.sites) == (1.5, ("mlp",))
