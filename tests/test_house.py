@@ -63,3 +63,5 @@ def test_every_mutant_changes_a_text_that_occurs_once():
     assert len(mutants.MUTANTS) >= 30
     for mutant in mutants.MUTANTS:
         assert mutant.applied() != mutant.path().read_text()
+        named = [part for part in mutant.tests.split() if part.startswith("tests/")]
+        assert named and all((mutants.ROOT / part).exists() for part in named), mutant.tests

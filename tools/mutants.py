@@ -260,10 +260,10 @@ MUTANTS = [
     ),
     Mutant(
         "logits come in the order of the batches",
-        "research/extraction/collect.py",
+        "hf/forward.py",
         "torch.cat(logits)[torch.tensor(rows).argsort()]",
         "torch.cat(logits)",
-        "tests/research",
+        "tests/research/extraction tests/research/selection tests/research/test_sources.py",
     ),
     Mutant(
         "what a checkpoint holds is done again",
@@ -355,13 +355,13 @@ MUTANTS = [
     Mutant(
         "biases that write are left",
         "weights/writers.py",
-        "        if name in found:\n",
-        "        if name in found and parameter.ndim > 1:\n",
+        "        if name in axis_of:\n",
+        "        if name in axis_of and parameter.ndim > 1:\n",
         "tests/weights/test_orthogonalize.py",
     ),
     Mutant(
         "the output matrix stays tied to the embedding",
-        "weights/weights.py",
+        "weights/in_memory.py",
         "nn.Parameter(weight.detach().clone(),",
         "nn.Parameter(weight.detach(),",
         "tests/weights/test_orthogonalize.py",
@@ -375,14 +375,14 @@ MUTANTS = [
     ),
     Mutant(
         "an adapter adds the direction",
-        "weights/adapter.py",
+        "weights/lora.py",
         "times(weight, parts.modules[name], r)[None], -r[:, None]",
         "times(weight, parts.modules[name], r)[None], r[:, None]",
         "tests/weights/test_orthogonalize_lora.py",
     ),
     Mutant(
         "an adapter forgets the biases",
-        "weights/adapter.py",
+        "weights/lora.py",
         "    for name in parts.biases:\n        path, _, own",
         "    for name in []:\n        path, _, own",
         "tests/weights/test_orthogonalize_lora.py",
@@ -427,8 +427,8 @@ MUTANTS = [
     Mutant(
         "the bank ignores the strength of a request",
         "vllm/bank.py",
-        "scaled[..., :3] *= steering.strength",
-        "scaled[..., :3] *= 1.0",
+        "self.slots, steering.strength)",
+        "self.slots, 1.0)",
         "tests/vllm_config",
     ),
     Mutant(
