@@ -227,14 +227,14 @@ MUTANTS = [
         "hf/batches.py",
         "return Batch(rows.tolist(), input_ids, real.long())",
         "return Batch(rows.tolist(), input_ids, torch.ones_like(input_ids))",
-        "tests/research/extraction tests/research/evaluation/test_evaluation.py",
+        "tests/research/extraction tests/research/evaluation/test_outcomes.py",
     ),
     Mutant(
         "answers come in the order of the batches",
         "hf/generate.py",
         "zip(batch.rows, out",
         "zip(sorted(batch.rows), out",
-        "tests/research/evaluation/test_evaluation.py",
+        "tests/research/evaluation/test_outcomes.py",
     ),
     Mutant(
         "special tokens are added twice",
@@ -248,7 +248,7 @@ MUTANTS = [
         "hf/generate.py",
         "answers[row] = ids[:stop]",
         "answers[row] = ids[: stop + 1]",
-        "tests/research/evaluation/test_evaluation.py",
+        "tests/research/evaluation/test_outcomes.py",
     ),
     # extraction
     Mutant(
@@ -383,8 +383,8 @@ MUTANTS = [
     Mutant(
         "an adapter forgets the biases",
         "weights/lora.py",
-        "    for name in parts.biases:\n        path, _, own",
-        "    for name in []:\n        path, _, own",
+        "    for name in parts.biases:\n        path, _, leaf",
+        "    for name in []:\n        path, _, leaf",
         "tests/weights/test_orthogonalize_lora.py",
     ),
     # files
