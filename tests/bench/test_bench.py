@@ -15,8 +15,6 @@ from refusal_kernels.bench import results, run, settings
 from refusal_kernels.cli import main
 from refusal_kernels.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_smoke_profile_end_to_end(bench, tmp_path):
     result, document = bench("--methods", "own", "--json", str(tmp_path / "copy.jsonl"))

@@ -6,8 +6,6 @@ import torch
 from refusal_kernels.bench import grid, run, shapes
 from refusal_kernels.bench.settings import BenchSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("profile", ["quick", "full"])
 def test_on_a_processor_all_that_varies_does_so_one_at_a_time(profile):

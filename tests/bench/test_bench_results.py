@@ -7,8 +7,6 @@ import pytest
 from refusal_kernels.bench import results
 from refusal_kernels.bench.worker import SITES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_what_edits_elsewhere_is_never_quite_right():
     row = {"method": "m", "sites": list(SITES), "residual": 0.02, "dtype": "bfloat16"}

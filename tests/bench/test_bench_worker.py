@@ -17,8 +17,6 @@ from refusal_kernels.bench.worker import SITES, serve
 from refusal_kernels.bench.worker.models import input_ids
 from refusal_kernels.bench.worker.step import TimedStep, with_code_of_its_own
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_worker_that_hangs_or_does_not_start_says_so(tmp_path):
     log = tmp_path / "log"
