@@ -13,13 +13,19 @@ struct Rows {
   int64_t stride = 0;
 };
 
-constexpr int64_t kParams = 5;  // of a slot: a, c, b, low, high
-enum Param { A, C, B, LOW, HIGH };
+// phi(t) = slope t + clamped_slope clamp(t, low, high) + constant: how much of its write vector a
+// slot adds for the dot product t of its read vector. It is a row of the ops' argument `params`,
+// whose columns are called a, c, b, low and high in Python.
+struct Phi {
+  float slope, clamped_slope, constant, low, high;
+};
+constexpr int64_t kPhiNumbers = 5;
+static_assert(sizeof(Phi) == kPhiNumbers * sizeof(float), "a row of params is read as a Phi");
 
 // One steering program for each row: h = s + sum_j phi_j(v_j . s) u_j
 struct Programs {
   const float* bank;     // [count, 2, slots, hidden]: read vectors v, write vectors u
-  const float* params;   // [count, slots, 5]
+  const Phi* phis;       // [count, slots]
   const int32_t* route;  // [tokens] or null (program 0 everywhere); -1: the plain add
   int64_t count, slots;
 };
@@ -34,19 +40,20 @@ struct Weight {
 
 // Three computations in one shape, because they share nearly all of their work:
 //
-//   add       out = edit(x + residual), and with a weight also normed = rms_norm(out)
-//   adjoint   (saved given) out = the gradient of s, from x = the gradient of h
-//   through   (saved and h given) the same, from x = the gradient of normed, residual = that of h
+//   add           out = edit(x + residual), and with a weight also normed = rms_norm(out)
+//   adjoint       (saved given) out = the gradient of s, from x = the gradient of h
+//   norm adjoint  (saved and h given) the same through the norm, from x = the gradient of normed
+//                 and residual = the gradient of h
 struct SteerArgs {
   Rows x, residual, out;  // residual may be absent; out may be x or residual
   Programs programs;
   int64_t hidden;
   Weight weight;
   Rows normed = {};
-  float* scores = nullptr;       // [tokens, slots]: v_j . s, where wanted
+  float* scores = nullptr;       // [tokens, slots]: v_j . s, if the caller wants them
   const float* saved = nullptr;  // [tokens, slots]: the scores of the forward pass
   Rows h = {};                   // the steered rows of the forward pass
-  bool may_stream = false;       // outputs past the CPU's caches, if they are too large for them
+  bool may_stream = false;       // outputs that exceed the CPU's caches may be written past them
 };
 
 struct ScoresArgs {

@@ -1,7 +1,8 @@
-// The ops, once for every device: arguments checked, outputs made, rows handed to the backend.
+// The ops, written once for every device: they check arguments, make outputs and hand rows to the
+// backend.
 //
 // A Backend has: steer(op, device, dtype, args, tokens), scores(...), rms_norm(...), moments(...),
-// and check_route(op, programs, tokens), for devices where looking at a route costs no waiting.
+// and check_route(op, programs, tokens), which may do nothing where reading a route means waiting.
 #pragma once
 
 #include <tuple>
@@ -14,10 +15,10 @@ template <class Backend>
 struct Ops {
   using MaybeTensor = std::optional<Tensor>;
 
-  static Programs programs_of(const char* op, const Info& x, const Info& bank, const float* params,
+  static Programs programs_of(const char* op, const Info& x, const Info& bank, const void* params,
                               const MaybeTensor& route) {
-    Programs programs{static_cast<const float*>(bank.tensor->const_data_ptr()), params, nullptr,
-                      bank.sizes[0], bank.sizes[2]};
+    Programs programs{static_cast<const float*>(bank.tensor->const_data_ptr()),
+                      static_cast<const Phi*>(params), nullptr, bank.sizes[0], bank.sizes[2]};
     if (route) {
       check_route(op, x, Info(*route));
       programs.route = static_cast<const int32_t*>(route->const_data_ptr());
@@ -52,8 +53,7 @@ struct Ops {
     MaybeTensor keep_x, keep_residual;
     args.x = rows_of(x, &keep_x);
     if (residual) args.residual = rows_of(*residual, &keep_residual);
-    args.programs =
-        programs_of(op, x, bank, static_cast<const float*>(params_.const_data_ptr()), route);
+    args.programs = programs_of(op, x, bank, params_.const_data_ptr(), route);
     args.hidden = x.last();
     if (args.hidden > 0 && x.rows() > 0) Backend::steer(op, x.device, dtype, args, x.rows());
   }

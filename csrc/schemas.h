@@ -1,5 +1,5 @@
-// The ops' schemas, in one place. The test suite defines them a second time, in the namespace of
-// the CUDA kernels that it runs on a CPU.
+// The schemas of the ops. The tests define them a second time, in the namespace of the CUDA kernels
+// that they run on a CPU.
 #pragma once
 
 namespace rk {

@@ -1,5 +1,5 @@
-// Tensors as the kernels want them: metadata asked for once, rows, fresh outputs, and the demands
-// that every op makes of its arguments before anything is computed.
+// Tensors as the kernels take them: metadata read once, rows, fresh outputs, and the checks that
+// every op makes of its arguments before anything is computed.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -26,8 +26,8 @@ namespace rk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Each question to a tensor goes through the stable ABI's C functions, and a hundred of them were
-// half the cost of a small call.
+// A tensor's metadata. Every question to a tensor is a call of the stable ABI's C functions, which
+// add up to half the cost of a small call, so each is asked once.
 struct Info {
   explicit Info(const Tensor& t)
       : tensor(&t),
@@ -71,7 +71,7 @@ struct Info {
   int32_t device;  // the GPU's index, -1 for the CPU
 };
 
-// --- demands -------------------------------------------------------------------------------------
+// --- checks --------------------------------------------------------------------------------------
 
 inline Dtype dtype_of(const char* op, const Info& x) {
   switch (x.dtype) {
@@ -126,10 +126,10 @@ inline void check_params(const char* op, const Info& x, const Info& bank, const 
   check_device(op, x, "params", params);
   STD_TORCH_CHECK(params.dtype == ScalarType::Float, op, ": params must be float32");
   STD_TORCH_CHECK(params.dim == 3 && params.sizes[0] == bank.sizes[0] &&
-                      params.sizes[1] == bank.sizes[2] && params.sizes[2] == kParams &&
+                      params.sizes[1] == bank.sizes[2] && params.sizes[2] == kPhiNumbers &&
                       params.contiguous(),
                   op, ": params has shape ", params.shape(), "; expected a contiguous [",
-                  bank.sizes[0], ", ", bank.sizes[2], ", ", kParams, "] (a, c, b, low, high)");
+                  bank.sizes[0], ", ", bank.sizes[2], ", ", kPhiNumbers, "] (a, c, b, low, high)");
 }
 
 inline void check_scores(const char* op, const Info& x, const Info& bank, const Info& scores) {
@@ -148,13 +148,13 @@ inline bool as_rows(const Info& t, int64_t* stride) {
   const int64_t last = t.dim - 1;
   if (t.sizes[last] > 1 && t.strides[last] != 1) return false;
   *stride = t.sizes[last];
-  bool found = false;
+  bool has_stride = false;
   int64_t expected = 0;
   for (int64_t d = last - 1; d >= 0; d--) {
     if (t.sizes[d] == 1) continue;
-    if (!found) {
+    if (!has_stride) {
       *stride = t.strides[d];
-      found = true;
+      has_stride = true;
     } else if (t.strides[d] != expected) {
       return false;
     }
@@ -163,25 +163,25 @@ inline bool as_rows(const Info& t, int64_t* stride) {
   return true;
 }
 
-// Rows of a tensor that is only read; anything that does not collapse is copied once, into `keep`.
-inline Rows rows_of(const Info& t, std::optional<Tensor>* keep) {
+// Rows of a tensor that is only read. If its dimensions do not collapse, it is copied into `copy`.
+inline Rows rows_of(const Info& t, std::optional<Tensor>* copy) {
   Rows rows;
   if (as_rows(t, &rows.stride)) {
     rows.data = const_cast<void*>(t.tensor->const_data_ptr());
   } else {
-    *keep = torch::stable::contiguous(*t.tensor);
-    rows = {const_cast<void*>((*keep)->const_data_ptr()), t.last()};
+    *copy = torch::stable::contiguous(*t.tensor);
+    rows = {const_cast<void*>((*copy)->const_data_ptr()), t.last()};
   }
   return rows;
 }
 
-// An output of this size or more mostly lies in fresh pages: glibc keeps what is smaller.
+// An output of this size or more mostly lies in fresh pages: glibc reuses only smaller blocks.
 constexpr int64_t kFreshBytes = 32 << 20;
 
-// Asks for 2 MB pages where Linux gives them on request: a fresh output of 64 MB is otherwise
-// 16,384 page faults, which cost more than the kernel that writes it. PyTorch's own allocator does
-// this with THP_MEM_ALLOC_ENABLE=1. In memory that was kept the request did harm. A refusal
-// changes nothing.
+// Asks Linux for 2 MB pages: a fresh output of 64 MB is otherwise 16,384 page faults, which cost
+// more than the kernel that writes it. PyTorch's own allocator does this with
+// THP_MEM_ALLOC_ENABLE=1. Smaller outputs lie in reused memory, where the request costs time. A
+// refusal changes nothing.
 inline void advise_huge_pages([[maybe_unused]] Tensor& t, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   if (bytes < kFreshBytes) return;
@@ -195,7 +195,7 @@ inline void advise_huge_pages([[maybe_unused]] Tensor& t, [[maybe_unused]] int64
 // at::empty_strided without the dispatcher: half a microsecond less than torch::stable::new_empty.
 inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype, int32_t device) {
   std::array<int64_t, 8> few;
-  std::vector<int64_t> many(dim > 8 ? dim : 0);  // an allocation, where it can't be helped
+  std::vector<int64_t> many(dim > 8 ? dim : 0);  // only here it takes an allocation
   int64_t* strides = dim > 8 ? many.data() : few.data();
   int64_t elements = 1, step = 1;
   for (int64_t d = dim; d-- > 0;) {

@@ -1,5 +1,5 @@
-// What this processor is: which of the compiled instruction sets this process uses, and its cache.
-// Both are found once, at the first call.
+// What this processor has: the instruction set that this process uses, and the size of its cache.
+// Both are determined once, at the first call.
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -43,8 +43,8 @@ const Kernels& choose() {
                            "'; this machine runs: " + names);
 }
 
-// From Linux, by the processor's own word: glibc's sysconf gives an EPYC's caches added up.
-int64_t find_cache_share() {
+// From Linux, which asks the processor; glibc's sysconf adds up all caches of an EPYC.
+int64_t read_cache_share() {
   const std::string cache = "/sys/devices/system/cpu/cpu0/cache/index3/";
   std::ifstream size_file(cache + "size"), sharing_file(cache + "shared_cpu_map");
   int64_t kib = 0, sharing = 0;
@@ -58,7 +58,7 @@ int64_t find_cache_share() {
 }  // namespace
 
 int64_t cache_share() {
-  static const int64_t share = find_cache_share();
+  static const int64_t share = read_cache_share();
   return share;
 }
 

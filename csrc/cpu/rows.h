@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../args.h"
+#include "../cancellation.h"
 
 namespace rk {
 
@@ -26,8 +27,8 @@ struct Kernels {
   void (*moments)(Dtype, const SlotArgs&, int64_t begin, int64_t end);  // channels [begin, end)
 };
 
-// What a thread needs beside its rows: the row in float32, the gain, and a number for every slot.
-// One slot and a weight that is read as it lies need nothing.
+// What a thread needs beside its rows: a row in float32, the gain in float32, and a coefficient for
+// every slot. One slot and a weight that is read in place need nothing.
 inline int64_t scratch_floats(int64_t hidden, int64_t slots, bool widened) {
   return slots > 1 || widened ? 2 * hidden + slots : 0;
 }
@@ -42,7 +43,7 @@ extern const Kernels kernels_avx512_bf16;
 // The best of them that this processor runs, or the one REFUSAL_KERNELS_CPU_CAPABILITY names.
 const Kernels& kernels();
 
-// The bytes of the last-level cache that one thread can count on: what shares it shares it equally.
+// The bytes of the last-level cache for one thread, if all threads that share it get as much.
 int64_t cache_share();
 
 // The names of all that this processor runs, best first.

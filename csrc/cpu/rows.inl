@@ -1,11 +1,10 @@
 // The row kernels, written once and compiled once per instruction set (rows_*.cpp): sums over rows,
-// scores, norm and moments here, the edits in steer.inl.
+// scores, norm and moments here, the edits in steer.inl and steer_rows.inl.
 #include "vec.h"
 
 namespace {
 
-using rk::A, rk::B, rk::C, rk::LOW, rk::HIGH, rk::kParams;
-using rk::Dtype;
+using rk::Dtype, rk::Phi;
 
 template <class T>
 RK_INLINE const typename T::Element* row_of(const rk::Rows& rows, int64_t i) {
@@ -16,9 +15,9 @@ RK_INLINE typename T::Element* row_of_out(const rk::Rows& rows, int64_t i) {
   return static_cast<typename T::Element*>(rows.data) + i * rows.stride;
 }
 
-// Rows are walked in blocks of this many channels. A sum is emptied into a double after each, so
-// that one massive channel spoils the low bits of 16 additions, not of a quarter of the row; and
-// what several rows share is in L1 for all of them but the first.
+// Rows are walked in blocks of this many channels. After each block its sum is added to a double,
+// so that one massive channel spoils the low bits of 16 additions, not of a quarter of the row.
+// What several rows share is in L1 for all of them but the first.
 constexpr int64_t kBlock = 64 * kLanes;
 
 // body(first channel, channels) for every block of a row
@@ -28,8 +27,8 @@ RK_INLINE void for_blocks(int64_t hidden, Body body) {
     body(start, hidden - start < kBlock ? hidden - start : kBlock);
 }
 
-// Adds kSums sums over a block to `sums`: body(channel, lanes, acc) adds to acc[sum], which is one
-// of four accumulators that hide the latency of the FMA.
+// Adds kSums sums over a block to `sums`. body(channel, lanes, acc) adds to acc[sum], one of four
+// accumulators that hide the latency of the FMA.
 template <int kSums, class Body>
 RK_INLINE void sum_block(int64_t start, int64_t width, double (&sums)[kSums], Body body) {
   vfloat acc[4][kSums] = {};
@@ -54,18 +53,19 @@ RK_INLINE float dot(const typename T::Element* a, const float* v, int64_t hidden
   return (float)sums[0];
 }
 
-// in double, for one rounding instead of four
+// In double: rounded once instead of four times.
 RK_INLINE float rms_scale(double squares, int64_t hidden, float eps) {
   return (float)(1.0 / __builtin_sqrt(squares / (double)hidden + eps));
 }
 
-// weight + offset in float32, from a weight of any dtype where it lies
-template <class W>
+// weight + offset in float32, from a weight of any type, read in place
+template <class WeightType>
 struct Gain {
   const void* weight;
   float offset;
   RK_INLINE vfloat operator()(int64_t j, int64_t n) const {
-    return load<W>(static_cast<const typename W::Element*>(weight) + j, n) + offset;
+    return load<WeightType>(static_cast<const typename WeightType::Element*>(weight) + j, n) +
+           offset;
   }
 };
 
@@ -111,9 +111,9 @@ void rms_norm(const rk::RmsNormArgs& args, int64_t begin, int64_t end, float* sc
   }
 }
 
-// Float64 throughout, shifted by the slot's first row so that sum of squares does not cancel; then
-// Chan's merge into the running state. The rows come in a fixed order and the channels do not mix,
-// so neither the number of threads nor the split of the channels changes a bit.
+// Sums in float64, shifted by the slot's first row so that the sum of squares does not cancel; then
+// Chan's merge into the running state. The rows come in a fixed order and channels do not mix, so
+// neither the number of threads nor the split of the channels changes a bit.
 template <class T>
 void moments(const rk::SlotArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 256;
@@ -150,6 +150,7 @@ void moments(const rk::SlotArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 #include "steer.inl"
+#include "steer_rows.inl"
 
 namespace {
 

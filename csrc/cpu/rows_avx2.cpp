@@ -8,8 +8,8 @@
 #define RK_F16_INSTRUCTIONS 256
 #define RK_TABLE kernels_avx2
 #define RK_NAME "avx2"
-// After every include, so that no inline function of the standard library is compiled for this
-// instruction set and then picked by the linker for everyone.
+// The pragma follows every include: otherwise an inline function of the standard library would be
+// compiled for this instruction set, and the linker could choose it for all others.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -10,9 +10,10 @@
 #define RK_TABLE kernels_avx512
 #define RK_NAME "avx512"
 #define RK_BF16_TABLE kernels_avx512_bf16
-// AVX512_BF16 and AVX512_VBMI are for FastBF16 alone: there is no other vector of bfloat16 or of
-// bytes that a compiler might use them for. After every include, so that no inline function of the
-// standard library is compiled for this instruction set and then picked by the linker for everyone.
+// AVX512_BF16 and AVX512_VBMI serve FastBF16 alone: no other vector of bfloat16 or of bytes exists
+// that a compiler might use them for. The pragma follows every include: otherwise an inline
+// function of the standard library would be compiled for this instruction set, and the linker could
+// choose it for all others.
 #if defined(__clang__)
 #pragma clang attribute push(                                                               \
     __attribute__((                                                                         \

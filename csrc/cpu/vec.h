@@ -1,9 +1,10 @@
-// One vector of floats, whatever the instruction set: the including file defines RK_LANES first.
+// A vector of floats and a row of them, whatever the instruction set: the CPU kernels' platform
+// header. The including file defines RK_LANES first.
 //
 // GCC and Clang vector extensions do the arithmetic, so a kernel is written once and reads like the
-// formula. Only the half-precision conversions that have an instruction of their own use
-// intrinsics. Everything is in an anonymous namespace: each instruction set keeps its own copy, and
-// the linker can never merge an AVX-512 function into a baseline one.
+// formula. Intrinsics serve only where they save instructions. Everything is in an anonymous
+// namespace: each instruction set has its own copy, so the linker cannot put an AVX-512 function
+// into the baseline kernels.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,9 @@ namespace {
 
 #define RK_INLINE inline __attribute__((always_inline))
 #define RK_LAMBDA __attribute__((always_inline))
-#define RK_APART __attribute__((noinline))
+// Compiled apart: in one function with all of its callers, the innermost loops would lack
+// registers, which costs a tenth of the time.
+#define RK_NOINLINE __attribute__((noinline))
 
 constexpr int64_t kLanes = RK_LANES;
 typedef float vfloat __attribute__((vector_size(RK_LANES * 4)));
@@ -37,8 +40,8 @@ RK_INLINE vfloat widen(vfloat v) {
   return v;
 }
 
-// 16 bits to 32 and back; the upper half is dropped. One instruction, of which GCC 12 makes four
-// with AVX-512 and three with AVX2 where it is not asked for by name.
+// 16 bits to 32 and back; the upper half is dropped. Without intrinsics GCC 12 emits four
+// instructions instead of one with AVX-512, and three with AVX2.
 RK_INLINE vuint extend(vhalf v) {
 #if RK_LANES == 16
   return (vuint)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)v);
@@ -68,7 +71,7 @@ RK_INLINE vhalf narrow_bf16(vfloat f) {
 }
 
 #if RK_F16_INSTRUCTIONS == 512
-// the zero-masked forms: GCC warns about the undefined pass-through operand of the plain ones
+// The zero-masked forms: GCC warns about an undefined operand of the plain ones.
 RK_INLINE vfloat widen_f16(vhalf v) {
   return (vfloat)_mm512_maskz_cvtph_ps(-1, (__m256i)v);
 }
@@ -83,7 +86,7 @@ RK_INLINE vhalf narrow_f16(vfloat f) {
   return (vhalf)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-// Without F16C. Subnormals go through the integer value, so that flush-to-zero can not touch them.
+// Without F16C. Subnormals go through the integer value, so that flush-to-zero cannot touch them.
 RK_INLINE vfloat widen_f16(vhalf v) {
   const vuint h = extend(v);
   const vuint magnitude = h & 0x7fffu;
@@ -97,7 +100,7 @@ RK_INLINE vhalf narrow_f16(vfloat f) {
   const vuint u = bits<vuint>(f);
   const vuint magnitude = u & 0x7fffffffu;
   const vuint normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
-  // adding 0.5 aligns a subnormal half's last place with the float's, so the addition rounds it
+  // adding 0.5 aligns the last place of a subnormal half with the float's: the addition rounds it
   const vuint tiny = bits<vuint>(bits<vfloat>(magnitude) + 0.5f) - 0x3f000000u;
   const vuint overflow = magnitude > 0x7f800000u ? vuint{} + 0x7e00u : vuint{} + 0x7c00u;
   const vuint finite = magnitude < 0x38800000u ? tiny : normal;
@@ -130,9 +133,10 @@ struct F16 {
 };
 
 #ifdef RK_BF16_TABLE
-// The same type for processors that convert it in one instruction each way.
+// BF16 for processors that convert it in one instruction each way, with the same results.
 struct FastBF16 : BF16 {
-  // The bytes of an element go where a float's upper half is. VPERMB, as VPERMW is two on Intel.
+  // Moves an element's bytes to the upper half of a float. VPERMB, since VPERMW is two
+  // micro-operations on Intel.
   static RK_INLINE vfloat widen(Storage v) {
     static constexpr auto kUpper = [] {
       struct {
@@ -144,8 +148,8 @@ struct FastBF16 : BF16 {
     return (vfloat)_mm512_maskz_permutexvar_epi8(
         0xccccccccccccccccu, _mm512_load_si512(kUpper.from), _mm512_castsi256_si512((__m256i)v));
   }
-  // The instruction flushes denormals to zero and leaves a NaN its sign: vectors that hold either
-  // are rounded as everywhere.
+  // The instruction flushes denormals to zero and keeps a NaN's sign. Vectors that hold either are
+  // rounded by narrow_bf16, so that the bits are those of the other instruction sets.
   static RK_INLINE Storage narrow(vfloat v) {
     constexpr int kQuietNan = 0x01, kDenormal = 0x20, kSignallingNan = 0x80;
     if (__builtin_expect(
@@ -156,8 +160,8 @@ struct FastBF16 : BF16 {
 };
 #endif
 
-// n lanes, the missing ones zero. With n == kLanes known to the compiler this is one plain load:
-// memcpy is also what makes a misaligned address legal.
+// n lanes, the missing ones zero. If the compiler knows that n is kLanes, this is one plain load.
+// memcpy makes misaligned addresses legal.
 template <class T>
 RK_INLINE vfloat load(const typename T::Element* p, int64_t n = kLanes) {
   typename T::Storage raw{};
@@ -171,10 +175,10 @@ RK_INLINE void store(typename T::Element* p, vfloat v, int64_t n = kLanes) {
   __builtin_memcpy(p, &raw, n * sizeof(*p));
 }
 
-constexpr bool kStreams = kLanes >= 8;
+constexpr bool kCanStream = kLanes >= 8;
 
-// A whole vector past the caches: memory is not read first for what is about to be overwritten. p
-// must be a multiple of the vector's size in memory.
+// Writes a whole vector past the caches, so that memory is not read first. p must be a multiple of
+// the vector's size in memory.
 template <class T>
 RK_INLINE void stream(typename T::Element* p, vfloat v) {
   [[maybe_unused]] const typename T::Storage raw = T::narrow(v);
@@ -188,19 +192,19 @@ RK_INLINE void stream(typename T::Element* p, vfloat v) {
     _mm256_stream_si256((__m256i*)p, (__m256i)raw);
   else
     _mm_stream_si128((__m128i*)p, (__m128i)raw);
-#endif  // without kStreams it is never called
+#endif  // never called without kCanStream
 }
 
-// From here on other threads see what was streamed.
+// From here on, other threads see what was streamed.
 RK_INLINE void end_stream() {
 #if RK_LANES >= 8
   _mm_sfence();
 #endif
 }
 
-// Leaves no vector register holding a number. One that does takes a physical register, of which
-// whoever runs next then has fewer to read ahead with: MKL's GEMV of one token's row, which waits
-// for memory, took 1.0 to 1.2 % longer after a row kernel (Zen 4).
+// Zeroes all vector registers. A register with a value occupies a physical register, which the code
+// that runs next then lacks for reading ahead: without this, MKL's GEMV of one token's row
+// takes 1.0 to 1.2 % longer after a row kernel (Zen 4).
 RK_INLINE void release_registers() {
 #if RK_LANES == 16
 #define RK_ZERO(n) "vpxorq %%zmm" #n ", %%zmm" #n ", %%zmm" #n "\n\t"
@@ -227,8 +231,8 @@ RK_INLINE float sum(vfloat v) {
   return lanes[0];
 }
 
-// body(offset, lanes, accumulator) over a row; four accumulators hide the latency of the FMA, and
-// the remainder takes whole vectors first, then one partial one.
+// body(offset, lanes, accumulator) over a row. Four accumulators hide the latency of the FMA. The
+// remainder is whole vectors, then one partial vector.
 template <class Body>
 RK_INLINE void for_row(int64_t hidden, Body body) {
   int64_t j = 0;

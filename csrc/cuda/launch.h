@@ -1,32 +1,13 @@
-// What the launchers need of CUDA and of torch: a stream, the right device, a launch that overlaps.
+// What the launchers need: questions to the device, and a launch that overlaps with the previous
+// one.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <cstdlib>
 
 #include "../tensors.h"
-#ifndef RK_CUDA_EMULATED
-#include <torch/csrc/stable/accelerator.h>
-#endif
+#include "platform.cuh"
 
 namespace rk::cuda {
-
-#ifdef RK_CUDA_EMULATED
-struct OnDevice {
-  explicit OnDevice(int32_t) {}
-};
-inline cudaStream_t stream_of(int32_t) {
-  return nullptr;
-}
-#else
-using OnDevice = torch::stable::accelerator::DeviceGuard;  // kernels start on the current device
-inline cudaStream_t stream_of(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-#endif
 
 inline void check(const char* op, cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
@@ -47,13 +28,9 @@ inline bool overlaps(const char* op, int32_t device) {
   return wanted && device_number(op, device, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
-// Clusters of blocks: from sm_90 on. Emulated blocks run one after the other.
+// Clusters of blocks: from sm_90 on.
 inline bool has_clusters(const char* op, int32_t device) {
-#ifdef RK_CUDA_EMULATED
-  return false;
-#else
-  return device_number(op, device, cudaDevAttrComputeCapabilityMajor) >= 9;
-#endif
+  return kBlocksRunTogether && device_number(op, device, cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
 // The shape of a launch; blocks of a cluster run at the same time.
@@ -89,7 +66,7 @@ void launch(const char* op, int32_t device, void (*kernel)(Parameters...), const
   check(op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-// More dynamic shared memory than 48 KB is given only to who asks for it.
+// A kernel gets more than 48 KB of dynamic shared memory only if it is allowed to.
 template <class Kernel>
 void allow_shared(const char* op, Kernel kernel, int64_t bytes) {
   if (bytes > 48 << 10)

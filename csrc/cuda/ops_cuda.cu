@@ -1,4 +1,4 @@
-// The CUDA backend: every op is launched, none waits for the device.
+// The CUDA backend: launches every op and never waits for the device.
 #include "../ops.h"
 
 #include "launch.h"
@@ -19,14 +19,14 @@ void by_dtype(Dtype dtype, const Body& body) {
 }
 
 struct Cuda {
-  static void check_route(const char*, const Programs&, int64_t) {}  // looking would synchronise
+  static void check_route(const char*, const Programs&, int64_t) {}  // reading it would wait
 
   static void steer(const char* op, int32_t device, Dtype dtype, const SteerArgs& args,
                     int64_t tokens) {
     by_dtype(dtype, [&](auto t) { launch_steer<decltype(t)>(op, device, args, tokens); });
   }
 
-  // a steering kernel that steers nothing and writes the normed row only
+  // A steering kernel that steers nothing and writes the normed row only.
   static void rms_norm(const char* op, int32_t device, Dtype dtype, const RmsNormArgs& args,
                        int64_t tokens) {
     SteerArgs steering{};
@@ -55,8 +55,8 @@ struct Cuda {
       using T = decltype(t);
       const int64_t slots = args.groups * args.positions, rows = args.batch * args.tokens;
       const int64_t blocks = (args.hidden + kChannels<T> - 1) / kChannels<T>;
-      // about five hundred blocks, which an H100 holds at once, and from the shape alone: results
-      // do not differ from GPU to GPU
+      // About 512 blocks, which an H100 holds at once. The number depends on the shape alone, so
+      // results do not differ between GPUs.
       const int64_t tiles = (rows + kTile - 1) / kTile;
       const int64_t wanted =
           std::clamp<int64_t>(512 / std::max<int64_t>(1, slots * blocks), 1, tiles);
@@ -83,10 +83,6 @@ struct Cuda {
 }  // namespace
 }  // namespace rk::cuda
 
-#ifdef RK_CUDA_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(RK_CUDA_EMULATED, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(refusal_kernels, CUDA, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(RK_CUDA_NAMESPACE, RK_CUDA_DISPATCH_KEY, m) {
   rk::Ops<rk::cuda::Cuda>::register_all(m);
 }

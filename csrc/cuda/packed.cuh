@@ -1,21 +1,16 @@
-// Sixteen bytes at a time: how the kernels read and write rows.
+// How the kernels read and write rows: sixteen bytes at a time, a pack.
 //
-// A row is a multiple of packs where everything is aligned; otherwise the same packs are assembled
-// element by element. The choice is one flag for the whole launch, so it is a uniform branch; where
-// the flag is a constant, which the steering kernels make of it, it is none.
+// If everything is aligned, a row is a multiple of packs. Otherwise the same packs are assembled
+// element by element. One flag for the whole launch says which: a uniform branch, or none in the
+// steering kernels, where the flag is a template parameter.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <type_traits>
 
 #include "../args.h"
+#include "platform.cuh"
 
 namespace rk::cuda {
-
-#define RK_DEVICE __device__ __forceinline__
 
 // Element types. A pack is 16 bytes of raw bits, a uint4, whatever the type.
 struct F32 {
@@ -73,26 +68,29 @@ struct F16 : Half<F16Pair> {
   static constexpr Dtype kDtype = Dtype::f16;
 };
 
-// What s, sums, scores and the edit are worked out in. Where nearly all of a float32 row lies along
-// v, the rounding of s or of v.s to float32 would be most of what is left of it.
+// The type of s, sums, scores and the edit: float64 for float32 rows. If nearly all of such a row
+// lies along v, little of it is left after ablation, and s or v.s rounded to float32 would make an
+// error as large as that.
 template <class T>
-using Real = std::conditional_t<T::kPack == 4, double, float>;
+using WideOf = std::conditional_t<T::kPack == 4, double, float>;
 
-RK_DEVICE float fused(float a, float b, float c) {
+// a b + c, rounded once
+RK_DEVICE float multiply_add(float a, float b, float c) {
   return fmaf(a, b, c);
 }
-RK_DEVICE double fused(double a, double b, double c) {
+RK_DEVICE double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// The pack that begins at element `at`; zeros beyond `end`. `once` marks what nobody reads again.
+// The pack that begins at element `at`; zeros beyond `end`. `read_once`: no other thread or kernel
+// will read it soon, so caches need not keep it.
 template <class T>
 RK_DEVICE uint4 load_pack(const typename T::Element* row, int at, int end, bool aligned,
-                          bool once = false) {
+                          bool read_once = false) {
   uint4 raw = {0, 0, 0, 0};
   if (aligned) {
     const auto* p = reinterpret_cast<const uint4*>(row + at);
-    if (at < end) raw = once ? __ldcs(p) : *p;
+    if (at < end) raw = read_once ? __ldcs(p) : *p;
     return raw;
   }
   uint32_t* words = &raw.x;
@@ -123,7 +121,7 @@ RK_DEVICE void load(const typename T::Element* row, int at, int end, bool aligne
   T::unpack(load_pack<T>(row, at, end, aligned), v);
 }
 
-// kPack floats of a float32 vector beside a row of T: one or two packs
+// The kPack floats of a float32 vector that belong to a pack of T: one or two packs
 template <class T>
 RK_DEVICE void load_floats(const float* vector, int at, int end, bool aligned, float* v) {
 #pragma unroll
@@ -131,10 +129,11 @@ RK_DEVICE void load_floats(const float* vector, int at, int end, bool aligned, f
     load<F32>(reinterpret_cast<const uint32_t*>(vector), at + e, end, aligned, v + e);
 }
 
-// kPack values of weight + offset; no launch with a weight of the other half type is `aligned`
+// kPack values of weight + offset. A launch with a weight of the other 16-bit type is never
+// `aligned`.
 template <class T>
 RK_DEVICE void load_gain(const Weight& weight, int at, int end, bool aligned, float* v) {
-  if (weight.dtype == T::kDtype) {  // nearly always
+  if (weight.dtype == T::kDtype) {  // the usual case
     load<T>(static_cast<const typename T::Element*>(weight.data), at, end, aligned, v);
   } else if (aligned || weight.dtype == Dtype::f32) {
     load_floats<T>(static_cast<const float*>(weight.data), at, end, aligned, v);
@@ -157,52 +156,8 @@ RK_DEVICE typename T::Element* row_of(const Rows& rows, int64_t i) {
   return static_cast<typename T::Element*>(rows.data) + i * rows.stride;
 }
 
-// --- copies into shared memory, waited for when they are needed
-// -----------------------------------
-
-RK_DEVICE void copy_pack_async(uint4* to, const void* from, bool inside) {
-#if defined(__CUDA_ARCH__)
-  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
-#else
-  *to = inside ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-#endif
-}
-
-RK_DEVICE void wait_for_the_copies() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-// --- programmatic dependent launch (sm_90 and later; nothing before)
-// ------------------------------
-
-// Everything the kernel before has written is visible from here on.
-RK_DEVICE void wait_for_the_kernel_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// The next kernel may start its prologue; it waits for our end, and so for our writes, by itself.
-RK_DEVICE void let_the_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Into L2, and no further: the kernel before may still be writing it, and L2 is where it is
-// written.
-RK_DEVICE void prefetch(const void* p) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-
-// Ask for `bytes` bytes, one line of 128 per thread; seldom more than one, so the loop stays small.
+// Prefetches `bytes` bytes, a line of 128 per thread. The loop is not unrolled because it seldom
+// turns twice.
 RK_DEVICE void prefetch_bytes(const void* from, int64_t bytes, int thread, int threads) {
 #pragma unroll 1
   for (int64_t at = thread * 128; at < bytes; at += threads * 128)

@@ -1,4 +1,5 @@
-// Launches of the steering kernels; one translation unit per element type, since each holds dozens.
+// Launches the steering kernels. Each element type has a translation unit of its own, since there
+// are dozens of kernels for each.
 #pragma once
 
 #include "../args.h"

@@ -1,4 +1,4 @@
-// From arguments to the right steering kernel.
+// Chooses and launches the steering kernel for the arguments of a call.
 #pragma once
 
 #include <algorithm>
@@ -6,20 +6,20 @@
 
 #include "launch.h"
 #include "long.cuh"
-#include "steer.cuh"
 #include "steer.h"
+#include "steer_kernel.cuh"
 
 namespace rk::cuda {
 
-template <class T, int kPlan, Mode kMode, int kGroup, bool kAligned>
+template <class T, int kPlan, Mode kMode, int kSlotsAtOnce, bool kAligned>
 void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t tokens) {
   constexpr Plan plan = kPlans[kPlan];
-  if constexpr (serves(plan, kGroup == 1, kMode == Mode::through) &&
+  if constexpr (serves(plan, kSlotsAtOnce == 1, kMode == Mode::norm_adjoint) &&
                 (kAligned || serves_unaligned(plan))) {
-    const auto kernel = steer_kernel<T, kPlan, kMode, kGroup, kAligned>;
+    const auto kernel = steer_kernel<T, kPlan, kMode, kSlotsAtOnce, kAligned>;
     Grid grid{(tokens + plan.rows - 1) / plan.rows * plan.cluster, plan.block(), 0, plan.cluster};
-    bool keep = false;
-    if constexpr (kStays<T, kPlan, kMode, kGroup, kAligned>) {
+    bool bank_in_shared = false;
+    if constexpr (kPersistent<T, kPlan, kMode, kSlotsAtOnce, kAligned>) {
       grid.blocks =
           std::min<int64_t>(grid.blocks, device_number(op, device, cudaDevAttrMultiProcessorCount));
       grid.shared_bytes = int64_t{plan.team} * plan.values * sizeof(typename T::Element) *
@@ -27,18 +27,19 @@ void launch_plan(const char* op, int32_t device, const SteerArgs& args, int64_t 
       const int64_t vectors = 2 * args.hidden * sizeof(float);
       const int64_t room = device_number(op, device, cudaDevAttrMaxSharedMemoryPerBlockOptin) -
                            1024 - grid.shared_bytes;  // a little is for the sums
-      keep = args.programs.slots && args.programs.count && !args.programs.route && vectors <= room;
-      if (keep) grid.shared_bytes += vectors;
+      bank_in_shared =
+          args.programs.slots && args.programs.count && !args.programs.route && vectors <= room;
+      if (bank_in_shared) grid.shared_bytes += vectors;
       allow_shared(op, kernel, grid.shared_bytes);
     }
-    launch(op, device, kernel, grid, args, tokens, keep);
+    launch(op, device, kernel, grid, args, tokens, bank_in_shared);
   }
 }
 
-template <class T, Mode kMode, int kGroup, bool kAligned, int... kPlan>
+template <class T, Mode kMode, int kSlotsAtOnce, bool kAligned, int... kPlan>
 void launch_mode(const char* op, int32_t device, const SteerArgs& args, int64_t tokens, int plan,
                  std::integer_sequence<int, kPlan...>) {
-  ((plan == kPlan ? launch_plan<T, kPlan, kMode, kGroup, kAligned>(op, device, args, tokens)
+  ((plan == kPlan ? launch_plan<T, kPlan, kMode, kSlotsAtOnce, kAligned>(op, device, args, tokens)
                   : void()),
    ...);
 }
@@ -47,7 +48,7 @@ template <class T>
 void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t tokens) {
   const OnDevice guard(device);
   const int64_t size = sizeof(typename T::Element);
-  const Mode mode = args.h.data ? Mode::through : args.normed.data ? Mode::norm : Mode::add;
+  const Mode mode = args.h.data ? Mode::norm_adjoint : args.normed.data ? Mode::norm : Mode::add;
   const bool one = args.programs.slots <= 1;
   bool aligned =
       args.hidden % T::kPack == 0 && aligned_pointer(args.programs.bank) &&
@@ -57,10 +58,10 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
     aligned = aligned && (!rows->data || aligned_rows(*rows, size));
   // a row has the same bits with a split plan, so rows that are not aligned do without
   const int plan = choose_plan(args.hidden, aligned ? tokens : kAnyTokens, one,
-                               mode == Mode::through, has_clusters(op, device));
+                               mode == Mode::norm_adjoint, has_clusters(op, device));
   if (plan < 0 || (!aligned && !serves_unaligned(kPlans[plan]))) {
     // in fours, as the compiler reads them
-    const int64_t shared = (args.programs.slots + 3) / 4 * 4 * sizeof(Real<T>);
+    const int64_t shared = (args.programs.slots + 3) / 4 * 4 * sizeof(WideOf<T>);
     launch(op, device, steer_long_kernel<T>, Grid{tokens, kLongThreads, shared}, args, tokens);
     return;
   }
@@ -78,7 +79,7 @@ void launch_steer(const char* op, int32_t device, const SteerArgs& args, int64_t
   switch (mode) {
     case Mode::add: by_alignment.template operator()<Mode::add>(); break;
     case Mode::norm: by_alignment.template operator()<Mode::norm>(); break;
-    case Mode::through: by_alignment.template operator()<Mode::through>(); break;
+    case Mode::norm_adjoint: by_alignment.template operator()<Mode::norm_adjoint>(); break;
   }
 }
 
