@@ -3,7 +3,7 @@
     python tools/compile_cuda.py [--targets 80 90a 100] [--keep build/cuda_gate]
 
 Prints registers and spills for each, and fails where a kernel does not compile or spills, or where
-rows of bfloat16 are not moved 16 bytes at a time. What has not changed is not compiled again.
+rows of bfloat16 are not moved 16 bytes at a time. Unchanged sources are not compiled again.
 
 Exit status: 0 if all is well, 1 if something fails, 2 if there is no nvcc.
 """
@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
     target: str
     name: str
     registers: int
-    local: str  # what it has of stack frame, spill stores and spill loads; should be nothing
+    local: str  # its stack frame, spill stores and spill loads, if any; none are wanted
 
 
 def find_nvcc() -> str | None:
@@ -74,15 +74,15 @@ def digest(nvcc: str, source: Path, target: str) -> str:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     inherited = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
     what = [version.stdout, torch.__version__, target, *FLAGS, *inherited]
-    found = hashlib.sha256("\n".join(what).encode())
+    key = hashlib.sha256("\n".join(what).encode())
     headers = (p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
     for path in [source, *sorted(headers)]:
-        found.update(path.read_bytes())
-    return found.hexdigest()
+        key.update(path.read_bytes())
+    return key.hexdigest()
 
 
 def compile_one(nvcc: str, source: Path, target: str, folder: Path) -> str | None:
-    """Return what nvcc and ptxas report, from the last time where nothing has changed.
+    """Return what nvcc and ptxas report; if nothing has changed, the report of the last time.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def kernels(report: str) -> Iterator[Kernel]:
 
 
 def readable(names: list[str]) -> dict[str, str]:
-    """Demangle, without namespaces and parameters; without c++filt names stay as they are."""
+    """Demangle names, without namespaces and parameters; without c++filt return them unchanged."""
     if not (tool := shutil.which("c++filt")):
         return dict(zip(names, names, strict=True))
     text = "\n".join(names)
@@ -131,15 +131,16 @@ def readable(names: list[str]) -> dict[str, str]:
 
 
 def narrow(cuobjdump: str, binary: Path) -> Iterator[tuple[str, str]]:
-    """Yield the steering kernels whose machine code is not what was meant, and what is wrong.
+    """Yield the steering kernels whose machine code is not as intended, and what is wrong.
 
     Every pack that is written was read before, so there are at least as many wide loads as stores.
-    A load is of global memory, of what may be shared memory too, or on its way into that.
+    A load reads global memory (LDG), memory of any kind (LD), or copies into shared memory
+    (LDGSTS).
     """
     done = subprocess.run([cuobjdump, "-sass", str(binary)], capture_output=True, text=True)
     sections = done.stdout.split("Function : ")[1:]
     if done.returncode or not sections:
-        yield binary.name, f"cuobjdump can not read it: {done.stderr}"
+        yield binary.name, f"cuobjdump cannot read it: {done.stderr}"
     for section in sections:
         name = section.split(maxsplit=1)[0]
         ops = ("(?:LDG|LD|LDGSTS)", "STG")
@@ -169,13 +170,13 @@ def main() -> int:
         reports = list(pool.map(lambda job: compile_one(nvcc, *job, options.keep), jobs))
     failures = reports.count(None)
 
-    found = [kernel for report in reports if report is not None for kernel in kernels(report)]
-    names = readable([kernel.name for kernel in found])
-    for kernel in sorted(found):
+    compiled = [kernel for report in reports if report is not None for kernel in kernels(report)]
+    names = readable([kernel.name for kernel in compiled])
+    for kernel in sorted(compiled):
         if kernel.local or "BF16" in kernel.name:
             verdict = f"SPILLS ({kernel.local})" if kernel.local else "no spills"
             print(f"{kernel.target} {names[kernel.name]}: {kernel.registers} regs, {verdict}")
-    spilling = sum(bool(kernel.local) for kernel in found)
+    spilling = sum(bool(kernel.local) for kernel in compiled)
 
     binary = options.keep / f"steer_bf16.sm_{INSPECTED}.o"
     cuobjdump = find_cuobjdump(nvcc)
@@ -185,9 +186,9 @@ def main() -> int:
         wrong = list(narrow(cuobjdump, binary))
         for name, what in wrong:
             print(f"sm_{INSPECTED} {names.get(name, name)}: {what}")
-        print(f"sm_{INSPECTED} machine code of the bf16 kernels: {len(wrong)} not as meant")
+        print(f"sm_{INSPECTED} machine code of the bf16 kernels: {len(wrong)} not as intended")
         failures += len(wrong)
-    print(f"{len(found)} kernels compiled, {spilling} spill")
+    print(f"{len(compiled)} kernels compiled, {spilling} spill")
     return 1 if failures + spilling else 0
 
 

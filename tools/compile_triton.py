@@ -45,8 +45,8 @@ def steer(
     }
 
 
-# Every variant that a launch can ask for differs in these. A route, a residual and scores only add
-# to what a thread holds, so what goes without them is compiled where the row is whole.
+# The variants of a launch differ in these. A route, a residual and scores only add to what a thread
+# holds, so variants without them are compiled for whole rows only.
 VARIANTS = {
     "steer_kernel": [
         steer(norm, True, adjoint, whole, slots)
@@ -60,7 +60,7 @@ VARIANTS = {
         for norm in (True, False)
         for adjoint in (True, False)
         for residual in (True, False)
-        if not (adjoint and residual)  # stands above
+        if not (adjoint and residual)  # listed above
     ],
     "scores_kernel": [{"HAS_ROUTE": True, "SLOTS": s, **plan(8192, s)} for s in (1, 16)],
     "rms_norm_kernel": [plan(8192)],
@@ -74,7 +74,7 @@ def signature(
 ) -> tuple[dict[str, str], dict[str, object], dict]:
     """Type every argument of a kernel as a launch would, with its constants and its promises.
 
-    A launch makes constants of integers that are 1, and promises the compiler which pointers and
+    A launch turns integers that are 1 into constants, and promises the compiler which pointers and
     integers are multiples of 16. Here the numbers of slots, programs and splits are 1 unless SLOTS
     says otherwise, and either everything is promised or nothing.
     """
@@ -99,11 +99,11 @@ def signature(
 
 
 def bind(kernel: triton.JITFunction) -> None:
-    """Bind arguments as a launch does; raises where it could not.
+    """Bind arguments as a launch does; raise if a launch could not.
 
-    What Triton generates for that has variables of its own, among them one named params, and a
-    kernel's parameter of the same name is overwritten. Neither the interpreter nor a compilation
-    ahead of time comes by there.
+    The function that Triton generates for this has local variables, for example `params`, which
+    overwrite parameters of the kernel with the same name. Neither the interpreter nor a
+    compilation ahead of time calls it.
     """
     backend = make_backend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -132,7 +132,7 @@ def main() -> int:
         for target in parser.parse_args().targets
         for name, variants in VARIANTS.items()
         for variant in variants
-        # without alignment the loads are narrow: more addresses, but fewer values beside them
+        # without alignment the loads are narrow: more addresses, but fewer other values
         for aligned in ((True, False) if variant.get("SLOTS", 1) == 1 else (True,))
         for dtype in DTYPES
     ]

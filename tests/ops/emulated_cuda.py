@@ -1,8 +1,8 @@
-"""The CUDA kernels as one more backend, on a CPU: compiled by g++ against `cuda_emulator/`.
+"""The CUDA kernels as a backend on the CPU, compiled by g++ against `cuda_emulator/`.
 
-The kernels' sources and their launchers are the ones that nvcc compiles; only the CUDA runtime is
-another. What this shows is that the arithmetic, the indices, the launch plans and the barriers
-are right. It says nothing about speed, nor about what only a GPU does: memory ordering, traps.
+The sources of the kernels and their launchers are those that nvcc compiles; only the CUDA runtime
+differs. Tests with this backend check the arithmetic, the indices, the launch plans and the
+barriers. They do not check speed or what only a GPU does, such as memory ordering and traps.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ SANITIZE = ["-fsanitize=address"] if os.environ.get("REFUSAL_KERNELS_SANITIZE") 
 
 
 def build() -> Path:
-    """Compile, unless nothing has changed since the last time, and return the library."""
+    """Compile the library unless an unchanged one exists, and return its path."""
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATOR / "schemas.cpp"]
     folders = ROOT / "csrc", EMULATOR
     inputs = [p for d in folders for p in sorted(d.rglob("*.*")) if p.parent.name != "cpu"]
@@ -45,7 +45,7 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++")
 
-    # the checkers are preloaded for this process, not for the compiler
+    # the sanitizers are preloaded for this process, not for the compiler
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
     def run(*arguments: str | Path) -> None:

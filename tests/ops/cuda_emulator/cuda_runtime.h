@@ -1,9 +1,9 @@
-// A CUDA that runs on the CPU, for tests: enough of the runtime to run this package's kernels.
+// A CUDA runtime on the CPU, for tests: the part of it that this package's kernels use.
 //
 // Every thread of a block is a fiber with a stack of its own; blocks run one after the other. A
-// fiber runs until it waits for its warp (a shuffle, a ballot) or its block (__syncthreads), and
-// which one goes first changes from block to block, so that a missing barrier shows. Where some
-// threads never reach what the others wait for, the launch ends with an error, as a GPU would hang.
+// fiber runs until it waits for its warp (a shuffle, a ballot) or its block (__syncthreads). The
+// order of the fibers changes from block to block, so that a missing barrier shows. If some threads
+// never reach what the others wait for, a GPU would hang; here the program aborts with a message.
 #pragma once
 
 #include <ucontext.h>
@@ -38,7 +38,7 @@ struct alignas(16) uint4 {
 
 namespace emulator {
 
-constexpr int kWarp = 32, kMostThreads = 1024;
+constexpr int kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10;
 
 struct Fiber {
@@ -51,12 +51,12 @@ struct Fiber {
 };
 
 struct Machine {
-  std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
   Fiber* current = nullptr;
   jmp_buf scheduler;
   dim3 block;
-  int64_t warp_arrivals[kMostThreads / kWarp], block_arrivals;
-  uint32_t exchanged[2][kMostThreads];  // by turns, so that one wait per shuffle is enough
+  int64_t warp_arrivals[kMaxThreads / kWarp], block_arrivals;
+  uint32_t exchanged[2][kMaxThreads];  // used in turns, so one wait per shuffle is enough
   std::vector<float> dynamic_shared;
   std::function<void()> body;
 };
@@ -122,7 +122,7 @@ inline void run_block(int threads, uint64_t seed) {
   }
 }
 
-// Gives one value, waits for the other lanes of the warp, and returns what all threads gave.
+// Gives one value, waits for the other lanes of the warp, and returns the values of all threads.
 inline const uint32_t* exchange(uint32_t mine) {
   Fiber& f = *machine.current;
   uint32_t* given = machine.exchanged[f.shuffles++ % 2];
@@ -136,7 +136,7 @@ inline const uint32_t* exchange(uint32_t mine) {
 
 #define threadIdx (::emulator::machine.current->thread)
 #define blockIdx (::emulator::machine.block)
-// a plain name, since a launch configuration has a member of that name
+// a plain name, because a launch configuration has a member called gridDim
 #define gridDim emulated_grid
 inline dim3 emulated_grid;
 
@@ -229,7 +229,7 @@ inline const char* cudaGetErrorString(cudaError_t) {
   return "no error";
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {  // as on an H100, but for two multiprocessors
+  switch (attribute) {  // as on an H100, but with two multiprocessors
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
     case cudaDevAttrMultiProcessorCount: *value = 2; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;

@@ -1,4 +1,4 @@
-// The ops once more, in a namespace of their own, for the CUDA kernels that run on the CPU.
+// The schemas of the ops in a namespace of their own, for the CUDA kernels that run on the CPU.
 #include "../../../csrc/schemas.h"
 
 #include <torch/csrc/stable/library.h>
