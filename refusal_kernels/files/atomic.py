@@ -1,6 +1,6 @@
-"""Files: written under a temporary name and renamed, read within limits.
+"""Write files and folders under a temporary name, then rename; read files within limits.
 
-What stands there is always whole, and what someone else wrote cannot take the memory.
+So a file is never half-written, and a hostile file cannot exhaust the memory.
 """
 
 import glob
@@ -24,7 +24,7 @@ NODES = 2_000_000
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; it becomes ``path`` if all went well.
+    """Give a temporary path in the same folder; rename it to ``path`` on success.
 
     Raises
     ------
@@ -44,19 +44,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a place that is taken."""
+    """Refuse a path that exists."""
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} is there already; expected a folder that can be made")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder; it becomes ``folder`` if all went well, and is removed if not.
+    """Give a temporary folder; rename it to ``folder`` on success, remove it on failure.
 
     Raises
     ------
     InputError
-        If the place is taken, or cannot be written.
+        If the path exists or cannot be written.
     """
     check_new(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -105,7 +105,7 @@ def read_bytes(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT
     path
         The file.
     what
-        What was expected there, for the message: "a JSON file".
+        What the message says was expected: "a JSON file".
     limit_bytes
         A larger file is refused before any of it is read.
 
@@ -123,12 +123,12 @@ def read_bytes(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT
 
 
 def check_size(path: str | os.PathLike[str], what: str, limit_bytes: int) -> int:
-    """Return the size of a file in bytes; refuse one that is not there or above a limit.
+    """Return the size of a file in bytes; refuse a missing or too large one.
 
     Raises
     ------
     InputError
-        If that is so. A folder, a device or a pipe is no file.
+        If the file is missing or too large. A folder, a device or a pipe is no file.
     """
     try:
         there = Path(path).is_file()
@@ -164,16 +164,16 @@ def read_json(path: str | os.PathLike[str], limit_bytes: int = LIMIT_BYTES) -> A
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON, strictly and within limits.
 
-    Refused are NaN and infinity (also as 1e999), integers of more than 40 digits, more than `DEPTH`
-    levels of nesting, and more than `NODES` values, or brackets and commas: small objects take 30
-    times as much memory as their text.
+    It refuses NaN and infinity (also as 1e999), integers of more than 40 digits, more than `DEPTH`
+    levels of nesting, and more than `NODES` brackets and commas: small objects take 30 times the
+    memory of their text.
 
     Parameters
     ----------
     text
         The document.
     where
-        What the message begins with.
+        The beginning of the message.
 
     Raises
     ------

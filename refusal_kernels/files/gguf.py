@@ -1,6 +1,6 @@
-"""GGUF files that may come from anyone: every count in the header is checked before it is believed.
+"""Read GGUF files that may come from anyone: every count in the header is checked before use.
 
-Only what control vectors need: float32 tensors of one dimension, scalars and strings.
+It reads what control vectors need: float32 tensors of one dimension, scalars and strings.
 """
 
 import os
@@ -73,7 +73,7 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, T
 def _checked_header(data: bytes) -> Iterator[tuple[str, Any]]:
     """Yield keys and values; then check that every tensor lies inside the file.
 
-    The gguf library believes what a header says: a count of 2**60 keeps it busy for ever.
+    The gguf library trusts the header: a count of 2**60 would keep it busy for ever.
     """
     at, elements = 0, 0
 

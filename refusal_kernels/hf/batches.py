@@ -25,28 +25,28 @@ class Batch(NamedTuple):
 
 
 class Batches(Sequence[Batch]):
-    """Prompts in batches of similar length, the longest first, each made when it is asked for.
+    """Prompts in batches of similar length, the longest first, each made on access.
 
-    So there is little padding, and too large a batch runs out of memory at once, not at the end.
-    What is kept is four bytes a token: less than the prompts themselves take.
+    This needs little padding, and a batch that is too large runs out of memory at the start. It
+    keeps four bytes a token, less than the text of the prompts.
 
     Parameters
     ----------
     encoded
         The tokens of every prompt.
     pad_id
-        What the batches are padded with.
+        The token that pads the batches.
     batch_size
         Prompts at once.
 
     Attributes
     ----------
     tokens : Tensor
-        int32, those of all prompts, one after the other.
+        int32, the tokens of all prompts, concatenated.
     ends : Tensor
         int64 [prompts + 1]: prompt i is ``tokens[ends[i]:ends[i + 1]]``.
     order : Tensor
-        int64 [prompts]: the prompts as the batches take them.
+        int64 [prompts]: the order of the prompts in the batches.
     """
 
     def __init__(self, encoded: Iterable[Sequence[int]], pad_id: int, batch_size: int) -> None:
@@ -62,7 +62,7 @@ class Batches(Sequence[Batch]):
 
     @property
     def prompts(self) -> int:
-        """How many there are."""
+        """The number of prompts."""
         return len(self.order)
 
     def __len__(self) -> int:

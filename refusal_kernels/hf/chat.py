@@ -1,4 +1,4 @@
-"""The chat format: what turns prompts into batches of tokens."""
+"""The chat format of a tokenizer, which turns prompts into batches of tokens."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 
 INSTRUCTION = "{instruction}"  # its place in a format that is kept as text
-CHUNK = 512  # prompts that the tokenizer sees at once: what it says of them takes 100 times more
+CHUNK = 512  # prompts tokenized at once: the tokenizer's output takes 100 times their memory
 
 
 class ChatFormat:
@@ -21,25 +21,24 @@ class ChatFormat:
     tokenizer
         A transformers tokenizer with a chat template.
     system : str, optional
-        A system prompt. Results depend on it: without one the template decides.
+        A system prompt. Results depend on it. By default the template decides.
     thinking : bool
-        What a template that can think before it answers is asked for (``enable_thinking``, as
-        Qwen3's). Without thinking, such a template writes an empty block of thoughts, which is then
-        part of what follows every instruction. A template that opens the block whatever it is asked
-        (DeepSeek-R1's) still opens it, and the next token is then the first of a thought.
+        Passed to the template as ``enable_thinking`` (as Qwen3's takes it). Without thinking, such
+        a template writes an empty block of thoughts after every instruction. A template that always
+        opens the block (DeepSeek-R1's) still does, and the next token begins a thought.
 
     Attributes
     ----------
     positions : int
-        The number of end-of-instruction tokens: those that follow every instruction.
+        The number of end-of-instruction tokens, which follow every instruction.
     pad_id : int
-        What the batches are padded with: the pad token, or the end-of-sequence token.
+        The token that pads the batches: the pad token, or else the end-of-sequence token.
 
     Raises
     ------
     InputError
-        If there is no chat template, it refuses the system prompt or leaves it out, or nothing
-        follows the instruction.
+        If there is no chat template, it refuses or omits the system prompt, or nothing follows the
+        instruction.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class ChatFormat:
         return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
 
     def render(self, prompt: str) -> str:
-        """The text that the model is given for a prompt."""
+        """Return the text that the model is given for a prompt."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages = [*system, {"role": "user", "content": prompt}]
         try:
@@ -76,7 +75,7 @@ class ChatFormat:
         return str(text)
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of every prompt, in its chat format, of different lengths.
+        """Return the tokens of every prompt in its chat format, of different lengths.
 
         Raises
         ------
@@ -88,14 +87,14 @@ class ChatFormat:
     def batch(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return input_ids and attention_mask, int64 [prompts, tokens], padded on the left.
 
-        The padding is done here: it does not depend on the state of the tokenizer.
+        The padding does not depend on the tokenizer's settings.
         """
         batch = self.stream(prompts, len(prompts) or 1)[0]
         back = batch.input_ids.new_tensor(batch.rows).argsort()
         return batch.input_ids[back], batch.attention_mask[back]
 
     def batches(self, prompts: Sequence[str], batch_size: int) -> list[Batch]:
-        """All prompts in batches of similar length, the longest first.
+        """Return all prompts in batches of similar length, the longest first.
 
         Raises
         ------
@@ -105,7 +104,7 @@ class ChatFormat:
         return list(self.stream(prompts, batch_size))
 
     def stream(self, prompts: Sequence[str], batch_size: int) -> Batches:
-        """The same batches, each made when it is asked for: for any number of prompts.
+        """Return the same batches, each made on access, for any number of prompts.
 
         Raises
         ------
@@ -127,7 +126,7 @@ class ChatFormat:
             yield from self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _end_of_instruction(self) -> int:
-        """Count the tokens at the end that no instruction changes."""
+        """Count the last tokens that are the same after every instruction."""
         reversed_ids = [ids[::-1] for ids in self.encode(self._sentinels())]
         shortest = min(map(len, reversed_ids))
         same = [len(set(column)) == 1 for column in zip(*reversed_ids, strict=False)]
@@ -140,10 +139,10 @@ class ChatFormat:
         return positions
 
     def _sentinels(self) -> list[str]:
-        """Instructions that end in different tokens, whatever the vocabulary.
+        """Return instructions that end in different tokens, whatever the vocabulary.
 
-        Digits alone would all be <unk> to a tokenizer of words, so words of the vocabulary are
-        taken too, evenly spread. Letters and digits only: others may merge with the template.
+        A word-level tokenizer may map all digits to <unk>, so they include words of the vocabulary,
+        evenly spread. They have only letters and digits: others may merge with the template.
         """
         size = len(self.tokenizer)
         ids = range(0, size, max(1, size // 64))

@@ -1,8 +1,8 @@
-"""Forward passes that go no further than they are needed, and hand over what they read.
+"""Forward passes that read the inputs of layers or the last logits, and compute no more.
 
-A pass is ended by an exception from a hook: PyTorch and Transformers leave their own context as
-after any error, and nothing of the model is touched. Shortening the list of layers is not enough
-for families that count their layers by the configuration, or index masks and caches by them.
+An exception from a hook ends a pass; PyTorch and transformers clean up as after any error, and the
+model is unchanged. A shorter list of layers would not do: some families count their layers by the
+configuration, or index masks and caches by them.
 """
 
 import inspect
@@ -26,20 +26,20 @@ is not contiguous: in bfloat16 on a CPU it copies the head's weights for every r
 
 
 def last_alone(model: Any) -> dict[str, Any]:
-    """`LAST` for ``model.generate``, where the model knows it; of itself that gives the number."""
+    """Return the option `LAST` for ``model.generate``, which passes the number 1 by default."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": LAST} if known else {}
 
 
 class _Enough(Exception):
-    """The last layer that is wanted has been reached."""
+    """The last layer to read has been reached."""
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """What a forward pass takes.
+    """Return the inputs of a forward pass.
 
-    Positions are given explicitly, counted from the first token that is not padding: without them
-    a model counts the padding, and a prompt would depend on the batch around it.
+    Positions count from the first token that is not padding. A model's default counts the padding,
+    and a prompt's result would depend on its batch.
     """
     mask = batch.attention_mask.to(device)
     return {
@@ -53,18 +53,18 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def read_inputs(
     model: Any, batch: Batch, last_layer: int, read: Callable[[int, Tensor], None]
 ) -> None:
-    """Run the model until the input of a layer is known: that layer and what follows is not run.
+    """Run the model up to the input of a layer; that layer and later ones do not run.
 
     Parameters
     ----------
     model
         A transformers causal language model.
     batch
-        What it is run on.
+        The prompts.
     last_layer
-        The last layer whose input is wanted.
+        The last layer whose input is read.
     read
-        Called for every layer up to that one with the layer and its input, [batch, tokens, hidden].
+        Called with every layer up to that one and its input, [batch, tokens, hidden].
 
     Raises
     ------
@@ -89,7 +89,7 @@ def read_inputs(
         for i, layer in enumerate(layers)
     ]
     try:
-        with torch.compiler.set_stance("force_eager"):  # what is compiled may not see these hooks
+        with torch.compiler.set_stance("force_eager"):  # compiled code may ignore these hooks
             decoder(model)(**model_inputs(batch, input_device(model)), use_cache=False)
     except _Enough:
         pass
@@ -104,17 +104,17 @@ def read_inputs(
 
 
 def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """The logits at the last token of every prompt: float32 [prompts, vocabulary] on the CPU."""
+    """Return the logits at every prompt's last token: float32 [prompts, vocabulary] on the CPU."""
     return batch_logits(model, ChatFormat.of(tokenizer).batches(prompts, batch_size))
 
 
 @torch.inference_mode()
 def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """`last_logits` of prompts that are tokenized already, in the order of the prompts."""
+    """`last_logits` of tokenized prompts, in the order of the prompts."""
     rows, logits = [], []
     for batch in batches:
         inputs = model_inputs(batch, input_device(model))
-        # One row of logits per prompt: all of them would be the largest tensor of the run.
+        # one row of logits a prompt: the logits of every token would be the run's largest tensor
         out = model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
         logits.append(out.to("cpu", torch.float32))
         rows += batch.rows

@@ -31,7 +31,7 @@ LOGITS = {torch.float64: 1e-4, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far a model with edited weights is from the ablated one, on the same tokens.
+    """The differences of a model with edited weights from the ablated one, on the same tokens.
 
     Attributes
     ----------
@@ -40,13 +40,12 @@ class Certificate:
     logit_difference
         Largest absolute difference of a logit.
     relative
-        The same over the largest absolute logit under ablation.
+        `logit_difference` over the largest absolute logit under ablation.
     components
-        By place of the stream ("embed", "layers.3.attn", ...): the largest |r.h| / |h| that the
-        edited model has there, |h| being the token's norm or the median of all, if that is more.
+        By place of the stream ("embed", "layers.3.attn", ...): the largest |r.h| / |h| in the
+        edited model, where |h| is at least the median norm of all tokens.
     effect
-        Largest difference of a logit that ablation makes to the model as it was, over the largest
-        logit: what there was to be reached.
+        Largest logit difference of the ablated from the unmodified model, over the largest logit.
     dtype
         Of the edited model's weights.
     """
@@ -65,7 +64,7 @@ class Certificate:
 
     @property
     def problem(self) -> str | None:
-        """What is beyond the rounding of the dtype, or None."""
+        """What exceeds the rounding of the dtype, or None."""
         dtype = getattr(torch, self.dtype)
         for name, share in self.components.items():
             if not share <= COMPONENT[dtype]:
@@ -133,7 +132,7 @@ def certify_checkpoint(
     direction: Direction,
     load: Callable[[str], Any],
 ) -> Certificate:
-    """`certify` two folders, of which one at a time is in memory.
+    """`certify` two folders, with one model in memory at a time.
 
     Parameters
     ----------
@@ -149,7 +148,7 @@ def certify_checkpoint(
 
 
 def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
-    """Certify an edit that has not been made: every weight is projected as the model reads it.
+    """Certify an edit before it is made: every weight is projected as the model reads it.
 
     Raises
     ------
@@ -165,7 +164,7 @@ def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
 
 @dataclass(frozen=True)
 class AblatedRun:
-    """What a model gives under ablation: all that is needed of it to certify another.
+    """A model's outputs under ablation, to certify another model against.
 
     Attributes
     ----------
@@ -174,7 +173,7 @@ class AblatedRun:
     ids
         Token ids, int64 [batch, tokens].
     logits, plain
-        Under ablation, and of the model as it is: [batch, tokens, vocabulary].
+        Under ablation and unmodified: [batch, tokens, vocabulary].
     """
 
     direction: Direction
@@ -185,7 +184,7 @@ class AblatedRun:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, direction: Direction, ids: Tensor | None = None) -> "AblatedRun":
-        """Run a model as it is, and under ablation."""
+        """Run a model unmodified and under ablation."""
         ids = random_ids(model, 1, TOKENS) if ids is None else ids
         with evaluating(model):
             plain = run(model, ids)
@@ -197,14 +196,14 @@ class AblatedRun:
     def certify(
         self, edited: Any, reading: AbstractContextManager[Any] | None = None
     ) -> Certificate:
-        """Run a model with edited weights, or one whose weights are read as if they were."""
+        """Run a model whose weights are edited, or read as if they were."""
         components: dict[str, float] = {}
         r, hidden = unit(self.direction), self.direction.hidden
 
         def see(name: str, h: Tensor) -> None:
             rows = h.detach().reshape(-1, hidden).double()
             norms = rows.norm(dim=-1)
-            # of a token that is all direction nothing is left but rounding: that is no measure
+            # a token along the direction leaves only rounding, which its own norm would inflate
             norms = norms.clamp_min(float(norms.median())).clamp_min(1e-300)
             share = (rows @ r.to(rows.device)).abs() / norms
             components[name] = max(components.get(name, 0.0), float(share.max()))
@@ -226,7 +225,7 @@ class AblatedRun:
 
 
 class _Projected(TorchDispatchMode):
-    """Lets every op read writers as they will be, while nothing is changed."""
+    """Lets every op read the projected writers while the weights stay unchanged."""
 
     def __init__(self, model: Any, writers: Writers, direction: Direction) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Write a direction out of a checkpoint, tensor by tensor: the model is never loaded.
+"""Orthogonalize a checkpoint tensor by tensor, without loading the model.
 
-The result is built in a hidden folder beside the target and renamed when all of it is on disk. A
-run that was killed leaves that folder; the next takes over what it can prove to be whole.
+The result is built in a hidden folder beside the target and renamed when it is complete. An
+interrupted run leaves that folder, and the next run reuses the files whose digest matches.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ try:
 except ImportError:  # not a POSIX system: two runs at once are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-VERSION = 1  # of what is computed: a change makes what an older version left useless
+VERSION = 1  # of the computation: files of an interrupted run of another version are not reused
 STATE = ".state.json"
 
 
@@ -49,18 +49,17 @@ class OrthogonalizedCheckpoint:
     target
         The folder.
     edited : list of str
-        The names of the tensors that were edited; all others are the same bytes as before.
+        The names of the edited tensors; the bytes of all others are unchanged.
     untied : bool
-        Whether the output matrix was the embedding, and is now a tensor of its own, unedited.
+        Whether the output matrix was the embedding and is now a separate, unedited tensor.
     unread : list of str
-        Tensors that transformers does not read (extra prediction layers, for example), as before.
+        Unedited tensors that transformers does not read, for example extra prediction layers.
     unproved : list of str
         As in `Orthogonalized`.
     left_out : list of str
-        Files with weights in another format, or beside the index: not copied, for they are
-        unedited.
+        Files with weights in another format or not in the index. They are unedited and not copied.
     resumed : int
-        How many files an interrupted run had finished.
+        The number of files reused from an interrupted run.
     """
 
     target: Path
@@ -83,23 +82,22 @@ def orthogonalize_checkpoint(
 ) -> OrthogonalizedCheckpoint:
     """Write a copy of a checkpoint that cannot write along a direction.
 
-    The files hold what `orthogonalize` and ``save_pretrained`` would give, bit for bit where a
-    tensor is edited and where it is not. One tensor at most is in memory at a time; an embedding
-    only some rows of it. The source is only read.
+    The tensors are bit-identical to those of `orthogonalize` and ``save_pretrained``. At most one
+    tensor is in memory at a time, and only some rows of an embedding. The source is only read.
 
     Parameters
     ----------
     source
         A folder with a transformers checkpoint in safetensors, in one file or many.
     target
-        The folder to be made; it must not be there. Everything else that goes with the weights is
-        copied: tokenizer, chat template, configurations, code.
+        The folder to make; it must not exist. Tokenizer, chat template, configurations and code
+        are copied.
     direction
         The direction; its norm does not matter.
     text_only
         As for `orthogonalize`.
     progress
-        Is told how far it is.
+        Called with the number of bytes done and the number of all bytes.
 
     Returns
     -------
@@ -108,15 +106,15 @@ def orthogonalize_checkpoint(
     Raises
     ------
     InputError
-        If the target is there or cannot be written, the disk is too small, the checkpoint is
-        damaged, quantized or not what its configuration says, its family needs code of its own, or
-        the edit would not be ablation (as `orthogonalize`). Nothing has been written then.
+        If the target exists or cannot be written, the disk is too small, the checkpoint is damaged,
+        quantized or does not match its configuration, its family needs remote code, or the edit
+        would not be ablation (as `orthogonalize`). Nothing is written then.
 
     Notes
     -----
-    Interrupted, it leaves ``.NAME.partial`` beside the target. Called again with the same source
-    and direction it takes the files that are finished there, after comparing their SHA-256; with
-    anything else it begins anew. The result is the same, byte for byte.
+    An interrupted run leaves ``.NAME.partial`` beside the target. A run with the same source and
+    direction reuses its finished files after comparing their SHA-256; any other run starts over.
+    The result is byte-identical.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -157,7 +155,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _check_untied(source: Path, tensors: int) -> None:
-    """Make sure that the new configuration will not tie the two again when it is loaded."""
+    """Check that the new configuration does not tie the two matrices when it is loaded."""
     config = read_config(source, tensors)
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         part.tie_word_embeddings = False
@@ -176,7 +174,7 @@ def _check_space(where: Path, partial: Path, shards: list[Shard]) -> None:
 
 
 def _key(source: Path, shards: list[Shard], direction: Direction, plan: CheckpointPlan) -> str:
-    """Return what a run writes its files by: with another key they are of no use."""
+    """Return a digest of what the files depend on: a run with another key cannot reuse them."""
     said = [VERSION, str(source.resolve()), [shard.key() for shard in shards]]
     said += [sorted(plan.axes.items()), plan.head]
     digest = hashlib.sha256(json.dumps(said).encode())
@@ -186,7 +184,7 @@ def _key(source: Path, shards: list[Shard], direction: Direction, plan: Checkpoi
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock of a process that was killed is gone with it."""
+    """Keep other runs out of a folder; the lock ends with the process."""
     number = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
@@ -209,7 +207,7 @@ def _write_all(
     along: list[str],
     progress: Progress | None,
 ) -> int:
-    """Write everything; return how many shards were there."""
+    """Write all files; return the number of reused shards."""
     done = _taken_over(partial, key)
     resumed = len(done)
     home = next(
@@ -243,7 +241,7 @@ def _write_all(
 
 
 def _taken_over(partial: Path, key: str) -> dict[str, str]:
-    """Return the finished files of an interrupted run with their digests; remove all others."""
+    """Return an interrupted run's finished files with their digests; remove all others."""
     state: Any = None
     with contextlib.suppress(InputError):  # none, or half a one
         state = read_json(partial / STATE)
@@ -276,7 +274,7 @@ def _digest(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name when all of it is on disk."""
+    """Open a file that gets its name when it is complete on disk."""
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "wb") as file:
         yield file
@@ -286,7 +284,7 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _finish(partial: Path, target: Path) -> None:
-    """Give the folder its name, with nothing of the making left in it."""
+    """Remove the state file and give the folder its name."""
     (partial / STATE).unlink()
     _sync(partial)
     partial.rename(target)
@@ -302,7 +300,7 @@ def _sync(folder: Path) -> None:
 
 
 def _with_head(document: Any, plan: CheckpointPlan, shards: list[Shard], home: str) -> Any:
-    """Return the index, with the output matrix where that is a new tensor."""
+    """Return the index, with the output matrix if that is a new tensor."""
     if plan.head is None or plan.head[0] in document["weight_map"]:
         return document
     (size,) = (e.size for s in shards for e in s.entries if e.name == plan.head[1])
@@ -314,7 +312,7 @@ def _with_head(document: Any, plan: CheckpointPlan, shards: list[Shard], home: s
 
 
 def _copy_json(source: Path, target: Path, document: Any) -> None:
-    """Write a document; if it is what the source says, the source's own bytes."""
+    """Write a document; copy the source's bytes if it is the same document."""
     if document == read_json(source):
         text = source.read_bytes()
     else:

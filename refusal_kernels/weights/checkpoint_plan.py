@@ -28,17 +28,17 @@ LIMIT_COUNT = 1 << 16  # of layers, heads or experts: each may be an object
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """What is to be done to a checkpoint.
+    """The edits of a checkpoint.
 
     Attributes
     ----------
     axes
-        For every tensor that is edited, by its name in the files: its axis along the stream.
+        The axis along the stream of every edited tensor, by its name in the files.
     head
-        The tensor that becomes the output matrix's own, and the name of the embedding whose
-        unedited copy it is; None where the two are not tied.
+        The names of the new output matrix and of the embedding that it copies unedited; None if
+        the two are not tied.
     unread
-        Tensors that the model does not read; they stay as they are.
+        Unedited tensors that the model does not read.
     unproved
         As `Writers.unproved`.
     """
@@ -52,14 +52,13 @@ class CheckpointPlan:
 def make_plan(
     folder: Path, shards: list[Shard], direction: Direction, text_only: bool
 ) -> CheckpointPlan:
-    """Return what is to be done to a checkpoint.
+    """Return the edits of a checkpoint.
 
     Raises
     ------
     InputError
-        If the configuration is of no family that transformers knows without code of the
-        checkpoint's own, the weights are quantized, the tensors are not those of the model, or the
-        edit would not be ablation (as `orthogonalize`).
+        If the family needs remote code, the weights are quantized, the tensors are not those of the
+        model, or the edit would not be ablation (as `orthogonalize`).
     """
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
     model = build_on_meta(read_config(folder, len(entries)))
@@ -97,12 +96,12 @@ def make_plan(
 
 
 def _check_sizes(model: Any, numbers: int) -> None:
-    """Make sure that what a forward pass draws at random is no larger than the checkpoint.
+    """Check that no parameter is larger than the checkpoint: a forward pass draws it at random.
 
     Raises
     ------
     InputError
-        If a parameter has more numbers than all tensors of the checkpoint.
+        If one is.
     """
     for name, parameter in model.named_parameters():
         if parameter.numel() > numbers:
@@ -118,8 +117,8 @@ def read_config(folder: Path, tensors: int) -> Any:
     Raises
     ------
     InputError
-        If transformers has no model for it, it is quantized, it has more layers than the checkpoint
-        has tensors, or a number of heads or experts that is absurd.
+        If transformers has no model for it, it is quantized, or it names more layers than the
+        checkpoint has tensors, or too many heads or experts.
     """
     document = read_json(inside(folder, "config.json"))
     if not isinstance(document, dict):
@@ -151,7 +150,7 @@ def read_config(folder: Path, tensors: int) -> Any:
 
 
 def _settings(document: Any) -> Iterator[tuple[str, int]]:
-    """Return all whole numbers of a configuration, with their names."""
+    """Yield all whole numbers of a configuration with their names."""
     items = document.items() if isinstance(document, dict) else enumerate(document)
     for name, value in items:
         if isinstance(value, dict | list):
@@ -192,7 +191,7 @@ def build_on_meta(config: Any) -> Any:
 
 @contextmanager
 def _as_known() -> Iterator[None]:
-    """Say so where transformers renames tensors in another way than is known here."""
+    """Report a version of transformers whose renaming of tensors is unknown here."""
     try:
         yield
     except (ImportError, AttributeError, TypeError, ValueError, StopIteration) as error:
@@ -206,10 +205,10 @@ def _as_known() -> Iterator[None]:
 
 
 class _TensorNames:
-    """Says which parameter a tensor of a checkpoint becomes, as transformers would load it.
+    """Maps the tensors of a checkpoint to parameters, as transformers loads them.
 
-    There is no public way to ask. What is used here is what PEFT uses, and where a version of
-    transformers has it no more, that is said.
+    transformers has no public function for it. This uses the functions that PEFT uses and reports
+    a version that lacks them.
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Follow a forward pass: which parameters write what is added to the residual stream.
+"""Follow a forward pass to the parameters that write into the residual stream.
 
 `Lineages` says which tensors are clean given which parameters. What a steered site returns is
 clean given nothing.
@@ -32,7 +32,7 @@ from refusal_kernels.weights.lineage import (
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """What reached a steered site: both terms of the sum."""
+    """The lineage of both terms of the sum at a steered site."""
 
     name: str
     branch: Lineage
@@ -99,7 +99,7 @@ class StreamFlow(TorchDispatchMode):
 
     @contextmanager
     def through(self, sites: Sequence[Site]) -> Iterator[None]:
-        """Note what reaches these sites, while inside, whatever serves them."""
+        """Note what reaches these sites inside the context, with any backend."""
         flow = self
 
         class Followed(Site):

@@ -1,4 +1,4 @@
-"""What is known of each tensor of a forward pass: which parameters it is clean given.
+"""Track which parameters each tensor of a forward pass is clean given.
 
 A tensor is *clean given W*, a set of parameters, if removing a direction r from those parameters,
 each along one axis, removes r from every row of the tensor and changes nothing else about it. A
@@ -27,12 +27,12 @@ WriterAxis = tuple[str, int]
 
 NOTHING: frozenset[Any] = frozenset()
 
-# The rows stay the rows: only how they are arranged changes, or their dtype.
+# These keep every row; they change the arrangement or the dtype.
 _ROWS = frozenset(
     """view _unsafe_view reshape unsqueeze squeeze expand clone _to_copy detach alias lift_fresh
     repeat""".split()
 )
-# Acts along one dimension, or several, which must not be the last.
+# These act along dimensions that must not include the last.
 _ALONG = frozenset(
     """select slice split split_with_sizes unbind cat stack sum mean index_select
     narrow""".split()
@@ -54,13 +54,13 @@ class Lineage:
     Attributes
     ----------
     writes
-        It is clean given these; None if that is not so.
+        The tensor is clean given these; None if it is not clean.
     depends
-        The parameters that it was computed from since the last site, by name.
+        The names of the parameters that it was computed from since the last site.
     axes
-        Of a view of a parameter: for every dimension the parameter's axis, or None.
+        For a view of a parameter: the parameter's axis of every dimension, or None.
     why
-        What ended it being clean.
+        The operation that ended it being clean.
     """
 
     writes: frozenset[WriterAxis] | None = None
@@ -97,7 +97,7 @@ class Lineages:
         self._storages.clear()
 
     def lineage(self, tensor: Any) -> Lineage:
-        """Return what is known of an argument; of what was never seen, nothing."""
+        """Return what is known of an argument; nothing if it is unknown."""
         return self._known.get(tensor, Lineage()) if isinstance(tensor, Tensor) else Lineage()
 
     def note(self, tensor: Tensor, value: Lineage) -> None:
@@ -215,7 +215,7 @@ class Lineages:
         return Lineage(made.writes, made.depends | depends)
 
     def overwrite(self, out: Tensor, made: Lineage) -> None:
-        """Let whatever shares memory with a tensor written in place know of it."""
+        """Update all tensors that share memory with a tensor written in place."""
         memory = out.untyped_storage().data_ptr()
         for reference in self._storages.pop(memory, ()):
             tensor = reference()

@@ -1,8 +1,8 @@
 """Write the edit as a LoRA adapter of PEFT, exact and of rank one for every weight.
 
 ``W - r r^T W`` adds ``B A`` with ``B = -r`` and ``A = r^T W`` where rows of W lie along the stream,
-and ``B = -W r``, ``A = r^T`` where columns do. The model's own files stay as they are, and the
-edit can be switched off.
+and ``B = -W r``, ``A = r^T`` where columns do. The model's files are unchanged, and the edit can be
+switched off.
 """
 
 import importlib.util
@@ -40,11 +40,11 @@ class LoraAdapter:
     edited : list of str
         The parameters that the adapter edits.
     biases : list of str
-        Those of them that are biases. LoRA has no term for them: the adapter holds their new
-        values (PEFT's ``bias="lora_only"``), and switching it off does not bring the old ones back.
+        The edited biases. LoRA has no term for them: the adapter holds their new values (PEFT's
+        ``bias="lora_only"``), and switching it off does not restore the old ones.
     tied
-        Whether the output matrix is the embedding. The adapter leaves it unedited, as it should;
-        merged into the weights it would not: untie the two before.
+        Whether the output matrix is the embedding. The adapter does not edit it; a merge would, so
+        untie the two before one.
     certificate : Certificate
         The model with the adapter against the ablated one.
     unproved : list of str
@@ -82,16 +82,16 @@ class _LoraTargets:
 def orthogonalize_lora(
     model: Any, direction: Direction, folder: str | os.PathLike[str], *, text_only: bool = False
 ) -> LoraAdapter:
-    """Write what `orthogonalize` does as a PEFT adapter of rank one; the model stays as it is.
+    """Write the edit of `orthogonalize` as a PEFT adapter of rank one; the model is unchanged.
 
     Parameters
     ----------
     model
-        As for `orthogonalize`. The adapter is put into it to be certified, and taken out again.
+        As for `orthogonalize`. The adapter is certified in it and then removed.
     direction
         The direction; its norm does not matter.
     folder
-        The adapter's, to be made; it must not be there.
+        The adapter's folder to make; it must not exist.
     text_only
         As for `orthogonalize`.
 
@@ -102,14 +102,14 @@ def orthogonalize_lora(
     Raises
     ------
     InputError
-        As `orthogonalize`; also if PEFT is not installed, the folder is there, or a parameter that
-        writes is nothing that an adapter reaches. Nothing has been written then.
+        As `orthogonalize`; also if PEFT is not installed, the folder exists, or an adapter cannot
+        edit a parameter that writes. Nothing is written then.
 
     Notes
     -----
-    In float32 (float64 for such a model), computed in float64. In half precision the base layer's
-    output is rounded before the adapter takes the direction out of it, so that about an epsilon of
-    it stays, as it does with weights that are rounded.
+    Computed in float64, stored in float32 (float64 for a float64 model). In half precision the base
+    layer's output is rounded before the adapter removes the direction, so about an epsilon of it
+    stays, as with rounded weights.
     """
     if importlib.util.find_spec("peft") is None:
         raise InputError("an adapter needs PEFT: pip install 'refusal-kernels[research]'")
@@ -187,7 +187,7 @@ def _two_sided(parameter: Tensor, axis: int) -> bool:
 
 @contextmanager
 def _adapted(model: Any, parts: _LoraTargets, folder: Path | None = None) -> Iterator[Any]:
-    """Put an adapter into a model, empty or from its folder; take it out, and leave no trace."""
+    """Put an adapter, empty or from its folder, into a model; restore the model at the end."""
     import peft
 
     paths = [*parts.modules, *(name.rpartition(".")[0] for name in parts.parameters)]
@@ -244,10 +244,9 @@ def _layers(model: Any) -> dict[str, nn.Module]:
 
 
 def _as_taken(model: Any, parts: _LoraTargets) -> _LoraTargets:
-    """Name the weight where PEFT takes the name of a module for another.
+    """Name the weight instead of the module if PEFT mistakes the module's name.
 
-    In families whose experts became one parameter it takes every ``down_proj`` for an expert's, a
-    dense layer's too.
+    In families with fused experts PEFT takes every ``down_proj`` for an expert's, even a dense one.
     """
     with _adapted(model, parts):
         taken = _layers(model)

@@ -1,4 +1,4 @@
-"""Write one safetensors file anew, with some of its tensors edited, a piece at a time."""
+"""Write a copy of a safetensors file with some tensors edited, piece by piece."""
 
 import hashlib
 import json
@@ -22,18 +22,18 @@ class ShardWriter:
     Parameters
     ----------
     file
-        Where to.
+        The file to write to.
     shards
-        All of the checkpoint: the output matrix's bytes may be in another one.
+        All shards; the output matrix may be copied from another one.
     plan
-        What is edited.
+        The edits.
     r
         The unit vector, float64 [hidden].
 
     Attributes
     ----------
     digest
-        SHA-256 of what has been written.
+        SHA-256 of the bytes written.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ShardWriter:
         self._entries = {e.name: (s, e) for s in shards for e in s.entries}
 
     def write(self, shard: Shard, added: tuple[str, str] | None) -> Iterator[int]:
-        """Write the shard; yield how many bytes, again and again."""
+        """Write the shard; yield the number of bytes after each piece."""
         new = added is not None and added[0] not in self._entries
         yield self._put(header_with(shard, added[0], self._entries[added[1]][1]) if added and new
                         else shard.header)  # fmt: skip
@@ -74,9 +74,9 @@ class ShardWriter:
                 yield self._put(data)
 
     def _edited(self, shard: Shard, entry: ShardTensor) -> Iterator[int]:
-        """Write a tensor without the direction, one matrix or some rows of it at a time.
+        """Write a tensor without the direction, a matrix or some of its rows at a time.
 
-        The cuts are those of `project_`, so that not even a rounding differs.
+        The blocks are those of `project_`, so the roundings are equal.
         """
         axis, shape, dtype = self._plan.axes[entry.name], entry.shape, DTYPES[entry.dtype]
         rows, width = (1, *shape)[-2:]

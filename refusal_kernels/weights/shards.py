@@ -1,7 +1,7 @@
-"""The safetensors files of a checkpoint: their headers, read strictly and without their tensors.
+"""Read the headers of a checkpoint's safetensors files, strictly and without their tensors.
 
-A folder may come from anyone. Its index may name files elsewhere, its headers may lie; everything
-is checked before anything is read by what they say, and nothing is allocated on their word.
+A folder may come from anyone: its index may name files elsewhere, and its headers may lie. Every
+header is checked before it is used, and no allocation trusts it.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {
 
 @dataclass(frozen=True)
 class ShardTensor:
-    """One tensor of a file: where its bytes are, counted from the file's beginning."""
+    """One tensor of a file; `start` counts bytes from the beginning of the file."""
 
     name: str
     dtype: str
@@ -45,11 +45,11 @@ class Shard:
     Attributes
     ----------
     path
-        Where it is.
+        The file.
     header
-        The first bytes of the file, up to the tensors, as they are.
+        The bytes before the tensors.
     metadata
-        The strings that the header keeps beside the tensors.
+        The strings of the header.
     entries
         The tensors, in the order of their bytes.
     size
@@ -68,7 +68,7 @@ class Shard:
         return self.path.name
 
     def key(self) -> list[Any]:
-        """Return what tells this file from a changed one, as plain values."""
+        """Return values that change when the file changes."""
         digest = hashlib.sha256(self.header).hexdigest()
         return [self.name, self.size, self.path.stat().st_mtime_ns, digest]
 
@@ -79,9 +79,8 @@ def read_shards(folder: Path) -> list[Shard]:
     Raises
     ------
     InputError
-        If the folder has none, its index names files outside, files or tensors that are not there,
-        or a tensor is in two files; or if a header is no safetensors header, or does not fit its
-        file.
+        If the folder has none, its index names files outside or missing files or tensors, a tensor
+        is in two files, or a header is malformed or does not fit its file.
     """
     index = folder / INDEX
     if not index.exists():
@@ -122,8 +121,7 @@ def read_shards(folder: Path) -> list[Shard]:
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file of a folder; refuse a link that leads out of it.
 
-    The hub's cache is made of links into the folder ``blobs`` beside the snapshots; those are
-    followed.
+    Links of the hub's cache into the folder ``blobs`` beside the snapshots are followed.
 
     Raises
     ------
@@ -139,7 +137,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_shard(path: Path) -> Shard:
-    """Return what the header of a safetensors file says, checked against the file.
+    """Read the header of a safetensors file and check it against the file.
 
     Raises
     ------
@@ -203,15 +201,15 @@ def _entry(path: Path, name: str, said: Any, base: int) -> ShardTensor:
 
 
 def other_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the files of a checkpoint that go with its weights, and those that hold others.
+    """Return a checkpoint's files to copy, and its files with weights that are not edited.
 
-    The second are weights in other formats, or that the index does not name: unedited, they would
-    make the folder mean two things.
+    The latter are in other formats or not named by the index; copied, they would contradict the
+    edited weights.
 
     Raises
     ------
     InputError
-        If something that would go along is a link out of the folder, or neither file nor folder.
+        If something to copy is a link out of the folder, or neither file nor folder.
     """
     along: list[str] = []
     weights: list[str] = []

@@ -1,4 +1,4 @@
-"""Find the parameters that write into a model's residual stream, or say why that cannot be."""
+"""Find the parameters that write into a model's residual stream, or refuse with the reason."""
 
 import re
 from collections.abc import Iterator
@@ -28,10 +28,9 @@ class Writers:
     Attributes
     ----------
     axes
-        For every such parameter, by name in the order of the model: its axis along the stream.
+        The axis along the stream of every such parameter, by name in the order of the model.
     unproved
-        Parameters with such an axis that no text reached, so that nothing is known of them: those
-        of an image encoder, for example.
+        Parameters of that width that no text reached, for example of an image encoder.
     """
 
     axes: dict[str, int]
@@ -40,7 +39,7 @@ class Writers:
 
 @torch.no_grad()
 def find_writers(model: Any, *, text_only: bool = False) -> Writers:
-    """Follow a forward pass over random tokens, and return what writes into the stream.
+    """Follow a forward pass over random tokens and return the parameters that write.
 
     Parameters
     ----------
@@ -56,7 +55,7 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
         or gain stands between what writes and the stream, or a parameter has another use as well.
     """
     hidden = hidden_size(model)
-    # which direction it is does not matter, for none of its numbers are looked at
+    # any direction will do: its numbers are not used
     direction = Direction(torch.ones(hidden))
     flow = StreamFlow(model, hidden)
     with evaluating(model), patch(model, Ablate(direction), fuse_norms=False) as handle:
@@ -103,7 +102,7 @@ def _because(value: Lineage) -> str:
 
 
 def _spread(model: nn.Module, sources: set[WriterAxis], touched: set[str]) -> Writers:
-    """Add to the sources their like that no token reached: experts that were not chosen."""
+    """Add parameters named like the sources that no token reached: experts not chosen."""
     patterns: dict[str, set[int]] = {}
     for name, axis in sources:
         patterns.setdefault(_pattern(name), set()).add(axis)
@@ -135,7 +134,7 @@ def _pattern(name: str) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, every part back as it was after."""
+    """Put a model into eval mode; restore the mode of every module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
