@@ -26,10 +26,7 @@ NODES = 2_000_000
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to ``path`` on success.
 
-    Raises
-    ------
-    InputError
-        If the file can not be written.
+    Raises InputError if the file can not be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,10 +50,7 @@ def check_new(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder; rename it to ``folder`` on success, remove it on failure.
 
-    Raises
-    ------
-    InputError
-        If the path exists or cannot be written.
+    Raises InputError if the path exists or cannot be written.
     """
     check_new(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -125,10 +119,7 @@ def read_bytes(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT
 def check_size(path: str | os.PathLike[str], what: str, limit_bytes: int) -> int:
     """Return the size of a file in bytes; refuse a missing or too large one.
 
-    Raises
-    ------
-    InputError
-        If the file is missing or too large. A folder, a device or a pipe is no file.
+    Raises InputError if the file is missing or too large. A folder, a device or a pipe is no file.
     """
     try:
         there = Path(path).is_file()
@@ -153,10 +144,7 @@ def read_text(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT_
 def read_json(path: str | os.PathLike[str], limit_bytes: int = LIMIT_BYTES) -> Any:
     """Read a JSON file that someone else may have written.
 
-    Raises
-    ------
-    InputError
-        If the file is missing, too large, or `parse_json` refuses what is in it.
+    Raises InputError if the file is missing, too large, or `parse_json` refuses what is in it.
     """
     return parse_json(read_text(path, "a JSON file", limit_bytes), str(path))
 

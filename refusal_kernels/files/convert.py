@@ -24,10 +24,8 @@ Content = Direction | Candidates | ControlVector
 def read(path: str | os.PathLike[str]) -> Content:
     """Read what a file holds, by its suffix: ``.safetensors``, ``.gguf``, ``.glp`` or ``.pt``.
 
-    Raises
-    ------
-    InputError
-        If the suffix is another one, or the file is missing, damaged or holds something else.
+    Raises InputError if the suffix is another one, or the file is missing, damaged or holds
+    something else.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".pt":

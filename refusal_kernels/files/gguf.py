@@ -24,10 +24,7 @@ _STRING, _ARRAY, _F32 = 8, 9, 0
 def gguf_library() -> Any:
     """Import the gguf library.
 
-    Raises
-    ------
-    InputError
-        If it is missing.
+    Raises InputError if it is missing.
     """
     try:
         import gguf

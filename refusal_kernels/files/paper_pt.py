@@ -38,11 +38,8 @@ def read_torch(path: str | os.PathLike[str]) -> Direction | Candidates:
     ``direction_metadata.json`` beside it: ``{"pos": -5, "layer": 12}``, the input of that layer, as
     here. ``mean_diffs.pt`` holds the candidates, [position, layer, hidden].
 
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, in torch's format from before 1.6, or holds anything but
-        one such tensor; or if the metadata is not as above.
+    Raises InputError if the file is missing, damaged, in torch's format from before 1.6, or holds
+    anything but one such tensor; or if the metadata is not as above.
     """
     tensor = _torch_tensor(path)
     try:

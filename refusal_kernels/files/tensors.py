@@ -30,10 +30,7 @@ def write_tensors(
 
     Equal tensors and metadata give equal bytes.
 
-    Raises
-    ------
-    InputError
-        If the file cannot be written; nothing is left behind.
+    Raises InputError if the file cannot be written; nothing is left behind.
     """
     known = {"format": kind, "format_version": FORMAT_VERSION}
     blob = memoryview(save(dict(tensors), metadata={**metadata, **known}))
@@ -52,11 +49,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the named tensors and the metadata of a file that `write_tensors` wrote.
 
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, larger than the limit, of another format, or without one
-        of the tensors.
+    Raises InputError if the file is missing, damaged, larger than the limit, of another format, or
+    without one of the tensors.
     """
     metadata, tensors = _opened(path, f"a {kind} file", keys, limit_bytes)
     name, version = metadata.pop("format", None), metadata.pop("format_version", None)

@@ -37,10 +37,7 @@ def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the decoder layers of a causal language model.
 
-    Raises
-    ------
-    InputError
-        If there is no list of layers.
+    Raises InputError if there is no list of layers.
     """
     named_list = layer_list(model) if isinstance(model, nn.Module) else None
     if named_list is None:
@@ -60,10 +57,7 @@ def text_config(model: Any) -> Any:
 def hidden_size(model: Any) -> int:
     """Return the width of the residual stream.
 
-    Raises
-    ------
-    InputError
-        If the configuration does not say.
+    Raises InputError if the configuration does not say.
     """
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:

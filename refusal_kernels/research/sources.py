@@ -125,11 +125,8 @@ def _parsed_spec(source: str) -> Dataset:
 def read_dataset(dataset: Dataset) -> list[str]:
     """Read the prompts of a dataset with the datasets library, from the hub or a local folder.
 
-    Raises
-    ------
-    InputError
-        If the library is missing, the dataset cannot be loaded (no network, no such name or part,
-        access not granted), or it has no such column or no such row.
+    Raises InputError if the library is missing, the dataset cannot be loaded (no network, no such
+    name or part, access not granted), or it has no such column or no such row.
     """
     table, name = _loaded(dataset)
     column = dataset.column or _field_of(table.column_names)
@@ -342,10 +339,7 @@ def split_prompts(
 def split_sizes(count: int) -> dict[str, int]:
     """How a set of prompts is cut: `SIZES`, or half, a quarter and the rest of a smaller set.
 
-    Raises
-    ------
-    InputError
-        If there are fewer than three prompts: every part needs one.
+    Raises InputError if there are fewer than three prompts: every part needs one.
     """
     if count < 3:
         raise InputError(

@@ -150,10 +150,7 @@ def certify_checkpoint(
 def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
     """Certify an edit before it is made: every weight is projected as the model reads it.
 
-    Raises
-    ------
-    InputError
-        If the edited model would not be the ablated one.
+    Raises InputError if the edited model would not be the ablated one.
     """
     expected = AblatedRun.of(model, direction)
     certificate = expected.certify(model, _Projected(model, writers, direction))

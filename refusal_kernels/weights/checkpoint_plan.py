@@ -54,11 +54,8 @@ def make_plan(
 ) -> CheckpointPlan:
     """Return the edits of a checkpoint.
 
-    Raises
-    ------
-    InputError
-        If the family needs remote code, the weights are quantized, the tensors are not those of the
-        model, or the edit would not be ablation (as `orthogonalize`).
+    Raises InputError if the family needs remote code, the weights are quantized, the tensors are
+    not those of the model, or the edit would not be ablation (as `orthogonalize`).
     """
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
     model = build_on_meta(read_config(folder, len(entries)))
@@ -98,10 +95,7 @@ def make_plan(
 def _check_sizes(model: Any, numbers: int) -> None:
     """Check that no parameter is larger than the checkpoint: a forward pass draws it at random.
 
-    Raises
-    ------
-    InputError
-        If one is.
+    Raises InputError if one is.
     """
     for name, parameter in model.named_parameters():
         if parameter.numel() > numbers:
@@ -114,11 +108,8 @@ def _check_sizes(model: Any, numbers: int) -> None:
 def read_config(folder: Path, tensors: int) -> Any:
     """Return the configuration of a checkpoint.
 
-    Raises
-    ------
-    InputError
-        If transformers has no model for it, it is quantized, or it names more layers than the
-        checkpoint has tensors, or too many heads or experts.
+    Raises InputError if transformers has no model for it, it is quantized, or it names more layers
+    than the checkpoint has tensors, or too many heads or experts.
     """
     document = read_json(inside(folder, "config.json"))
     if not isinstance(document, dict):
@@ -162,10 +153,7 @@ def _settings(document: Any) -> Iterator[tuple[str, int]]:
 def build_on_meta(config: Any) -> Any:
     """Build a model without weights.
 
-    Raises
-    ------
-    InputError
-        If transformers cannot.
+    Raises InputError if transformers cannot.
     """
     import transformers
 

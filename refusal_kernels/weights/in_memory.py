@@ -97,11 +97,8 @@ def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) 
 def check_model(model: Any, direction: Direction) -> None:
     """Refuse a model that a direction does not fit, or whose weights are not plain numbers.
 
-    Raises
-    ------
-    InputError
-        If it has another hidden size, is patched or carries adapters, or a weight is quantized or
-        offloaded.
+    Raises InputError if it has another hidden size, is patched or carries adapters, or a weight is
+    quantized or offloaded.
     """
     if direction.hidden != hidden_size(model):
         raise InputError(

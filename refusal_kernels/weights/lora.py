@@ -259,10 +259,7 @@ def _as_taken(model: Any, parts: _LoraTargets) -> _LoraTargets:
 def _fill(model: Any, parts: _LoraTargets, r: Tensor) -> None:
     """Write A [rank, in] and B [out, rank] into the adapter that is in a model, and the biases.
 
-    Raises
-    ------
-    InputError
-        If PEFT has adapted anything else.
+    Raises InputError if PEFT has adapted anything else.
     """
     layers: dict[str, Any] = _layers(model)
     if other := sorted(layers.keys() ^ parts.modules.keys() ^ parts.parameters.keys()):

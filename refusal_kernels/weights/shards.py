@@ -76,11 +76,8 @@ class Shard:
 def read_shards(folder: Path) -> list[Shard]:
     """Return the safetensors files of a checkpoint, every header checked.
 
-    Raises
-    ------
-    InputError
-        If the folder has none, its index names files outside or missing files or tensors, a tensor
-        is in two files, or a header is malformed or does not fit its file.
+    Raises InputError if the folder has none, its index names files outside or missing files or
+    tensors, a tensor is in two files, or a header is malformed or does not fit its file.
     """
     index = folder / INDEX
     if not index.exists():
@@ -123,10 +120,7 @@ def inside(folder: Path, name: str) -> Path:
 
     Links of the hub's cache into the folder ``blobs`` beside the snapshots are followed.
 
-    Raises
-    ------
-    InputError
-        If the link leads elsewhere.
+    Raises InputError if the link leads elsewhere.
     """
     path, root = folder / name, folder.resolve()
     real = path.resolve()
@@ -139,10 +133,7 @@ def inside(folder: Path, name: str) -> Path:
 def read_shard(path: Path) -> Shard:
     """Read the header of a safetensors file and check it against the file.
 
-    Raises
-    ------
-    InputError
-        If it is damaged or no such file.
+    Raises InputError if it is damaged or no such file.
     """
     size = check_size(path, "a safetensors file", LIMIT_FILE)
     try:
@@ -206,10 +197,7 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
     The latter are in other formats or not named by the index; copied, they would contradict the
     edited weights.
 
-    Raises
-    ------
-    InputError
-        If something to copy is a link out of the folder, or neither file nor folder.
+    Raises InputError if something to copy is a link out of the folder, or neither file nor folder.
     """
     along: list[str] = []
     weights: list[str] = []

@@ -167,10 +167,7 @@ def random_ids(model: Any, seed: int, tokens: int = TOKENS) -> Tensor:
 def run(model: Any, ids: Tensor) -> Tensor:
     """Return the logits of a model, [1, tokens, vocabulary].
 
-    Raises
-    ------
-    InputError
-        If the model does not run on token ids alone.
+    Raises InputError if the model does not run on token ids alone.
     """
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits

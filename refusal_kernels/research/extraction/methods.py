@@ -84,10 +84,7 @@ METHODS = (MEAN_DIFFERENCE, *FITS)
 def check_method(method: str) -> None:
     """Check that a method exists and its library is installed.
 
-    Raises
-    ------
-    InputError
-        If not.
+    Raises InputError if not.
     """
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")

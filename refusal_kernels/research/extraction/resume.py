@@ -37,10 +37,7 @@ class Checkpoint:
     def load(self, moments: Moments, total: int) -> int:
         """Read the state into `moments`; return how many of `total` batches are done, or 0.
 
-        Raises
-        ------
-        InputError
-            If the file is damaged or of another run; the message names what differs.
+        Raises InputError if the file is damaged or of another run; the message names what differs.
         """
         sweep(self.path)
         if not self.path.exists():
@@ -64,10 +61,7 @@ class Checkpoint:
 def check_identity(path: Path, identity: Identity, metadata: Identity) -> None:
     """Refuse a checkpoint whose metadata names another run; the message names what differs.
 
-    Raises
-    ------
-    InputError
-        If they differ.
+    Raises InputError if they differ.
     """
     names = sorted({*identity, *metadata})
     if differ := [name for name in names if identity.get(name) != metadata.get(name)]:

@@ -48,10 +48,7 @@ def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
     """Check the refusal tokens against the vocabulary.
 
-    Raises
-    ------
-    InputError
-        If there is no token, or one is not in the vocabulary.
+    Raises InputError if there is no token, or one is not in the vocabulary.
     """
     if not tokens or not all(0 <= token < vocabulary for token in tokens):
         raise InputError(
