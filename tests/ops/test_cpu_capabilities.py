@@ -37,7 +37,7 @@ def test_ops_with(capability):
         pytest.skip(f"this processor has no {capability}")
     code = "from refusal_kernels import _C; print(_C.cpu_capability())"
     assert run(capability, "-c", code).stdout.strip() == capability
-    done = run(capability, "-m", "pytest", "-q", *OP_TESTS, "-k", "cpu")
+    done = run(capability, "-m", "pytest", "-q", *OP_TESTS, "-k", "cpu", "-m", "not full")
     assert done.returncode == 0, done.stdout
     assert "op tests passed per backend: cpu" in done.stdout
 
