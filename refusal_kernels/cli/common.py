@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from refusal_kernels.files.atomic import write_json
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from refusal_kernels.direction import Direction
+    from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.progress import Progress, Step
 
 console = Console()
@@ -28,7 +30,7 @@ SPEED_S = 600.0  # the rate is that of the last ten minutes: a batch of a large 
 
 
 def choose_device(device: str) -> str:
-    """Check a device, and say which one "auto" is.
+    """Check a device, and say which one "auto" is; under torchrun each process has its own.
 
     Raises
     ------
@@ -39,9 +41,27 @@ def choose_device(device: str) -> str:
     from refusal_kernels.hf.load import find_device
 
     chosen = find_device(device)
+    if chosen.type != "cpu" and chosen.index is None and "LOCAL_RANK" in os.environ:
+        chosen = find_device(f"{chosen.type}:{os.environ['LOCAL_RANK']}")
     if device == "auto":
         errors.print(Text(f"device: {chosen} ({describe_device(chosen)})"), soft_wrap=True)
     return str(chosen)
+
+
+def load_chat(
+    model: str,
+    device: str,
+    dtype: str,
+    system: str | None,
+    thinking: bool,
+    direction: Direction | None = None,
+) -> tuple[Any, ChatFormat]:
+    """Load a model and its chat format, and check that a direction fits it."""
+    from refusal_kernels.hf.chat import ChatFormat
+    from refusal_kernels.hf.load import load
+
+    language_model, tokenizer = load(model, choose_device(device), dtype, direction)
+    return language_model, ChatFormat(tokenizer, system, thinking=thinking)
 
 
 def provenance(model: str, language_model: Any) -> dict[str, Any]:

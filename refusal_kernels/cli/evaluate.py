@@ -13,9 +13,9 @@ from rich.text import Text
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    choose_device,
     console,
     finish,
+    load_chat,
     named_sources,
     prepare,
     progress_bars,
@@ -65,8 +65,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="JUDGE",
-            help=f"{', '.join(_JUDGES)} (the latter as NAME:MODEL), or only MODEL; a classifier's "
-            "label follows as MODEL#LABEL. Repeat for several. Default: substrings.",
+            help=f"{', '.join(_JUDGES)}, with what it needs after a colon, or the name of a model "
+            "(MODEL#LABEL: a classifier's label); repeat for several. Default: substrings.",
         ),
     ] = None,
     text: Annotated[
@@ -139,8 +139,6 @@ def evaluate(
 
     from refusal_kernels import toy
     from refusal_kernels.direction import Candidates
-    from refusal_kernels.hf.chat import ChatFormat
-    from refusal_kernels.hf.load import load
     from refusal_kernels.research.evaluation import evidence
     from refusal_kernels.research.evaluation.html import write_page
     from refusal_kernels.research.evaluation.likelihood import answers, context_of, read_passages
@@ -177,8 +175,7 @@ def evaluate(
         )  # fmt: skip
     prepare(report, json_file)
 
-    language_model, tokenizer = load(model, choose_device(device), dtype, loaded)
-    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    language_model, chat = load_chat(model, device, dtype, system, thinking, loaded)
     context = context_of(language_model)
     passages = {
         name: read_passages(Path(file), chat, context)
@@ -220,7 +217,7 @@ def evaluate(
                 evidence.ABLATED: Ablate(loaded),
                 evidence.ADDED: Add(loaded, block_input=at),
             }
-            results = harness(language_model, tokenizer, edits, progress=step("lm-eval"))
+            results = harness(language_model, chat.tokenizer, edits, progress=step("lm-eval"))
             # the parts of a group, such as the 57 of mmlu, are in the JSON alone
             for key, wanted in (("lm_eval", True), ("lm_eval_parts", False)):
                 document[key] = {

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    choose_device,
     console,
     errors,
     finish,
+    load_chat,
     prepare,
     progress_bars,
     unfinished,
@@ -76,8 +76,6 @@ def extract(
         raise InputError(f"{out} cannot be both the checkpoint and the candidates' file")
 
     from refusal_kernels.direction import MEAN_DIFFERENCE
-    from refusal_kernels.hf.chat import ChatFormat
-    from refusal_kernels.hf.load import load
     from refusal_kernels.research.extraction.distributed import PeerError, joined
     from refusal_kernels.research.extraction.methods import check_method, find_candidates
     from refusal_kernels.research.prompts import filtered, prompts_for
@@ -85,17 +83,13 @@ def extract(
     check_method(method)
     if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
-    with joined() as (rank, local_rank):
+    with joined() as (rank, _):
         prompts = prompts_for(model, "train", harmful, harmless, seed)
         prepare(out, state, json_file)
         if rank == 0:
             for path in filter(None, (out, state, json_file)):
                 sweep(path)
-        where = choose_device(device)
-        if where == "cuda" and "LOCAL_RANK" in os.environ:
-            where = f"cuda:{local_rank}"
-        language_model, tokenizer = load(model, where, dtype)
-        chat = ChatFormat(tokenizer, system, thinking=thinking)
+        language_model, chat = load_chat(model, device, dtype, system, thinking)
         if filter_prompts:
             prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
         with progress_bars(visible=rank == 0) as step:

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from refusal_kernels.cli import options
-from refusal_kernels.cli.common import choose_device, console, finish, prepare, read_direction
+from refusal_kernels.cli.common import console, finish, load_chat, prepare, read_direction
 from refusal_kernels.errors import InputError
 
 
@@ -52,16 +52,13 @@ def generate(
         place = {} if layer is None else {"block_input": layer}
         given = [{"add" if add else "ablate": loaded, "strength": strength, **place}]
 
-    from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.hf.generate import generate as answers
-    from refusal_kernels.hf.load import load
     from refusal_kernels.interventions import Intervention
     from refusal_kernels.patching.patch import patch
 
     program = [Intervention.from_dict(fields) for fields in given]
     prepare(json_file)
-    language_model, tokenizer = load(model, choose_device(device), dtype, loaded)
-    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    language_model, chat = load_chat(model, device, dtype, system, thinking, loaded)
     steered = {}
     if program:  # first, so that an intervention that does not fit is refused at once
         with patch(language_model, program):

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    choose_device,
     console,
     errors,
     finish,
+    load_chat,
     named_sources,
     prepare,
     progress_bars,
@@ -94,8 +94,6 @@ def reproduce(
     row of its own.
     """
     from refusal_kernels import toy
-    from refusal_kernels.hf.chat import ChatFormat
-    from refusal_kernels.hf.load import load
     from refusal_kernels.research.evaluation.likelihood import context_of, read_passages
     from refusal_kernels.research.reproduction import paper
     from refusal_kernels.research.reproduction.rows import compare, paper_name, recorded
@@ -114,8 +112,7 @@ def reproduce(
         suite = paper.Benchmarks(manager, limit, min(batch_size, 16), seed)
     prepare(out / "reproduction.json", record, json_file)
 
-    language_model, tokenizer = load(model, choose_device(device), dtype, given)
-    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    language_model, chat = load_chat(model, device, dtype, system, thinking, given)
     context = context_of(language_model)
     passages = {name: read_passages(Path(file), chat, context) for name, file in files.items()}
     if not passages and model == "toy":

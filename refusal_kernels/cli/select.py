@@ -11,9 +11,9 @@ from rich.table import Table
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import (
-    choose_device,
     console,
     finish,
+    load_chat,
     prepare,
     progress_bars,
     unfinished,
@@ -72,8 +72,6 @@ def select(
         raise InputError(f"two of these are one file: {', '.join(map(str, names))}")
 
     from refusal_kernels.direction import Candidates
-    from refusal_kernels.hf.chat import ChatFormat
-    from refusal_kernels.hf.load import load
     from refusal_kernels.research import plots
     from refusal_kernels.research.prompts import filtered, prompts_for
     from refusal_kernels.research.selection import algorithm
@@ -81,8 +79,7 @@ def select(
     prompts = prompts_for(model, "validation", harmful, harmless, seed)
     loaded = Candidates.load(candidates)
     prepare(*written)
-    language_model, tokenizer = load(model, choose_device(device), dtype)
-    chat = ChatFormat(tokenizer, system, thinking=thinking)
+    language_model, chat = load_chat(model, device, dtype, system, thinking)
     if filter_prompts:
         prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
     with progress_bars() as step:
