@@ -17,6 +17,8 @@ from refusal_kernels.interventions import Rotate as Rotate
 from refusal_kernels.interventions import Set as Set
 from refusal_kernels.ops import explain as explain
 from refusal_kernels.ops import use_backend as use_backend
+from refusal_kernels.patching.families import Family as Family
+from refusal_kernels.patching.families import register_family as register_family
 from refusal_kernels.patching.handle import PatchHandle as PatchHandle
 from refusal_kernels.patching.handle import unpatch as unpatch
 from refusal_kernels.patching.patch import patch as patch

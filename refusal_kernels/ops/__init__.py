@@ -21,6 +21,7 @@ from refusal_kernels.ops.registry import (
     edit_for,
     explain,
     op_for,
+    register_backend,
     serving,
     use_backend,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "moments_",
     "op_for",
+    "register_backend",
     "rms_norm",
     "scores",
     "use_backend",
@@ -99,8 +101,8 @@ def add_steer(
         If shapes, dtypes or devices do not fit; nothing has been computed then.
     """
     op = edit_for("add_steer_scores" if return_scores else "add_steer", x, residual, bank, params)
-    found: Tensor | tuple[Tensor, Tensor] = op(x, residual, bank, params, route)
-    return found
+    result: Tensor | tuple[Tensor, Tensor] = op(x, residual, bank, params, route)
+    return result
 
 
 def add_steer_(
@@ -181,10 +183,10 @@ def add_steer_rms_norm(
     """
     op = "add_steer_rms_norm_scores" if return_scores else "add_steer_rms_norm"
     serve = edit_for(op, x, residual, weight, bank, params)
-    found: tuple[Tensor, Tensor] = serve(
+    result: tuple[Tensor, Tensor] = serve(
         x, residual, weight, eps, bank, params, route, weight_offset
     )
-    return found
+    return result
 
 
 def scores(h: Tensor, bank: Tensor, route: Tensor | None = None) -> Tensor:

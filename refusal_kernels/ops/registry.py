@@ -8,7 +8,7 @@ variable ``REFUSAL_KERNELS_BACKEND``.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,9 +31,9 @@ class Backend:
     Attributes
     ----------
     name
-        ``cpu``, ``cuda``, ``triton`` or ``reference``.
+        ``cpu``, ``cuda``, ``triton``, ``reference``, or what `register_backend` was given.
     ops
-        Op name to callable.
+        Op name to callable, for every name in `autograd.OPS`.
     why_not
         (device type, dtype) to the reason why such a call can not be served, or None.
     """
@@ -79,21 +79,65 @@ else:
 _COMPILED = {op: getattr(torch.ops.refusal_kernels, op).default for op in autograd.OPS}
 _REFERENCE = {op: getattr(reference, autograd.INFERENCE.get(op, op)) for op in autograd.OPS}
 
-# In order of preference.
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("cpu", MappingProxyType(_COMPILED), _cpu_why_not),
-        Backend("cuda", MappingProxyType(_COMPILED), _cuda_why_not),
-        Backend("triton", MappingProxyType(TRITON_OPS), triton_why_not),
-        Backend("reference", MappingProxyType(_REFERENCE), lambda device, dtype: None),
-    )
-}
+BACKENDS: dict[str, Backend] = {}
+"""By name, in order of preference; the reference, which serves every call, is the last."""
 
-# The public ops on devices without compiled kernels.
-autograd.register_kernels("CompositeExplicitAutograd", _REFERENCE)
-if TRITON_OPS and not _C.cuda_architectures():
-    autograd.register_kernels("CUDA", TRITON_KERNELS)
+
+def register_backend(
+    name: str,
+    ops: Mapping[str, Callable[..., Any]],
+    why_not: Callable[[str, torch.dtype], str | None],
+) -> Backend:
+    """Add a backend: it serves what none of those before it does, and whatever `use_backend` asks.
+
+    Parameters
+    ----------
+    name
+        Its name for `use_backend` and ``REFUSAL_KERNELS_BACKEND``.
+    ops
+        Op name to callable, for every name in `autograd.OPS`. Each is an op of PyTorch, or an
+        annotated function with the arguments, defaults and results of the op
+        ``torch.ops.refusal_kernels.NAME``.
+    why_not
+        (device type, dtype) to the reason why such a call can not be served, or None.
+
+    Raises
+    ------
+    InputError
+        If the name is taken, or an op is missing, unknown or of another schema.
+    """
+    if name in BACKENDS:
+        raise InputError(f"there is a backend '{name}' already; expected another name")
+    if unlike := sorted(set(ops) ^ set(autograd.OPS)):
+        what = "has no op" if unlike[0] in autograd.OPS else "has an unknown op"
+        raise InputError(f"the backend '{name}' {what} {unlike[0]}")
+    for op, call in ops.items():
+        expected = _schema(getattr(torch.ops.refusal_kernels, op).default)
+        if (given := _schema(call)) != expected:
+            raise InputError(f"{op} of the backend '{name}' is {given}; expected {expected}")
+    last = BACKENDS.pop("reference", None)
+    backend = BACKENDS[name] = Backend(name, MappingProxyType(dict(ops)), why_not)
+    if last is not None:
+        BACKENDS["reference"] = last
+    _serving.cache_clear()
+    return backend
+
+
+def _schema(call: Callable[..., Any]) -> str:
+    """Return the arguments and results of an op; what it writes to does not show in a function."""
+    if not isinstance(call, torch._ops.OpOverload):
+        call = getattr(call, "_opoverload", call)  # of a triton_op
+    if isinstance(call, torch._ops.OpOverload):
+        schema = call._schema
+    else:
+        text = torch.library.infer_schema(call, mutates_args=())
+        schema = torch._C.parse_schema("op" + text)
+    arguments = ", ".join(
+        f"{a.type} {a.name}" + (f"={a.default_value}" if a.has_default_value() else "")
+        for a in schema.arguments
+    )
+    return f"({arguments}) -> ({', '.join(str(r.type) for r in schema.returns)})"
+
 
 _forced: ContextVar[str | None] = ContextVar("refusal_kernels_backend", default=None)
 
@@ -111,7 +155,7 @@ def use_backend(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        ``cpu``, ``cuda``, ``triton`` or ``reference``.
+        A name in `BACKENDS`.
 
     Raises
     ------
@@ -196,11 +240,11 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _found(op: str, device: str, dtype: torch.dtype, forced: Any, variable: Any) -> Any:
+def _serving(op: str, device: str, dtype: torch.dtype, forced: Any, variable: Any) -> Any:
     """`explain` once for every way to ask: looking costs 4 us, a third of a small call."""
-    found = BACKENDS[explain(device=device, dtype=dtype).chosen].ops[op]
+    call = BACKENDS[explain(device=device, dtype=dtype).chosen].ops[op]
     # what an overload's own call hands on to, for a quarter of a microsecond
-    return found._op if isinstance(found, torch._ops.OpOverload) else found
+    return call._op if isinstance(call, torch._ops.OpOverload) else call
 
 
 @constant
@@ -219,7 +263,7 @@ def serving(op: str, x: torch.Tensor) -> Callable[..., Any]:
     if torch.compiler.is_dynamo_compiling():
         return op_for(op, x)
     device = "cpu" if x.is_cpu else x.device.type  # a flag costs a quarter of a name
-    return _found(op, device, x.dtype, _forced.get(), _environment.get(_variable))
+    return _serving(op, device, x.dtype, _forced.get(), _environment.get(_variable))
 
 
 def edit_for(op: str, *tensors: torch.Tensor | None) -> Callable[..., Any]:
@@ -231,3 +275,17 @@ def edit_for(op: str, *tensors: torch.Tensor | None) -> Callable[..., Any]:
             if tensor is not None and tensor.requires_grad:
                 return serving(op, x)
     return serving(autograd.FORWARD.get(op, op), x)
+
+
+register_backend("cpu", _COMPILED, _cpu_why_not)
+register_backend("cuda", _COMPILED, _cuda_why_not)
+if TRITON_OPS:
+    register_backend("triton", TRITON_OPS, triton_why_not)
+else:  # named all the same, with the reason why it serves nothing
+    BACKENDS["triton"] = Backend("triton", MappingProxyType({}), triton_why_not)
+register_backend("reference", _REFERENCE, lambda device, dtype: None)
+
+# The public ops on devices without compiled kernels.
+autograd.register_kernels("CompositeExplicitAutograd", _REFERENCE)
+if TRITON_OPS and not _C.cuda_architectures():
+    autograd.register_kernels("CUDA", TRITON_KERNELS)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.model import decoder, layer_list
+from refusal_kernels.hf.model import decoder, decoder_layers
 from refusal_kernels.interventions import LAST, Add, Intervention
-from refusal_kernels.patching.norm_links import _LINKED, Link, linked_class
-from refusal_kernels.patching.places import HOOK, Place
-from refusal_kernels.patching.rewrite import _STEERED, SITES, steered
+from refusal_kernels.patching.norm_links import Link, linked_class, unlinked_class
+from refusal_kernels.patching.places import Place
+from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, steered, unsteered_class
 from refusal_kernels.patching.route import Generating, Positions, Route
-from refusal_kernels.patching.site import PlainAdd, Program, Site, Watcher
+from refusal_kernels.patching.site import PlainAdd, Site, Watcher
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,8 @@ class PatchHandle:
         self._groups = list({id(s.program): s.program for s in self._sites}.values())
         self._route = route
         self._model = model
-        found = layer_list(model)
-        assert found is not None
-        self._layers = found[1], list(found[1])
+        layers = decoder_layers(model)
+        self._layers = layers, list(layers)
         self._modules = _apply(steered_places, plain_places, self._layers[1])
         self._expected = len(self._sites)
         positions = {i.positions for i in self._interventions}
@@ -108,14 +107,14 @@ class PatchHandle:
     # --- dials
 
     @property
-    def strength(self) -> float | tuple[float, ...]:
-        """How strong the edit is: one number, or one per intervention where they differ.
+    def strength(self) -> tuple[float, ...]:
+        """The strength of every intervention, in the order in which `patch` was given them.
 
-        Setting it (to one number, or one per intervention) takes effect at the next forward pass,
-        also of a compiled model or a captured graph: only a small tensor on the device is written.
+        Setting it (to one number for all, or to one per intervention) takes effect at the next
+        forward pass, also of a compiled model or a captured graph: only a small tensor on the
+        device is written.
         """
-        own = tuple(i.strength for i in self._interventions)
-        return own[0] if len(set(own)) == 1 else own
+        return tuple(i.strength for i in self._interventions)
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
@@ -126,22 +125,23 @@ class PatchHandle:
         self._write()
 
     @property
-    def coefficient(self) -> float | tuple[float, ...]:
-        """The coefficient of the `Add` interventions, as `strength` is given and set."""
-        own = tuple(i.coefficient for i in self._interventions if isinstance(i, Add))
-        if not own:
-            raise InputError("no Add among the interventions, so there is no coefficient")
-        return own[0] if len(set(own)) == 1 else own
+    def coefficient(self) -> tuple[float, ...]:
+        """The coefficient of every `Add`, read and set as `strength` is."""
+        return tuple(add.coefficient for add in self._adds())
 
     @coefficient.setter
     def coefficient(self, value: float | Sequence[float]) -> None:
         self._check_intact()
-        adds = [i for i in self._interventions if isinstance(i, Add)]
-        if not adds:
-            raise InputError("no Add among the interventions, so there is no coefficient")
+        adds = self._adds()
         for add, number in zip(adds, self._numbers("coefficient", value, len(adds)), strict=True):
             object.__setattr__(add, "coefficient", number)
         self._write()
+
+    def _adds(self) -> list[Add]:
+        adds = [i for i in self._interventions if isinstance(i, Add)]
+        if not adds:
+            raise InputError("no Add among the interventions, so there is no coefficient")
+        return adds
 
     @staticmethod
     def _numbers(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
@@ -204,24 +204,24 @@ class PatchHandle:
             site.scores = None
 
     def scores(self) -> dict[str, Tensor]:
-        """Return what the edits of the last forward pass read, from that same pass.
+        """Return what the edits of the last forward pass read: telemetry, from that same pass.
 
         Returns
         -------
         dict of str to Tensor
             By site: float32 [tokens, slots] on the device, ``v . h`` before the edit; tokens are
-            those of the pass, row after row, slots the interventions that act there. Nothing waits
-            for the device.
+            those of the pass, row after row, slots those of the interventions that act there, in
+            order. Nothing waits for the device.
 
         Raises
         ------
         InputError
             If ``keep_scores`` was not set to True before the pass.
         """
-        found = {s.name: s.scores for s in self._sites if s.scores is not None}
-        if not found:
+        scores = {s.name: s.scores for s in self._sites if s.scores is not None}
+        if not scores:
             raise InputError("no scores: set handle.keep_scores = True, then run the model")
-        return found
+        return scores
 
     @contextlib.contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
@@ -265,8 +265,8 @@ class PatchHandle:
 
     def remove(self) -> None:
         """Undo the patch: classes and hooks are as before. A second call does nothing."""
-        own = {id(site) for site in self._sites}  # what is there now may be another patch's
-        if any(id(site) in own for module in self._modules for site in _sites_of(module)):
+        sites = {id(site) for site in self._sites}  # what is there now may be another patch's
+        if any(id(site) in sites for module in self._modules for site in _sites_of(module)):
             for module in self._modules:
                 _restore(module)
 
@@ -307,7 +307,7 @@ def _apply(
             continue
         made = steered(type(module), stream)
         every = tuple(sites.get(k, PlainAdd()) for k in range(len(made.adds)))
-        module.__dict__[SITES] = every
+        module.__dict__[SITES_ATTRIBUTE] = every
         _become(module, made.cls)
         changed.append(module)
     return changed
@@ -324,13 +324,13 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swap a module's class, also in what accelerate calls or has left on the instance."""
     before, module.__class__ = type(module), cls
     for name in ("_old_forward", "forward"):
-        own = module.__dict__.get(name)
-        if isinstance(own, MethodType) and own.__func__ is before.forward:
+        forward = module.__dict__.get(name)
+        if isinstance(forward, MethodType) and forward.__func__ is before.forward:
             module.__dict__[name] = MethodType(cls.forward, module)
 
 
 def _sites_of(module: nn.Module) -> Iterator[Site]:
-    for site in module.__dict__.get(SITES, ()):
+    for site in module.__dict__.get(SITES_ATTRIBUTE, ()):
         if isinstance(site, Site):
             yield site
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
@@ -340,7 +340,7 @@ def _sites_of(module: nn.Module) -> Iterator[Site]:
 
 def _restore(module: nn.Module) -> None:
     """Undo whatever a patch did to one module."""
-    if module.__dict__.pop(SITES, None) is not None:
+    if module.__dict__.pop(SITES_ATTRIBUTE, None) is not None:
         _become(module, _without(type(module)))
     if module.__dict__.pop("rk_link", None) is not None:
         _become(module, _without(type(module)))
@@ -358,10 +358,8 @@ def _restore(module: nn.Module) -> None:
 
 def _without(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a generated one was made of, also where FSDP's stands before that."""
-    made = {s.cls: s.cls.__mro__[1] for s in _STEERED.values()}
-    made |= {new: old for old, new in _LINKED.items()}
-    if cls in made:
-        return made[cls]
+    if (original := unsteered_class(cls) or unlinked_class(cls)) is not None:
+        return original
     bases = tuple(_without(b) for b in cls.__bases__)
     if bases == cls.__bases__:
         return cls
@@ -372,7 +370,11 @@ def _without(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo the patch of a model whose handle is not at hand: a deep copy, an unpickled one."""
+    """Undo the patch of a model, with or without its handle at hand.
+
+    A deep copy or an unpickled model carries its patch and has no handle of its own. A model that
+    is not patched is left as it is.
+    """
     for module in list(model.modules()):
         _restore(module)
 
@@ -389,6 +391,3 @@ def copied(programs: Sequence[Sequence[Intervention]]) -> tuple[tuple[Interventi
         for i in program:
             copies.setdefault(id(i), dataclasses.replace(i))
     return tuple(tuple(copies[id(i)] for i in program) for program in programs)
-
-
-__all__ = ["HOOK", "PatchHandle", "PatchReport", "Program", "SiteReport", "is_patched", "unpatch"]

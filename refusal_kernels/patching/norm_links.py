@@ -117,6 +117,11 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 _LINKED: dict[type, type] = {}
 
 
+def unlinked_class(cls: type) -> type | None:
+    """Return the class that a linked one was made of; None for any other."""
+    return next((plain for plain, linked in _LINKED.items() if linked is cls), None)
+
+
 def linked_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a norm's class that takes what its link holds."""
     if cls not in _LINKED:

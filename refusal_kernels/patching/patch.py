@@ -9,11 +9,11 @@ from torch import nn
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.model import decoder_layers, hidden_size
 from refusal_kernels.interventions import Intervention
-from refusal_kernels.patching.families import TOKENS_FIRST
+from refusal_kernels.patching.families import family_of
 from refusal_kernels.patching.handle import PatchHandle, copied, is_patched
 from refusal_kernels.patching.places import FUSED, HOOK, Place, base_class, places
 from refusal_kernels.patching.route import Route, TokensFirst
-from refusal_kernels.patching.site import Program, Site
+from refusal_kernels.patching.site import Site, SiteProgram
 
 
 def patch(
@@ -68,9 +68,9 @@ def patch(
     programs = copied(_programs(interventions))
     found = places(model, norms=fuse_norms)
     _check(model, programs, found)
-    first = base_class(decoder_layers(model)[0]).__name__ in TOKENS_FIRST
-    route = (TokensFirst if first else Route)(len(programs))
-    groups: dict[tuple[tuple[int, ...], ...], Program] = {}
+    tokens_first = family_of(base_class(decoder_layers(model)[0])).tokens_first
+    route = (TokensFirst if tokens_first else Route)(len(programs))
+    groups: dict[tuple[tuple[int, ...], ...], SiteProgram] = {}
     met: set[int] = set()
     steered: list[tuple[Place, Site]] = []
     plain: list[Place] = []
@@ -82,7 +82,7 @@ def patch(
             plain.append(place)
             continue
         if key not in groups:
-            groups[key] = Program(here, route)
+            groups[key] = SiteProgram(here, route)
         path = HOOK if place.add is None else FUSED
         if fused and path == HOOK and place.block is not None:
             raise InputError(

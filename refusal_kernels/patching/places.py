@@ -8,14 +8,7 @@ from torch import nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.model import decoder, decoder_layers, hidden_size
-from refusal_kernels.patching.families import (
-    ADDERS,
-    HOOKED,
-    NEXT,
-    NO_STREAM,
-    RESTARTS,
-    STARTS,
-)
+from refusal_kernels.patching.families import NEXT, family_of
 from refusal_kernels.patching.norm_links import Link, link_of
 from refusal_kernels.patching.rewrite import Steered, class_path, steered
 
@@ -106,7 +99,7 @@ def places(model: Any, *, norms: bool = True) -> list[Place]:
 
 def _start(layer: nn.Module) -> Place:
     """Return the place where the stream starts: the input of the first layer."""
-    name = STARTS.get(base_class(layer).__name__)
+    name = family_of(base_class(layer)).start
     module = getattr(layer, name) if name else layer
     return Place("embed", module, None, on_input=not name)
 
@@ -116,8 +109,9 @@ def _in_layer(
 ) -> Iterator[tuple[Place, list[nn.Module], list[nn.Module]]]:
     """Yield the places of a layer, with the modules that read each, and that read the input."""
     cls = base_class(layer)
-    if cls.__name__ in NO_STREAM:
-        raise InputError(f"{cls.__name__} has no residual stream: {NO_STREAM[cls.__name__]}")
+    family = family_of(cls)
+    if family.no_stream:
+        raise InputError(f"{cls.__name__} has no residual stream: {family.no_stream}")
     counts: dict[str, int] = {}
 
     def name(writers: frozenset[str]) -> str:
@@ -126,8 +120,8 @@ def _in_layer(
         again = f".{counts[kind] - 1}" if counts[kind] > 1 else ""
         return f"layers.{number}.{kind}{again}"
 
-    if cls.__name__ in HOOKED:
-        for path, writer in HOOKED[cls.__name__]:
+    if family.hooked:
+        for path, writer in family.hooked:
             writers = frozenset({writer})
             if not path.startswith(NEXT):
                 module = layer.get_submodule(path)
@@ -135,13 +129,13 @@ def _in_layer(
                 module = layer if after is None else after.get_submodule(path.removeprefix(NEXT))
             yield Place(name(writers), module, None, None, number, writers), [], []
         return
-    if cls.__name__ in RESTARTS:
-        condition, path, writer = RESTARTS[cls.__name__]
+    if family.restart:
+        condition, path, writer = family.restart
         if eval(condition, {"self": layer}):
             writers = frozenset({writer})
             module = layer.get_submodule(path)
             yield Place(name(writers), module, None, None, number, writers), [], []
-    for path, stream, writer in ADDERS.get(cls.__name__, (("", None, ""),)):
+    for path, stream, writer in family.adders or (("", None, ""),):
         module = layer.get_submodule(path)
         try:
             made: Steered = steered(base_class(module), stream)

@@ -20,17 +20,15 @@ from torch import nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.patching.families import (
-    ADDERS,
     ADDING_FUNCTIONS,
     KEPT_DECORATORS,
-    NOT_STREAM_SUMS,
     POST_NORM,
-    STREAM_EXPRESSIONS,
     STREAM_FUNCTIONS,
-    STREAM_NAMES,
+    Family,
+    family_of,
 )
 
-SITES = "rk_sites"
+SITES_ATTRIBUTE = "rk_sites"
 # What a module of this name writes into the stream. The order matters: "feed_forward_attn" is none.
 WRITERS = (
     ("mlp", re.compile(r"mlp|ffn|feed_forward|ffw|\bff\b|moe|expert|fc2|channel_mix|block_sparse")),
@@ -44,7 +42,7 @@ SAME = {"view", "reshape", "contiguous", "to", "float", "type_as", "clone", "fla
 
 
 @dataclass
-class Add:
+class ResidualAdd:
     """One residual add in the source of a forward.
 
     Attributes
@@ -95,11 +93,11 @@ def _there(source: str, layer: nn.Module) -> bool:
 class Steered:
     """A rewritten class: the subclass, and what its forward does with the stream.
 
-    ``input_readers`` are the submodules that are called with the layer's input, as in `Add`.
+    ``input_readers`` are the submodules that are called with the layer's input alone.
     """
 
     cls: type[nn.Module]
-    adds: tuple[Add, ...]
+    adds: tuple[ResidualAdd, ...]
     input_readers: tuple[str, ...]
 
 
@@ -112,15 +110,13 @@ INPUT, CHANGED = -1, -2
 class _Follow(ast.NodeTransformer):
     """Follows the stream through a forward, statement by statement, and rewrites its sums."""
 
-    def __init__(self, stream: str, layer: str) -> None:
+    def __init__(self, stream: str, family: Family) -> None:
         self.streams: dict[str, Origin] = {stream: frozenset({INPUT})}
         self.written: dict[str, frozenset[tuple[str, str]]] = {}  # (kind, module) behind a name
-        self.ignored = NOT_STREAM_SUMS.get(layer, frozenset())
-        self.named = STREAM_NAMES.get(layer, frozenset())
-        self.expressions = STREAM_EXPRESSIONS.get(layer, frozenset())
+        self.family = family
         self.returns_stream = False
         self.guards: tuple[tuple[str, bool], ...] = ()
-        self.adds: list[Add] = []
+        self.adds: list[ResidualAdd] = []
         self.input_readers: list[str] = []
 
     # --- what an expression holds
@@ -131,7 +127,7 @@ class _Follow(ast.NodeTransformer):
             return self.streams.get(node.id)
         if isinstance(node, ast.Tuple) and node.elts:  # what a layer returns beside it
             return self.origin(node.elts[0])
-        if self.expressions and ast.unparse(node) in self.expressions:
+        if (known := self.family.stream_expressions) and ast.unparse(node) in known:
             return frozenset({INPUT, CHANGED})
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):  # a scaled stream
             scaled = self.origin(node.left) or self.origin(node.right)
@@ -154,7 +150,7 @@ class _Follow(ast.NodeTransformer):
             func = func.value
         if not isinstance(func, ast.Subscript) or not isinstance(func.value, ast.Attribute):
             return None
-        is_site = func.value.attr == SITES and isinstance(func.slice, ast.Constant)
+        is_site = func.value.attr == SITES_ATTRIBUTE and isinstance(func.slice, ast.Constant)
         return int(func.slice.value) if is_site else None  # type: ignore[attr-defined]
 
     def writers(self, node: ast.AST) -> frozenset[tuple[str, str]]:
@@ -174,8 +170,8 @@ class _Follow(ast.NodeTransformer):
     def _new_site(self, branch: ast.AST) -> ast.Subscript:
         behind = self.writers(branch)
         kinds, modules = frozenset(k for k, _ in behind), frozenset(m for _, m in behind)
-        self.adds.append(Add(kinds, modules, self.guards))
-        sites = ast.Attribute(ast.Name("self", ast.Load()), SITES, ast.Load())
+        self.adds.append(ResidualAdd(kinds, modules, self.guards))
+        sites = ast.Attribute(ast.Name("self", ast.Load()), SITES_ATTRIBUTE, ast.Load())
         return ast.Subscript(sites, ast.Constant(len(self.adds) - 1), ast.Load())
 
     def _terms(self, node: ast.expr) -> list[ast.expr]:
@@ -184,7 +180,7 @@ class _Follow(ast.NodeTransformer):
         return [node]
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        if not isinstance(node.op, ast.Add) or ast.unparse(node) in self.ignored:
+        if not isinstance(node.op, ast.Add) or ast.unparse(node) in self.family.not_stream_sums:
             return self.generic_visit(node)
         # of three terms only the whole sum is steered: `residual + attn + mlp` is one add
         if sum(self.origin(term) is not None for term in self._terms(node)) != 1:
@@ -225,7 +221,7 @@ class _Follow(ast.NodeTransformer):
             for element in target.elts:
                 self._assign(element, None, writers)
         elif isinstance(target, ast.Name):
-            if target.id in self.named:
+            if target.id in self.family.stream_names:
                 origin = frozenset({INPUT})
             self.streams.pop(target.id, None)
             self.written[target.id] = frozenset() if origin else writers
@@ -301,7 +297,12 @@ def _rebuild(cls: type[nn.Module], stream: str | None) -> nn.Module:
     return nn.Module.__new__(steered(cls, stream).cls)
 
 
-_STEERED: dict[tuple[type, str | None], Steered] = {}
+_STEERED: dict[tuple[type, str | None, Family], Steered] = {}
+
+
+def unsteered_class(cls: type) -> type | None:
+    """Return the class that a rewritten one was made of; None for any other."""
+    return next((s.cls.__mro__[1] for s in _STEERED.values() if s.cls is cls), None)
 
 
 def steered(cls: type[nn.Module], stream: str | None = None) -> Steered:
@@ -319,12 +320,13 @@ def steered(cls: type[nn.Module], stream: str | None = None) -> Steered:
     InputError
         If the forward has no source, needs its closure, or holds no residual add.
     """
-    if (cls, stream) not in _STEERED:  # one class for each, so that isinstance stays simple
-        _STEERED[cls, stream] = _generate(cls, stream)
-    return _STEERED[cls, stream]
+    key = cls, stream, family_of(cls)
+    if key not in _STEERED:  # one class for each, so that isinstance stays simple
+        _STEERED[key] = _generate(*key)
+    return _STEERED[key]
 
 
-def _generate(cls: type[nn.Module], stream: str | None) -> Steered:
+def _generate(cls: type[nn.Module], stream: str | None, family: Family) -> Steered:
     path = class_path(cls)
     # some versions of transformers wrap forward for gradient checkpointing; the subclass below is
     # wrapped again in the same way
@@ -349,13 +351,13 @@ def _generate(cls: type[nn.Module], stream: str | None) -> Steered:
             argument.annotation = None  # names that only a type checker has
     if len(names) < 2 or stream not in (None, *(a.arg for a in names)):
         raise InputError(f"{path}.forward has no parameter {stream or 'beside self'}")
-    follow = _Follow(stream or names[1].arg, cls.__name__)
+    follow = _Follow(stream or names[1].arg, family)
     function.body = [follow.visit(statement) for statement in function.body]
     if not follow.adds:
         raise InputError(
             f"{path}.forward adds nothing to the stream: its sums are in submodules, before a norm"
         )
-    if not follow.returns_stream and cls.__name__ not in ADDERS:
+    if not follow.returns_stream and not family.adders:
         raise InputError(f"{path}.forward returns no sum: {POST_NORM}")
     ast.fix_missing_locations(tree)
 

@@ -16,8 +16,8 @@ PHASES = 4  # 2 * generated + last
 class Route:
     """Which program every token of a forward pass takes: the rows' programs and the positions.
 
-    Together they are a *cell*, ``program * 4 + 2 * generated + last``, which a `Program` translates
-    for its sites.
+    Together they are a *cell*, ``program * 4 + 2 * generated + last``, which a `SiteProgram`
+    translates for its sites.
 
     Attributes
     ----------

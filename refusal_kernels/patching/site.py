@@ -68,7 +68,7 @@ class Placed:
         self.serve = _ops_for(torch.empty(0, device=self.device, dtype=self.dtype))
 
 
-class Program:
+class SiteProgram:
     """What one group of sites does: for every program of the patch, the interventions that act.
 
     Attributes
@@ -166,7 +166,7 @@ class Site(_StandsForAnAdd):
         With ``keep_scores``: what the last pass read, float32 [tokens, slots].
     """
 
-    def __init__(self, name: str, path: str, program: Program, like: Tensor) -> None:
+    def __init__(self, name: str, path: str, program: SiteProgram, like: Tensor) -> None:
         self.name = name
         self.path = path
         self.program = program

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.patching.places import base_class
-from refusal_kernels.patching.rewrite import SITES, steered
+from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, steered
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.families import ADD, NORM, EnginePlace
 from refusal_kernels.vllm.monitor import Meter
@@ -125,11 +125,11 @@ def claim(places: list[EnginePlace], bank: Bank, fuse_norms: bool) -> list[Steer
 
 def _put_at_add(layer: nn.Module, number: int, site: SteeredAdd) -> None:
     """Put a site at an add of a layer whose forward is rewritten."""
-    if not hasattr(layer, SITES):
+    if not hasattr(layer, SITES_ATTRIBUTE):
         rewritten = steered(base_class(layer))
-        setattr(layer, SITES, nn.ModuleList(nn.Identity() for _ in rewritten.adds))
+        setattr(layer, SITES_ATTRIBUTE, nn.ModuleList(nn.Identity() for _ in rewritten.adds))
         layer.__class__ = rewritten.cls
-    getattr(layer, SITES)[number] = site
+    getattr(layer, SITES_ATTRIBUTE)[number] = site
 
 
 def _steer_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,6 @@ import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch.utils.cpp_extension import include_paths
@@ -65,9 +64,8 @@ def build() -> Path:
 
 
 def register() -> None:
-    """Add the backend to the registry, after all others: only `use_backend` reaches it."""
+    """Add the backend to the registry, after the CPU's: only `use_backend` reaches it."""
     torch.ops.load_library(str(build()))
     autograd.register(NAMESPACE)
     ops = {op: getattr(getattr(torch.ops, NAMESPACE), op).default for op in autograd.OPS}
-    why_not = registry.BACKENDS["cpu"].why_not
-    registry.BACKENDS[NAME] = registry.Backend(NAME, MappingProxyType(ops), why_not)
+    registry.register_backend(NAME, ops, registry.BACKENDS["cpu"].why_not)

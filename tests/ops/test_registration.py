@@ -127,7 +127,7 @@ def test_use_backend_and_explain(monkeypatch):
     assert ops.explain(dtype=torch.float64).chosen == "reference"
     with ops.use_backend("reference"):
         assert ops.explain().chosen == "reference"
-    with pytest.raises(InputError, match=r"no backend 'tritn'.*cpu, cuda, triton, reference"):
+    with pytest.raises(InputError, match=r"no backend 'tritn'.*cpu, cuda, triton.*, reference"):
         ops.use_backend("tritn").__enter__()
     with ops.use_backend("cpu"), pytest.raises(InputError, match="float64"):
         ops.explain(dtype=torch.float64)
@@ -138,12 +138,40 @@ def test_use_backend_and_explain(monkeypatch):
         ops.explain()
 
 
+def test_a_backend_is_registered_with_the_ops_schemas(monkeypatch):
+    monkeypatch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+    table, why_not = dict(ops.BACKENDS["reference"].ops), lambda device, dtype: None
+
+    def swapped(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        params: torch.Tensor,
+        bank: torch.Tensor,
+        route: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    for name, given, words in (
+        ("cpu", table, "a backend 'cpu' already"),
+        ("mine", {k: v for k, v in table.items() if k != "scores"}, "has no op scores"),
+        ("mine", {**table, "moment": swapped}, "has an unknown op moment"),
+        ("mine", {**table, "add_steer": swapped}, "add_steer of the backend 'mine' is .*expected"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ops.register_backend(name, given, why_not)
+    ops.register_backend("mine", table, lambda d, dtype: "not for you" if d == "cpu" else None)
+    assert list(registry.BACKENDS)[-2:] == ["mine", "reference"]
+    assert ops.explain(device="meta").chosen == "mine"
+    with ops.use_backend("mine"), pytest.raises(InputError, match="not for you"):
+        ops.explain()
+
+
 @pytest.fixture
 def nothing_found():
     """What serves a call is kept from call to call; here the backends are exchanged."""
-    registry._found.cache_clear()
+    registry._serving.cache_clear()
     yield
-    registry._found.cache_clear()
+    registry._serving.cache_clear()
 
 
 def test_use_backend_really_switches(monkeypatch, nothing_found):

@@ -191,10 +191,10 @@ def test_strength_zero_is_the_plain_model_bit_for_bit(model, direction, tokens):
 def test_the_dial_is_live(model, direction, tokens):
     plain = model(tokens).logits
     with patch(model, Ablate(direction)) as handle:
-        assert handle.strength == 1.0
+        assert handle.strength == (1.0,)
         ablated = model(tokens).logits
         handle.strength = 0.0
-        assert handle.strength == 0.0 and torch.equal(model(tokens).logits, plain)
+        assert handle.strength == (0.0,) and torch.equal(model(tokens).logits, plain)
         handle.strength = 1
         assert torch.equal(model(tokens).logits, ablated)
         with pytest.raises(InputError, match="finite"):

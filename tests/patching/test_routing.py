@@ -235,7 +235,7 @@ def test_the_coefficient_is_a_dial_of_its_own(model, tokens, directions):
     given = Add(directions[0], 1.0, block_input=1)
     with patch(model, given, Ablate(directions[1])) as handle, torch.no_grad():
         handle.coefficient = 3.0
-        assert handle.coefficient == 3.0 and handle.strength == 1.0
+        assert handle.coefficient == (3.0,) and handle.strength == (1.0, 1.0)
         turned = model(tokens).logits
         with pytest.raises(InputError, match="finite"):
             handle.coefficient = float("inf")

@@ -34,7 +34,7 @@ from refusal_kernels.hf.batches import Batch
 from refusal_kernels.hf.forward import LAST, model_inputs, read_inputs
 from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Ablate, Add
-from refusal_kernels.patching.families import STARTS
+from refusal_kernels.patching.families import family_of
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.places import base_class
 from refusal_kernels.progress import Progress
@@ -224,7 +224,7 @@ class Measurement:
         """Find, on the longest prompt, from which layers the model can be run."""
         longest = self._additions[0][0].rows[0]
         layers = {layer for layer in self._by_layer() if layer > 0}
-        if base_class(decoder_layers(self.model)[0]).__name__ in STARTS:
+        if family_of(base_class(decoder_layers(self.model)[0])).start:
             layers = set()  # an edit of the stream is no edit of a block's input
         try:
             inputs = self._inputs([longest], layers)

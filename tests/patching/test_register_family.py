@@ -1,0 +1,65 @@
+"""A family from elsewhere: its exceptions are one record that a user registers."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import refusal_kernels as rk
+
+
+class AddingMLP(nn.Module):
+    def __init__(self, norm, mlp):
+        super().__init__()
+        self.norm, self.mlp = norm, mlp
+
+    def forward(self, hidden_states):
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+class OddDecoderLayer(LlamaDecoderLayer):
+    """The second add is in a submodule."""
+
+    def forward(self, hidden_states, **kwargs):
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        hidden_states = residual + hidden_states
+        return self.inner(hidden_states)
+
+
+def test_a_registered_family_is_steered_in_its_adds():
+    plain, odd, tokens = tiny_model(), tiny_model(), torch.randint(7, 30, (2, 9))
+    for layer in odd.model.layers:
+        layer.inner = AddingMLP(layer.post_attention_layernorm, layer.mlp)
+        layer.__class__ = OddDecoderLayer
+    assert torch.equal(odd(tokens).logits, plain(tokens).logits)
+    ablate = rk.Ablate(rk.Direction(torch.randn(64)))
+    with pytest.raises(rk.InputError, match=r"OddDecoderLayer.forward returns no sum"):
+        rk.patch(odd, ablate)
+
+    adders = (("", None, "attn"), ("inner", None, "mlp"))
+    family = rk.Family(("OddDecoderLayer",), adders=adders)
+    rk.register_family(family)
+    rk.register_family(family)  # the same again changes nothing
+    with pytest.raises(rk.InputError, match="OddDecoderLayer belongs to another family already"):
+        rk.register_family(rk.Family(("OddDecoderLayer",), start="inner"))
+    with pytest.raises(rk.InputError, match="names no class"):
+        rk.register_family(rk.Family(()))
+    with rk.patch(plain, ablate, fuse_norms=False), torch.no_grad():
+        want = plain(tokens).logits
+    with rk.patch(odd, ablate, fuse_norms=False, fused=True) as handle, torch.no_grad():
+        assert handle.report().claimed == 7
+        assert torch.equal(odd(tokens).logits, want)
+
+
+def test_unpatch_undoes_what_has_no_handle():
+    model, tokens = tiny_model(), torch.randint(7, 30, (2, 9))
+    before = model(tokens).logits
+    rk.patch(model, rk.Ablate(rk.Direction(torch.randn(64))))
+    with pytest.raises(rk.InputError, match=r"patched already.*rk\.unpatch\(model\)"):
+        rk.patch(model, rk.Ablate(rk.Direction(torch.randn(64))))
+    rk.unpatch(model)
+    assert torch.equal(model(tokens).logits, before)
+    assert type(model.model.layers[0]) is LlamaDecoderLayer
