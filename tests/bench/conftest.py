@@ -13,7 +13,17 @@ def bench(tmp_path):
 
     def go(*arguments: str, out: str = "out"):
         folder = tmp_path / out
-        given = ("bench", "--profile", "smoke", "--threads", "1", "--device", "cpu")
+        given = (
+            "bench",
+            "--profile",
+            "smoke",
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+            "--minutes",
+            "10",
+        )
         result = CliRunner().invoke(app, [*given, "--out", str(folder), *arguments])
         file = folder / "overhead-cpu.jsonl"
         there = file.is_file() and file.stat().st_size > 2
