@@ -6,10 +6,12 @@
 ...     model.generate(**inputs)
 
 ``__init__.pyi`` lists the public names, one import a line; each is loaded when it is first used.
-``torch.ops.refusal_kernels`` is registered by ``import refusal_kernels.ops``.
+Where torch is loaded already, ``torch.ops.refusal_kernels`` is registered at once; else by
+``import refusal_kernels.ops``.
 """
 
 import ast
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if "torch" in sys.modules:
+    import_module("refusal_kernels.ops")
