@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import refusal_kernels as rk
-from refusal_kernels import interventions
+from refusal_kernels import intervention_base
 from refusal_kernels.banks import check_program, compile_program
 from refusal_kernels.interventions import INTERVENTIONS, Intervention, Slot
 from refusal_kernels.vllm.bank import Bank
@@ -158,7 +158,7 @@ def test_adding_needs_a_place(plane):
 
 
 def test_the_old_name_of_block_input_warns_once(plane, monkeypatch, caplog):
-    monkeypatch.setattr(interventions, "_warned", [])
+    monkeypatch.setattr(intervention_base, "_warned", [])
     with pytest.warns(DeprecationWarning, match="block_input") as seen:
         assert rk.Ablate(plane[0], layer=1).block_input == 1
     assert seen[0].filename == __file__

@@ -262,10 +262,10 @@ if triton is not None:
         """Serve the gradient of `refusal_kernels.ops.add_steer_rms_norm` for x."""
         grad_s, out = _like(grad_normed)
         norm: dict[str, Any] = {
-            "h": h,
             "weight": weight,
             "eps": eps,
             "weight_offset": weight_offset,
+            "h": h,
         }
         _steer(grad_normed, grad_h, out, bank, params, route, scores=scores, adjoint=True, **norm)
         return grad_s
@@ -316,18 +316,9 @@ if triton is not None:
             return out
         rows = _rows(x)
         _launch(
-            kernels.rms_norm_kernel,
-            (rows.shape[0],),
-            x,
-            rows,
-            weight.contiguous(),
-            out,
-            rows.stride(0),
-            hidden,
-            eps,
-            weight_offset,
-            **plan(hidden),
-        )
+            kernels.rms_norm_kernel, (rows.shape[0],), x, rows, weight.contiguous(), out,
+            rows.stride(0), hidden, eps, weight_offset, **plan(hidden),
+        )  # fmt: skip
         return out
 
     def moments_(
@@ -377,20 +368,9 @@ if triton is not None:
             **MOMENTS,
         )
         _launch(
-            kernels.merge_moments_kernel,
-            (slots, blocks),
-            activations,
-            partial,
-            offsets,
-            count,
-            mean,
-            m2,
-            hidden,
-            slots,
-            splits,
-            BLOCK=MOMENTS["BLOCK"],
-            ROWS=MOMENTS["ROWS"],
-        )
+            kernels.merge_moments_kernel, (slots, blocks), activations, partial, offsets,
+            count, mean, m2, hidden, slots, splits, BLOCK=MOMENTS["BLOCK"], ROWS=MOMENTS["ROWS"],
+        )  # fmt: skip
         count.add_(offsets.diff().view_as(count))
 
     KERNELS.update(
