@@ -195,11 +195,11 @@ RK_INLINE auto one_slot_values(Sources source_of, const float* phi, const float*
 }
 
 // The first pass over rows of one program with one slot: phi(v . s) of each row and, with a norm,
-// ||h||^2. It is compiled apart, since it is the same for every type of weight.
+// ||h||^2.
 template <class T, bool kNorm, class Count, class Sources, class Prefetches>
-RK_NOINLINE void sum_one_slot(const rk::SteerArgs& args, int64_t begin, Count rows,
-                              Vectors& vectors, Sources source_of, Prefetches prefetch_of,
-                              float* phi, double* squares) {
+RK_INLINE void sum_one_slot(const rk::SteerArgs& args, int64_t begin, Count rows, Vectors& vectors,
+                            Sources source_of, Prefetches prefetch_of, float* phi,
+                            double* squares) {
   enum { kScore, kSquares, kAlong };
   const float *read = vectors.read, *write = vectors.write;
   const bool measured = !kNorm || vectors.measured;
@@ -252,6 +252,15 @@ RK_NOINLINE void sum_one_slot(const rk::SteerArgs& args, int64_t begin, Count ro
     if (squares[row] != squares[row])
       squares[row] = squares_of(args.hidden, one_slot_values(source_of, phi, write)(row));
   }
+}
+
+// The same, compiled apart for rows in a cache, where every type of weight can share it. Rows from
+// memory take 1.01 (bfloat16) to 1.08 (float16) of the time with it.
+template <class T, class Count, class Sources, class Prefetches>
+RK_NOINLINE void sum_one_slot_apart(const rk::SteerArgs& args, int64_t begin, Count rows,
+                                    Vectors& vectors, Sources source_of, Prefetches prefetch_of,
+                                    float* phi, double* squares) {
+  sum_one_slot<T, true>(args, begin, rows, vectors, source_of, prefetch_of, phi, squares);
 }
 
 // A row with several slots, once `scratch` holds s and the first slot's dot product is known. It is
@@ -321,7 +330,10 @@ RK_INLINE void steer_group(const rk::SteerArgs& args, int64_t begin, Count rows,
   if (vectors.slots == 1) {
     float phi[kRowsAtOnce<T>];
     double squares[kRowsAtOnce<T>];
-    sum_one_slot<T, kNorm>(args, begin, rows, vectors, source_of, prefetch_of, phi, squares);
+    if constexpr (kNorm && std::is_same_v<decltype(prefetch), const NoPrefetch<T>>)
+      sum_one_slot_apart<T>(args, begin, rows, vectors, source_of, prefetch_of, phi, squares);
+    else
+      sum_one_slot<T, kNorm>(args, begin, rows, vectors, source_of, prefetch_of, phi, squares);
     const auto value_of = one_slot_values(source_of, phi, vectors.write);
     write_rows<T>(args, begin, rows, gain, squares, value_of, prefetch_of);
     return;
