@@ -22,11 +22,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     It lies between the k-th smallest and the k-th largest of n values. k is the largest number for
     which a binomial variable of n trials with p = 1/2 is below k with probability 2.5 % at most.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than `FEWEST` values.
     """
     if len(values) < FEWEST:
         raise ValueError(f"{len(values)} values have no 95 % interval; expected {FEWEST} or more")
@@ -41,18 +36,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one method, beside the first method of the same run.
+    """Tokens per second of one method, beside the first method of the same run."""
 
-    Attributes
-    ----------
-    tokens_per_second
-        Median over the rounds.
-    ratios
-        For every round, this method's tokens per second over the first method's.
-    """
-
-    tokens_per_second: float
-    ratios: tuple[float, ...]
+    tokens_per_second: float  # median over the rounds
+    ratios: tuple[float, ...]  # of every round: this method's tokens per second over the first's
 
     @property
     def median(self) -> float:
@@ -90,23 +77,8 @@ def interleaved(
 ) -> dict[str, Speed]:
     """Time every method in every round, so that a change of the machine's load affects them all.
 
-    Parameters
-    ----------
-    run
-        Does the work under the method of that name, and returns the number of tokens.
-    methods
-        By name; ratios are to the first.
-    rounds
-        Rounds that count, 2 or more. Every other round runs in reverse order.
-    warmup
-        Rounds before them that do not count.
-    progress
-        Called with the number of rounds done, and of all.
-
-    Returns
-    -------
-    dict of str to Speed
-        By the names of the methods.
+    `run` works under the method of a name and returns the number of tokens. Ratios are to the first
+    method. Every other round runs in reverse order; `warmup` rounds before them do not count.
     """
     rates: dict[str, list[float]] = {name: [] for name in methods}
     for number, order in in_turns(methods, rounds, warmup):
@@ -129,10 +101,7 @@ def interleaved(
 
 
 def in_turns(names: Iterable[str], rounds: int, warmup: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of every round, below 0 while warming up, and its order.
-
-    Every other round runs in reverse order.
-    """
+    """Yield every round's number, below 0 while warming up, and its order; odd ones run in reverse."""
     order = list(names)
     for number in range(-warmup, rounds):
         yield number, order if number % 2 == 0 else order[::-1]

@@ -24,10 +24,7 @@ NODES = 2_000_000
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; rename it to ``path`` on success.
-
-    Raises InputError if the file can not be written.
-    """
+    """Give a temporary path in the same folder; rename it to ``path`` on success."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -48,10 +45,7 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder; rename it to ``folder`` on success, remove it on failure.
-
-    Raises InputError if the path exists or cannot be written.
-    """
+    """Give a temporary folder; rename it to ``folder`` on success, remove it on failure."""
     check_new(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -92,22 +86,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT_BYTES) -> bytes:
-    """Read a whole file that must not be larger than a limit.
-
-    Parameters
-    ----------
-    path
-        The file.
-    what
-        What the message says was expected: "a JSON file".
-    limit_bytes
-        A larger file is refused before any of it is read.
-
-    Raises
-    ------
-    InputError
-        If there is no file, it is too large, or it cannot be read.
-    """
+    """Read a whole file within a limit; `what` says in a message what was expected."""
     check_size(path, what, limit_bytes)
     try:
         with open(path, "rb") as file:
@@ -117,10 +96,7 @@ def read_bytes(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT
 
 
 def check_size(path: str | os.PathLike[str], what: str, limit_bytes: int) -> int:
-    """Return the size of a file in bytes; refuse a missing or too large one.
-
-    Raises InputError if the file is missing or too large. A folder, a device or a pipe is no file.
-    """
+    """Return the size of a file in bytes; refuse what is too large, or no plain file."""
     try:
         there = Path(path).is_file()
         size = Path(path).stat().st_size if there else 0
@@ -142,31 +118,16 @@ def read_text(path: str | os.PathLike[str], what: str, limit_bytes: int = LIMIT_
 
 
 def read_json(path: str | os.PathLike[str], limit_bytes: int = LIMIT_BYTES) -> Any:
-    """Read a JSON file that someone else may have written.
-
-    Raises InputError if the file is missing, too large, or `parse_json` refuses what is in it.
-    """
+    """Read a JSON file that someone else may have written, as `parse_json` does."""
     return parse_json(read_text(path, "a JSON file", limit_bytes), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parse JSON, strictly and within limits.
+    """Parse JSON, strictly and within limits; `where` begins the messages.
 
     It refuses NaN and infinity (also as 1e999), integers of more than 40 digits, more than `DEPTH`
     levels of nesting, and more than `NODES` brackets and commas: small objects take 30 times the
     memory of their text.
-
-    Parameters
-    ----------
-    text
-        The document.
-    where
-        The beginning of the message.
-
-    Raises
-    ------
-    InputError
-        If it is no JSON or beyond one of these.
     """
     if sum(map(text.count, "[{,")) > NODES:
         raise InputError(f"{where} holds too much: expected at most {NODES} JSON values")

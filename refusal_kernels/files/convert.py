@@ -22,11 +22,7 @@ Content = Direction | Candidates | ControlVector
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """Read what a file holds, by its suffix: ``.safetensors``, ``.gguf``, ``.glp`` or ``.pt``.
-
-    Raises InputError if the suffix is another one, or the file is missing, damaged or holds
-    something else.
-    """
+    """Read what a file holds, by its suffix: ``.safetensors``, ``.gguf``, ``.glp`` or ``.pt``."""
     suffix = Path(path).suffix.lower()
     if suffix == ".pt":
         return read_torch(path)
@@ -47,7 +43,7 @@ def convert(
     scale: float | None = None,
     model_hint: str | None = None,
 ) -> Content:
-    """Read one file and write another; the suffixes say which formats.
+    """Read one file, write another, and return what was written; the suffixes say which formats.
 
     Parameters
     ----------
@@ -69,17 +65,6 @@ def convert(
         Multiplies an addition, and is the strength of an ablation.
     model_hint
         The architecture, such as "llama", for a control vector.
-
-    Returns
-    -------
-    Direction, Candidates or ControlVector
-        What was written.
-
-    Raises
-    ------
-    InputError
-        If the source can not be read, something is missing, or the target can not say it. Nothing
-        is written then.
     """
     name = Path(target).name.lower()
     if not name.endswith((".safetensors", ".gguf", ".glp")):

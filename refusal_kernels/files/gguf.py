@@ -22,10 +22,7 @@ _STRING, _ARRAY, _F32 = 8, 9, 0
 
 
 def gguf_library() -> Any:
-    """Import the gguf library.
-
-    Raises InputError if it is missing.
-    """
+    """Import the gguf library, or say what to install."""
     try:
         import gguf
     except ImportError:
@@ -38,18 +35,7 @@ def gguf_library() -> Any:
 def read_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a small GGUF file.
 
-    Returns
-    -------
-    metadata : dict of str to Any
-        Scalars and strings by their keys; None for an array.
-    tensors : dict of str to Tensor
-        float32, one dimension each.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, beyond the limits of a control vector, or the library is
-        missing.
+    Returns scalars and strings by their keys (None for an array), and float32 tensors [hidden].
     """
     data = read_bytes(path, "a GGUF file")
     gguf = gguf_library()

@@ -32,14 +32,11 @@ _OPCODES = {
 
 
 def read_torch(path: str | os.PathLike[str]) -> Direction | Candidates:
-    """Read what the paper's repository writes with ``torch.save``.
+    """Read what the paper's repository writes with ``torch.save``, since torch 1.6.
 
     ``direction.pt`` is the raw vector [hidden]; where it was read stands in
     ``direction_metadata.json`` beside it: ``{"pos": -5, "layer": 12}``, the input of that layer, as
     here. ``mean_diffs.pt`` holds the candidates, [position, layer, hidden].
-
-    Raises InputError if the file is missing, damaged, in torch's format from before 1.6, or holds
-    anything but one such tensor; or if the metadata is not as above.
     """
     tensor = _torch_tensor(path)
     try:

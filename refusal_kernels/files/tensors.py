@@ -29,8 +29,6 @@ def write_tensors(
     """Write a safetensors file of one of the package's formats, replacing it in one step.
 
     Equal tensors and metadata give equal bytes.
-
-    Raises InputError if the file cannot be written; nothing is left behind.
     """
     known = {"format": kind, "format_version": FORMAT_VERSION}
     blob = memoryview(save(dict(tensors), metadata={**metadata, **known}))
@@ -47,11 +45,7 @@ def write_tensors(
 def read_tensors(
     path: str | os.PathLike[str], kind: str, keys: tuple[str, ...], limit_bytes: int = LIMIT_TENSORS
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the named tensors and the metadata of a file that `write_tensors` wrote.
-
-    Raises InputError if the file is missing, damaged, larger than the limit, of another format, or
-    without one of the tensors.
-    """
+    """Read the named tensors and the metadata of a file that `write_tensors` wrote."""
     metadata, tensors = _opened(path, f"a {kind} file", keys, limit_bytes)
     name, version = metadata.pop("format", None), metadata.pop("format_version", None)
     if (name, version) != (kind, FORMAT_VERSION):
@@ -63,13 +57,7 @@ def read_tensors(
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
-    """Return the package's format of a safetensors file; None if another tool wrote it.
-
-    Raises
-    ------
-    InputError
-        As `read_tensors`.
-    """
+    """Return the package's format of a safetensors file; None if another tool wrote it."""
     return _opened(path, "a safetensors file", (), LIMIT_TENSORS)[0].get("format")
 
 

@@ -9,19 +9,11 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Prompts as tokens, padded on the left: the last column is the last token of every prompt.
+    """Prompts as tokens, padded on the left: the last column is the last token of every prompt."""
 
-    Attributes
-    ----------
-    rows : list of int
-        Which prompt each row is.
-    input_ids, attention_mask : Tensor
-        int64 [batch, tokens].
-    """
-
-    rows: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
+    rows: list[int]  # which prompt each row is
+    input_ids: Tensor  # int64 [batch, tokens]
+    attention_mask: Tensor  # int64 [batch, tokens]
 
 
 class Batches(Sequence[Batch]):
@@ -29,15 +21,6 @@ class Batches(Sequence[Batch]):
 
     This needs little padding, and a batch that is too large runs out of memory at the start. It
     keeps four bytes a token, less than the text of the prompts.
-
-    Parameters
-    ----------
-    encoded
-        The tokens of every prompt.
-    pad_id
-        The token that pads the batches.
-    batch_size
-        Prompts at once.
 
     Attributes
     ----------

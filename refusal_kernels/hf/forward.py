@@ -53,23 +53,10 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def read_inputs(
     model: Any, batch: Batch, last_layer: int, read: Callable[[int, Tensor], None]
 ) -> None:
-    """Run the model up to the input of a layer; that layer and later ones do not run.
+    """Run the model up to the input of `last_layer`; that layer and later ones do not run.
 
-    Parameters
-    ----------
-    model
-        A transformers causal language model.
-    batch
-        The prompts.
-    last_layer
-        The last layer whose input is read.
-    read
-        Called with every layer up to that one and its input, [batch, tokens, hidden].
-
-    Raises
-    ------
-    InputError
-        If the pass ended without calling one of the layers.
+    `read` gets every layer up to that one, with its input [batch, tokens, hidden]. A pass that ends
+    without calling all of them is an InputError.
     """
     layers = decoder_layers(model)[: last_layer + 1]
     seen = 0

@@ -68,25 +68,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """Answer every prompt greedily; return tokens, without the end token.
 
-    Parameters
-    ----------
-    model, chat, prompts, max_new_tokens, batch_size
-        As for `generate`.
-    around
-        Given the rows of a batch (numbers of prompts), returns the context in which the batch is
-        answered, such as a route.
-    progress
-        Called with the number of prompts answered, and of all.
-
-    Returns
-    -------
-    list of list of int
-        The tokens of the answers, in the order of the prompts.
-
-    Raises
-    ------
-    InputError
-        If there is no prompt, or a number is below 1.
+    As `generate`. `around` is given the rows of a batch (numbers of prompts) and returns the
+    context in which it is answered, such as a route; `progress` is told how many are answered.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")

@@ -14,13 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:
-    """Return a device; "auto" is an accelerator if there is one, else the CPU.
-
-    Raises
-    ------
-    InputError
-        If the device can not be used, with the first line of the reason.
-    """
+    """Return a device; "auto" is an accelerator if there is one, else the CPU."""
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:

@@ -35,10 +35,7 @@ def layer_list(model: Any) -> tuple[str, nn.ModuleList] | None:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """Return the decoder layers of a causal language model.
-
-    Raises InputError if there is no list of layers.
-    """
+    """Return the decoder layers of a causal language model."""
     named_list = layer_list(model) if isinstance(model, nn.Module) else None
     if named_list is None:
         raise InputError(
@@ -55,10 +52,7 @@ def text_config(model: Any) -> Any:
 
 
 def hidden_size(model: Any) -> int:
-    """Return the width of the residual stream.
-
-    Raises InputError if the configuration does not say.
-    """
+    """Return the width of the residual stream."""
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
         raise InputError(f"the configuration of {type(model).__name__} names no hidden_size")

@@ -86,14 +86,14 @@ class PatchHandle:
     ) -> None:
         self._programs = programs
         self._interventions = tuple({id(i): i for p in programs for i in p}.values())
-        self._sites = [site for _, site in steered_places]
-        self._groups = list({id(s.program): s.program for s in self._sites}.values())
+        self.sites = [site for _, site in steered_places]
+        self._groups = list({id(s.program): s.program for s in self.sites}.values())
         self._route = route
         self._model = model
         layers = decoder_layers(model)
         self._layers = layers, list(layers)
         self._modules = _apply(steered_places, plain_places, self._layers[1])
-        self._expected = len(self._sites)
+        self._expected = len(self.sites)
         positions = {i.positions for i in self._interventions}
         if positions != {"all"}:
             hook = Positions(decoder(model), route, last=LAST in positions)
@@ -183,7 +183,7 @@ class PatchHandle:
             raise InputError("the route is empty; expected a program or None for every row")
         numbers = [self._route.plain if p is None else p for p in programs]
         outer = self._route.rows
-        device = self._sites[0].device
+        device = self.sites[0].device
         self._route.rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         try:
             yield
@@ -195,11 +195,11 @@ class PatchHandle:
     @property
     def keep_scores(self) -> bool:
         """Whether every forward pass leaves what its edits read, for `scores`."""
-        return self._sites[0].keep_scores
+        return self.sites[0].keep_scores
 
     @keep_scores.setter
     def keep_scores(self, value: bool) -> None:
-        for site in self._sites:
+        for site in self.sites:
             site.keep_scores = bool(value)
             site.scores = None
 
@@ -218,7 +218,7 @@ class PatchHandle:
         InputError
             If ``keep_scores`` was not set to True before the pass.
         """
-        scores = {s.name: s.scores for s in self._sites if s.scores is not None}
+        scores = {s.name: s.scores for s in self.sites if s.scores is not None}
         if not scores:
             raise InputError("no scores: set handle.keep_scores = True, then run the model")
         return scores
@@ -226,12 +226,12 @@ class PatchHandle:
     @contextlib.contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
         """Call ``watcher(name, h)`` with the steered stream at every site, while inside."""
-        for site in self._sites:
+        for site in self.sites:
             site.watcher = watcher
         try:
             yield
         finally:
-            for site in self._sites:
+            for site in self.sites:
                 site.watcher = None
 
     def report(self) -> PatchReport:
@@ -246,7 +246,7 @@ class PatchHandle:
                 site.backend,
                 tuple(type(i).__name__ for i in site.program.interventions),
             )
-            for site in self._sites
+            for site in self.sites
             if id(site) in steered_now
         )
         return PatchReport(rows, self._expected)
@@ -265,7 +265,7 @@ class PatchHandle:
 
     def remove(self) -> None:
         """Undo the patch: classes and hooks are as before. A second call does nothing."""
-        sites = {id(site) for site in self._sites}  # what is there now may be another patch's
+        sites = {id(site) for site in self.sites}  # what is there now may be another patch's
         if any(id(site) in sites for module in self._modules for site in _sites_of(module)):
             for module in self._modules:
                 _restore(module)

@@ -132,26 +132,13 @@ def certify_checkpoint(
     direction: Direction,
     load: Callable[[str], Any],
 ) -> Certificate:
-    """`certify` two folders, with one model in memory at a time.
-
-    Parameters
-    ----------
-    source, target
-        What `orthogonalize_checkpoint` read, and what it wrote.
-    direction
-        What was removed.
-    load
-        Loads the model of a folder.
-    """
+    """`certify` two folders, one model in memory at a time; `load` loads a folder's model."""
     expected = AblatedRun.of(load(os.fspath(source)), direction)
     return expected.certify(load(os.fspath(target)))
 
 
 def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
-    """Certify an edit before it is made: every weight is projected as the model reads it.
-
-    Raises InputError if the edited model would not be the ablated one.
-    """
+    """Certify an edit before it is made, by projecting every weight as it is read, or refuse it."""
     expected = AblatedRun.of(model, direction)
     certificate = expected.certify(model, _Projected(model, writers, direction))
     if certificate.problem:
@@ -161,22 +148,12 @@ def prove(model: Any, writers: Writers, direction: Direction) -> Certificate:
 
 @dataclass(frozen=True)
 class AblatedRun:
-    """A model's outputs under ablation, to certify another model against.
-
-    Attributes
-    ----------
-    direction
-        What is ablated.
-    ids
-        Token ids, int64 [batch, tokens].
-    logits, plain
-        Under ablation and unmodified: [batch, tokens, vocabulary].
-    """
+    """A model's outputs under ablation, to certify another model against."""
 
     direction: Direction
-    ids: Tensor
-    logits: Tensor
-    plain: Tensor
+    ids: Tensor  # int64 [batch, tokens]
+    logits: Tensor  # under ablation: [batch, tokens, vocabulary]
+    plain: Tensor  # unmodified: [batch, tokens, vocabulary]
 
     @classmethod
     @torch.no_grad()

@@ -42,33 +42,15 @@ STATE = ".state.json"
 
 @dataclass(frozen=True)
 class OrthogonalizedCheckpoint:
-    """What was written.
-
-    Attributes
-    ----------
-    target
-        The folder.
-    edited : list of str
-        The names of the edited tensors; the bytes of all others are unchanged.
-    untied : bool
-        Whether the output matrix was the embedding and is now a separate, unedited tensor.
-    unread : list of str
-        Unedited tensors that transformers does not read, for example extra prediction layers.
-    unproved : list of str
-        As in `Orthogonalized`.
-    left_out : list of str
-        Files with weights in another format or not in the index. They are unedited and not copied.
-    resumed : int
-        The number of files reused from an interrupted run.
-    """
+    """What was written."""
 
     target: Path
-    edited: list[str]
-    untied: bool
-    unread: list[str]
-    unproved: list[str]
-    left_out: list[str]
-    resumed: int
+    edited: list[str]  # tensors; the bytes of all others are unchanged
+    untied: bool  # whether the output matrix was the embedding and is now a separate tensor
+    unread: list[str]  # unedited tensors that transformers does not read
+    unproved: list[str]  # as in `Orthogonalized`
+    left_out: list[str]  # files of weights, other or not in the index: neither edited nor copied
+    resumed: int  # files reused from an interrupted run
 
 
 @torch.no_grad()

@@ -28,35 +28,18 @@ LIMIT_COUNT = 1 << 16  # of layers, heads or experts: each may be an object
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The edits of a checkpoint.
+    """The edits of a checkpoint."""
 
-    Attributes
-    ----------
-    axes
-        The axis along the stream of every edited tensor, by its name in the files.
-    head
-        The names of the new output matrix and of the embedding that it copies unedited; None if
-        the two are not tied.
-    unread
-        Unedited tensors that the model does not read.
-    unproved
-        As `Writers.unproved`.
-    """
-
-    axes: dict[str, int]
-    head: tuple[str, str] | None
-    unread: list[str]
-    unproved: list[str]
+    axes: dict[str, int]  # the axis along the stream of every edited tensor, by its name in files
+    head: tuple[str, str] | None  # if untied: the new output matrix, and the embedding it copies
+    unread: list[str]  # unedited tensors that the model does not read
+    unproved: list[str]  # as `Writers.unproved`
 
 
 def make_plan(
     folder: Path, shards: list[Shard], direction: Direction, text_only: bool
 ) -> CheckpointPlan:
-    """Return the edits of a checkpoint.
-
-    Raises InputError if the family needs remote code, the weights are quantized, the tensors are
-    not those of the model, or the edit would not be ablation (as `orthogonalize`).
-    """
+    """Return the edits of a checkpoint; refuse one that does not fit its model."""
     entries = {entry.name: entry for shard in shards for entry in shard.entries}
     model = build_on_meta(read_config(folder, len(entries)))
     _check_sizes(model, sum(math.prod(entry.shape) for entry in entries.values()))
@@ -93,10 +76,7 @@ def make_plan(
 
 
 def _check_sizes(model: Any, numbers: int) -> None:
-    """Check that no parameter is larger than the checkpoint: a forward pass draws it at random.
-
-    Raises InputError if one is.
-    """
+    """Refuse a parameter larger than the checkpoint: a forward pass draws it at random."""
     for name, parameter in model.named_parameters():
         if parameter.numel() > numbers:
             raise InputError(
@@ -106,11 +86,7 @@ def _check_sizes(model: Any, numbers: int) -> None:
 
 
 def read_config(folder: Path, tensors: int) -> Any:
-    """Return the configuration of a checkpoint.
-
-    Raises InputError if transformers has no model for it, it is quantized, or it names more layers
-    than the checkpoint has tensors, or too many heads or experts.
-    """
+    """Return a checkpoint's configuration; refuse one unknown, quantized or out of proportion."""
     document = read_json(inside(folder, "config.json"))
     if not isinstance(document, dict):
         raise InputError(f"{folder / 'config.json'} is no table of settings")
@@ -151,10 +127,7 @@ def _settings(document: Any) -> Iterator[tuple[str, int]]:
 
 
 def build_on_meta(config: Any) -> Any:
-    """Build a model without weights.
-
-    Raises InputError if transformers cannot.
-    """
+    """Build a model without weights."""
     import transformers
 
     builder: Any = transformers.AutoModelForCausalLM.from_config
@@ -195,8 +168,7 @@ def _as_known() -> Iterator[None]:
 class _TensorNames:
     """Maps the tensors of a checkpoint to parameters, as transformers loads them.
 
-    transformers has no public function for it. This uses the functions that PEFT uses and reports
-    a version that lacks them.
+    It has no public function for it. This uses what PEFT uses, and reports a version that lacks it.
     """
 
     def __init__(self, model: Any) -> None:

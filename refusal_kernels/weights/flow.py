@@ -40,34 +40,18 @@ class SiteInputs:
 
 
 class StreamFlow(TorchDispatchMode):
-    """Follows tensors while a patched model runs; parameters may be on the meta device.
+    """Follows tensors while a patched model runs, in eval mode.
 
     With parameters on meta no weight takes memory: what is computed from one is drawn at random, in
     the right shape, so that experts are chosen and masks are made as in a real pass.
-
-    Parameters
-    ----------
-    model
-        The patched model, in eval mode.
-    hidden
-        The width of the stream.
-
-    Attributes
-    ----------
-    sites : list of SiteInputs
-        In the order in which they ran.
-    touched : set of str
-        The parameters that took part.
-    leaks : dict of str to str
-        For every parameter that was also used in another way, where.
     """
 
     def __init__(self, model: nn.Module, hidden: int) -> None:
         super().__init__()
         self.lineages = Lineages(model, hidden)
-        self.sites: list[SiteInputs] = []
-        self.touched: set[str] = set()
-        self.leaks: dict[str, str] = {}
+        self.sites: list[SiteInputs] = []  # in the order in which they ran
+        self.touched: set[str] = set()  # the parameters that took part
+        self.leaks: dict[str, str] = {}  # where a parameter was also used in another way
         self._head = getattr(model, "get_output_embeddings", lambda: None)()
         self._where: list[tuple[str, nn.Module]] = []
         self._hooks: list[Any] = []

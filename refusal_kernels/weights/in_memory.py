@@ -23,26 +23,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Orthogonalized:
-    """What was edited.
+    """What was edited."""
 
-    Attributes
-    ----------
-    edited : list of str
-        The names of the parameters.
-    untied : bool
-        Whether the output matrix shared its memory with the embedding and got its own, unedited.
-        The model is larger by one such matrix then.
-    certificate : Certificate
-        The edited model against the ablated one on a few random tokens, before the edit was made.
-    unproved : list of str
-        With ``text_only``: the parameters that may write into the stream when there are images or
-        audio, and were left as they are.
-    """
-
-    edited: list[str]
-    untied: bool
-    certificate: Certificate
-    unproved: list[str]
+    edited: list[str]  # names of parameters
+    untied: bool  # whether the output matrix was the embedding and got its own memory, unedited
+    certificate: Certificate  # on a few random tokens, from before the edit was made
+    unproved: list[str]  # with `text_only`: what may write from images or audio, and is unedited
 
 
 @torch.no_grad()
@@ -95,11 +81,7 @@ def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) 
 
 
 def check_model(model: Any, direction: Direction) -> None:
-    """Refuse a model that a direction does not fit, or whose weights are not plain numbers.
-
-    Raises InputError if it has another hidden size, is patched or carries adapters, or a weight is
-    quantized or offloaded.
-    """
+    """Refuse a model that a direction does not fit, or whose weights are not plain numbers."""
     if direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"

@@ -49,36 +49,16 @@ INTO = {"index_add": 3, "index_put": 2, "index_copy": 3, "scatter_add": 3, "copy
 
 @dataclass(frozen=True)
 class Lineage:
-    """What is known of a tensor.
+    """What is known of a tensor."""
 
-    Attributes
-    ----------
-    writes
-        The tensor is clean given these; None if it is not clean.
-    depends
-        The names of the parameters that it was computed from since the last site.
-    axes
-        For a view of a parameter: the parameter's axis of every dimension, or None.
-    why
-        The operation that ended it being clean.
-    """
-
-    writes: frozenset[WriterAxis] | None = None
-    depends: frozenset[str] = NOTHING
-    axes: tuple[int | None, ...] | None = None
-    why: str = ""
+    writes: frozenset[WriterAxis] | None = None  # it is clean given these; None: it is not clean
+    depends: frozenset[str] = NOTHING  # the parameters it was computed from since the last site
+    axes: tuple[int | None, ...] | None = None  # of a parameter's view: the axis of each dimension
+    why: str = ""  # the operation that ended it being clean
 
 
 class Lineages:
-    """The lineage of every tensor of a forward pass, and the rules by which an op makes new ones.
-
-    Parameters
-    ----------
-    model
-        Its parameters and buffers are known from the start.
-    hidden
-        The width of the stream.
-    """
+    """The lineage of every tensor of a forward pass, and how an op makes new ones."""
 
     def __init__(self, model: nn.Module, hidden: int) -> None:
         self.hidden = hidden

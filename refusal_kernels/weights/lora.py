@@ -31,51 +31,26 @@ EDIT = "; use rk.orthogonalize, which edits the weights themselves"
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """What was written.
+    """What was written."""
 
-    Attributes
-    ----------
-    folder
-        Of the adapter: what `peft.PeftModel.from_pretrained` takes.
-    edited : list of str
-        The parameters that the adapter edits.
-    biases : list of str
-        The edited biases. LoRA has no term for them: the adapter holds their new values (PEFT's
-        ``bias="lora_only"``), and switching it off does not restore the old ones.
-    tied
-        Whether the output matrix is the embedding. The adapter does not edit it; a merge would, so
-        untie the two before one.
-    certificate : Certificate
-        The model with the adapter against the ablated one.
-    unproved : list of str
-        As in `Orthogonalized`.
-    """
-
-    folder: Path
-    edited: list[str]
+    folder: Path  # what `peft.PeftModel.from_pretrained` takes
+    edited: list[str]  # parameters
+    # LoRA has no term for biases: the adapter holds their new values (PEFT's ``bias="lora_only"``),
+    # and switching it off does not restore the old ones.
     biases: list[str]
+    # Whether the output matrix is the embedding. The adapter does not edit it; a merge would.
     tied: bool
-    certificate: Certificate
-    unproved: list[str]
+    certificate: Certificate  # of the model with the adapter
+    unproved: list[str]  # as in `Orthogonalized`
 
 
 @dataclass(frozen=True)
 class _LoraTargets:
-    """What PEFT is asked to adapt.
+    """What PEFT is asked to adapt."""
 
-    Attributes
-    ----------
-    modules
-        Names of modules whose weight is edited, with the weight's axis along the stream.
-    parameters
-        Parameters of no module that PEFT knows (fused experts), likewise.
-    biases
-        Parameters that the adapter holds whole.
-    """
-
-    modules: dict[str, int]
-    parameters: dict[str, int]
-    biases: list[str]
+    modules: dict[str, int]  # whose weight is edited: that weight's axis along the stream
+    parameters: dict[str, int]  # of no module that PEFT knows (fused experts): likewise
+    biases: list[str]  # held whole by the adapter
 
 
 @torch.no_grad()
@@ -257,10 +232,7 @@ def _as_taken(model: Any, parts: _LoraTargets) -> _LoraTargets:
 
 
 def _fill(model: Any, parts: _LoraTargets, r: Tensor) -> None:
-    """Write A [rank, in] and B [out, rank] into the adapter that is in a model, and the biases.
-
-    Raises InputError if PEFT has adapted anything else.
-    """
+    """Write A [rank, in] and B [out, rank] into the adapter that is in a model, and the biases."""
     layers: dict[str, Any] = _layers(model)
     if other := sorted(layers.keys() ^ parts.modules.keys() ^ parts.parameters.keys()):
         raise InputError(f"PEFT does not adapt what it was asked to ({other[0]}){EDIT}")

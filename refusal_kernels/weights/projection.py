@@ -31,10 +31,7 @@ def times(tensor: Tensor, axis: int, r: Tensor) -> Tensor:
 
 
 def project_(tensor: Tensor, axis: int, r: Tensor) -> None:
-    """Remove the component along r, float64 [hidden], from a tensor's axis, in place.
-
-    In float64 and rounded once to the tensor's dtype, some rows at a time.
-    """
+    """Remove the component along r, float64 [hidden], in place: in float64, rounded once."""
     if tensor.ndim > 2:
         for part, inner in _parts(tensor, axis):
             project_(part, inner, r)

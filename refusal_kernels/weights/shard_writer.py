@@ -17,30 +17,14 @@ CHUNK = 4 << 20  # bytes copied at once
 
 
 class ShardWriter:
-    """Writes one shard: its header, then tensor after tensor, edited or as they are.
-
-    Parameters
-    ----------
-    file
-        The file to write to.
-    shards
-        All shards; the output matrix may be copied from another one.
-    plan
-        The edits.
-    r
-        The unit vector, float64 [hidden].
-
-    Attributes
-    ----------
-    digest
-        SHA-256 of the bytes written.
-    """
+    """Writes one shard: its header, then tensor after tensor, edited or as they are."""
 
     def __init__(
         self, file: IO[bytes], shards: list[Shard], plan: CheckpointPlan, r: Tensor
     ) -> None:
-        self._file, self._plan, self._unit = file, plan, r
-        self.digest = hashlib.sha256()
+        self._file, self._plan, self._unit = file, plan, r  # r: float64 [hidden]
+        self.digest = hashlib.sha256()  # of the bytes written
+        # of all shards: the output matrix may be copied from another one
         self._entries = {e.name: (s, e) for s in shards for e in s.entries}
 
     def write(self, shard: Shard, added: tuple[str, str] | None) -> Iterator[int]:
@@ -74,10 +58,7 @@ class ShardWriter:
                 yield self._put(data)
 
     def _edited(self, shard: Shard, entry: ShardTensor) -> Iterator[int]:
-        """Write a tensor without the direction, a matrix or some of its rows at a time.
-
-        The blocks are those of `project_`, so the roundings are equal.
-        """
+        """Write a tensor without the direction, in the blocks of `project_`: with its roundings."""
         axis, shape, dtype = self._plan.axes[entry.name], entry.shape, DTYPES[entry.dtype]
         rows, width = (1, *shape)[-2:]
         last = axis == len(shape) - 1

@@ -40,27 +40,13 @@ class ShardTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file.
-
-    Attributes
-    ----------
-    path
-        The file.
-    header
-        The bytes before the tensors.
-    metadata
-        The strings of the header.
-    entries
-        The tensors, in the order of their bytes.
-    size
-        Of the file, in bytes.
-    """
+    """One safetensors file."""
 
     path: Path
-    header: bytes
+    header: bytes  # all before the tensors
     metadata: dict[str, str]
-    entries: tuple[ShardTensor, ...]
-    size: int
+    entries: tuple[ShardTensor, ...]  # in the order of their bytes
+    size: int  # of the file, in bytes
 
     @property
     def name(self) -> str:
@@ -74,11 +60,7 @@ class Shard:
 
 
 def read_shards(folder: Path) -> list[Shard]:
-    """Return the safetensors files of a checkpoint, every header checked.
-
-    Raises InputError if the folder has none, its index names files outside or missing files or
-    tensors, a tensor is in two files, or a header is malformed or does not fit its file.
-    """
+    """Return the safetensors files of a checkpoint, headers and index checked."""
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).exists():
@@ -119,8 +101,6 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file of a folder; refuse a link that leads out of it.
 
     Links of the hub's cache into the folder ``blobs`` beside the snapshots are followed.
-
-    Raises InputError if the link leads elsewhere.
     """
     path, root = folder / name, folder.resolve()
     real = path.resolve()
@@ -131,10 +111,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read the header of a safetensors file and check it against the file.
-
-    Raises InputError if it is damaged or no such file.
-    """
+    """Read the header of a safetensors file and check it against the file."""
     size = check_size(path, "a safetensors file", LIMIT_FILE)
     try:
         with open(path, "rb") as file:
@@ -194,10 +171,7 @@ def _entry(path: Path, name: str, said: Any, base: int) -> ShardTensor:
 def other_files(folder: Path) -> tuple[list[str], list[str]]:
     """Return a checkpoint's files to copy, and its files with weights that are not edited.
 
-    The latter are in other formats or not named by the index; copied, they would contradict the
-    edited weights.
-
-    Raises InputError if something to copy is a link out of the folder, or neither file nor folder.
+    The latter are of other formats or not in the index; copied, they would contradict the edit.
     """
     along: list[str] = []
     weights: list[str] = []

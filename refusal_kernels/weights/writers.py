@@ -23,36 +23,19 @@ TOKENS = 4
 
 @dataclass(frozen=True)
 class Writers:
-    """The parameters that write into the stream.
+    """The parameters that write into the stream."""
 
-    Attributes
-    ----------
-    axes
-        The axis along the stream of every such parameter, by name in the order of the model.
-    unproved
-        Parameters of that width that no text reached, for example of an image encoder.
-    """
-
-    axes: dict[str, int]
-    unproved: list[str]
+    axes: dict[str, int]  # their axis along the stream, by name in the order of the model
+    unproved: list[str]  # of that width, but reached by no text: of an image encoder, for example
 
 
 @torch.no_grad()
 def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     """Follow a forward pass over random tokens and return the parameters that write.
 
-    Parameters
-    ----------
-    model
-        A transformers model, as `refusal_kernels.patch` takes it; the weights may be on meta.
-    text_only
-        Accept parameters that no text reaches.
-
-    Raises
-    ------
-    InputError
-        If removing a direction from parameters would not be what ablating it at run time is: a norm
-        or gain stands between what writes and the stream, or a parameter has another use as well.
+    The weights may be on meta. `text_only` accepts parameters that no text reaches. Refuses a model
+    where editing them is not ablation: a norm or gain follows what writes, or a parameter has
+    another use as well.
     """
     hidden = hidden_size(model)
     # any direction will do: its numbers are not used
@@ -60,7 +43,7 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     flow = StreamFlow(model, hidden)
     with evaluating(model), patch(model, Ablate(direction), fuse_norms=False) as handle:
         expected = [site.name for site in handle.report().sites]
-        with flow.through(handle._sites), flow:
+        with flow.through(handle.sites), flow:
             run(model, random_ids(model, 0))
     reached = {site.name for site in flow.sites}
     missing = [name for name in expected if name not in reached]
@@ -165,10 +148,7 @@ def random_ids(model: Any, seed: int, tokens: int = TOKENS) -> Tensor:
 
 
 def run(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits of a model, [1, tokens, vocabulary].
-
-    Raises InputError if the model does not run on token ids alone.
-    """
+    """Return the logits of a model, [1, tokens, vocabulary]."""
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     except InputError:

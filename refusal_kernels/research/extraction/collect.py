@@ -156,10 +156,7 @@ def mean_difference(
 
 
 def layers_to_read(model: Any, last_layer: int | None) -> int:
-    """Return how many layers to read, from the first to `last_layer`; None means all.
-
-    Raises InputError if there is no such layer.
-    """
+    """Return how many layers to read, from the first to `last_layer`; None means all."""
     layers = len(decoder_layers(model))
     last = layers - 1 if last_layer is None else last_layer
     if not 0 <= last < layers:

@@ -27,13 +27,7 @@ class PeerError(RuntimeError):
 
 
 class Team:
-    """The processes that share the batches; one by default.
-
-    Attributes
-    ----------
-    rank, size : int
-        The number of this process and of all processes. Rank 0 holds the result.
-    """
+    """The processes that share the batches; one by default. Rank 0 holds the result."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size, self._group = rank, size, group
@@ -102,18 +96,7 @@ def team(model: Any) -> Iterator[Team]:
 
 @contextmanager
 def joined(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[int, int]]:
-    """Connect to the other processes of `torchrun`, if any; give (rank, local rank).
-
-    Parameters
-    ----------
-    timeout_s
-        How long a process waits for another, in seconds.
-
-    Raises
-    ------
-    InputError
-        If the others do not connect, or the environment variables are malformed.
-    """
+    """Connect to the other processes of `torchrun`, if any; give (rank, local rank)."""
     try:
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", rank))

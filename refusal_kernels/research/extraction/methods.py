@@ -82,10 +82,7 @@ METHODS = (MEAN_DIFFERENCE, *FITS)
 
 
 def check_method(method: str) -> None:
-    """Check that a method exists and its library is installed.
-
-    Raises InputError if not.
-    """
+    """Check that a method exists and its library is installed."""
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     _, module, library = FITS.get(method, (None, None, ""))

@@ -22,26 +22,15 @@ FORMAT = "refusal_kernels.moments"
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """What the moments of two groups say; all float64, in the axis order of the candidates.
+    """What the moments of two groups say; all float64, in the axis order of the candidates."""
 
-    Attributes
-    ----------
-    mean_difference : Tensor
-        [positions, layers, hidden]: mean of the first group minus mean of the second.
-    variance : dict of str to Tensor
-        [positions, layers, hidden] for every group: the population variance.
-    d_prime : Tensor
-        [positions, layers]: how far apart the two groups are. The root mean square over the
-        channels of ``difference / sqrt((variance_a + variance_b) / 2)``. Only the variance of each
-        channel is known, so this is not the separation along the mean difference itself.
-    cosine : Tensor
-        [positions, layers, layers]: between the mean differences of two layers; 0 with a layer
-        whose difference is zero.
-    """
-
-    mean_difference: Tensor
-    variance: dict[str, Tensor]
+    mean_difference: Tensor  # [positions, layers, hidden]: of the first group minus the second
+    variance: dict[str, Tensor]  # of every group, of the population: [positions, layers, hidden]
+    # [positions, layers]: the root mean square over the channels of
+    # difference / sqrt((variance_a + variance_b) / 2). Only the variance of each channel is known,
+    # so this is not the separation along the mean difference itself.
     d_prime: Tensor
+    # [positions, layers, layers]: between the mean differences of two layers; 0 if one is zero
     cosine: Tensor
 
 

@@ -20,15 +20,7 @@ Identity = Mapping[str, str]
 
 
 class Checkpoint:
-    """A file with the state after the last whole batch.
-
-    Parameters
-    ----------
-    path
-        It is written under a temporary name and renamed, so it is never half-written.
-    identity
-        What this run depends on. A file of another run is refused.
-    """
+    """A file with the state after the last whole batch; one of another identity is refused."""
 
     def __init__(self, path: str | os.PathLike[str], identity: Identity) -> None:
         self.path = Path(path)
@@ -59,10 +51,7 @@ class Checkpoint:
 
 
 def check_identity(path: Path, identity: Identity, metadata: Identity) -> None:
-    """Refuse a checkpoint whose metadata names another run; the message names what differs.
-
-    Raises InputError if they differ.
-    """
+    """Refuse a checkpoint whose metadata names another run; the message names what differs."""
     names = sorted({*identity, *metadata})
     if differ := [name for name in names if identity.get(name) != metadata.get(name)]:
         raise InputError(
@@ -76,17 +65,8 @@ def identity_of(
 ) -> dict[str, str]:
     """Return what the result of a run depends on, as digests.
 
-    Parameters
-    ----------
-    model
-        Contributes its class, its dtypes and a checksum of every weight.
-    parts
-        Groups and the tokens of their prompts, which contain the chat format.
-    moments
-        Contributes its shape and its groups.
-    probe
-        The moments of one prompt from this model. They stand for what the weights do not show: a
-        patch or a hook, the kernels, the machine, the number of threads.
+    `probe` has the moments of one prompt from this model. They stand for what the weights do not
+    show: a patch or a hook, the kernels, the machine, the number of threads.
     """
     prompts, weights = hashlib.sha256(), hashlib.sha256(type(model).__name__.encode())
     for group, batches in parts:

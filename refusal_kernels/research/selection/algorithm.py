@@ -38,27 +38,15 @@ ZERO = 1e-6
 class ScoredCandidate:
     """One candidate with its selection scores.
 
-    Attributes
-    ----------
-    position, layer : int
-        Where the direction was read; the position counts from the end.
-    bypass : float or None
-        Mean refusal score on harmful prompts with the direction ablated: low is good.
-    induce : float or None
-        Mean refusal score on harmless prompts with the direction added: high is good.
-    kl : float or None
-        Mean KL(unmodified || ablated) at the last token of harmless prompts: low is good.
-    discarded : str or None
-        Why it was discarded. A score is None if the candidate was discarded unmeasured, or if the
-        score is not finite.
+    A score is None if the candidate was discarded unmeasured, or if the score is not finite.
     """
 
-    position: int
+    position: int  # counted from the end
     layer: int
-    bypass: float | None
-    induce: float | None
-    kl: float | None
-    discarded: str | None
+    bypass: float | None  # mean refusal score on harmful prompts, ablated: low is good
+    induce: float | None  # mean refusal score on harmless prompts, added: high is good
+    kl: float | None  # mean KL(unmodified || ablated) at harmless prompts' last token: low is good
+    discarded: str | None  # why
 
 
 @dataclass(frozen=True, eq=False)

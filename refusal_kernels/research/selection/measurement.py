@@ -49,26 +49,14 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Question:
-    """What every candidate is measured on.
+    """What every candidate is measured on."""
 
-    Attributes
-    ----------
-    harmful, harmless : list of list of int
-        The prompts, as tokens.
-    unmodified : Tensor
-        float32 [prompts, vocabulary], of the harmful and then the harmless ones: the unmodified
-        model's logits at the last token.
-    tokens : sequence of int
-        The refusal tokens.
-    batch_size : int
-        Rows at once: each is one prompt under one candidate.
-    """
-
-    harmful: list[list[int]]
+    harmful: list[list[int]]  # prompts, as tokens
     harmless: list[list[int]]
+    # float32 [prompts, vocabulary], harmful first: the unmodified model's logits at the last token
     unmodified: Tensor
-    tokens: Sequence[int]
-    batch_size: int
+    tokens: Sequence[int]  # the refusal tokens
+    batch_size: int  # rows at once: each is one prompt under one candidate
 
 
 class SelectionScores(NamedTuple):
@@ -111,22 +99,7 @@ def _batch(ids: Sequence[Sequence[int]], rows: list[int]) -> Batch:
 
 
 class Measurement:
-    """The forward passes that measure some candidates, in a fixed order.
-
-    Parameters
-    ----------
-    model
-        A transformers causal language model, unpatched.
-    question
-        The prompts and what to score.
-    directions
-        The candidates, each with its layer.
-
-    Attributes
-    ----------
-    total : int
-        The number of rows; each is a prompt under a candidate's edit.
-    """
+    """The forward passes that measure some candidates in an unpatched model, in a fixed order."""
 
     def __init__(self, model: Any, question: Question, directions: Sequence[Direction]) -> None:
         self.model, self.question, self.directions = model, question, directions
@@ -148,7 +121,7 @@ class Measurement:
         ]
         units = [*self._ablations, *(u for *_, units in self._additions for u in units)]
         self._sizes = [len(unit.prompts) for unit in units]
-        self.total = sum(self._sizes)
+        self.total = sum(self._sizes)  # rows: each is a prompt under a candidate's edit
 
     def _units(self, candidates: list[int], prompts: list[int]) -> list[_Unit]:
         pairs = [(c, p) for c in candidates for p in prompts]
@@ -167,19 +140,8 @@ class Measurement:
     ) -> SelectionScores:
         """Run the passes that are not done, and return all scores.
 
-        Parameters
-        ----------
-        checkpoint
-            A file that holds what was measured; it is read first, and only missing passes run. It
-            is replaced in one step after every pass, and stays.
-        progress
-            Called with the number of rows done and the number of all rows.
-
-        Raises
-        ------
-        InputError
-            If the file cannot be written, is something else or of another run; the message names
-            what differs.
+        The checkpoint is read first, replaced in one step after every pass, and stays. `progress`
+        is told the numbers of rows.
         """
         identity = {} if checkpoint is None else self._identity()
         done = 0 if checkpoint is None else self._load(checkpoint, identity)

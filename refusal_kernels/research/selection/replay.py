@@ -37,21 +37,8 @@ def changed_input(layer: nn.Module, change: Change) -> Iterator[None]:
 class Replay:
     """Runs a model from the input of one of its layers.
 
-    Parameters
-    ----------
-    model
-        A transformers causal language model.
-    forward
-        Runs it on the tokens of one prompt and returns its output.
-    ids
-        The tokens of the prompt to try.
-    inputs
-        The input of each layer to try on that prompt: [1, tokens, hidden].
-
-    Attributes
-    ----------
-    layers : set of int
-        The layers from which a replay gives the bits of the whole pass.
+    `forward` runs it on the tokens of one prompt; it is tried on `ids`, whose `inputs` of the
+    layers to try are [1, tokens, hidden].
     """
 
     def __init__(
@@ -61,7 +48,7 @@ class Replay:
         ids: list[int],
         inputs: Mapping[int, Tensor],
     ) -> None:
-        self.layers: set[int] = set()
+        self.layers: set[int] = set()  # from which a replay gives the bits of the whole pass
         self._every = decoder_layers(model)
         outputs: list[Any] = []
         handle = self._every[0].register_forward_hook(lambda _, __, output: outputs.append(output))

@@ -19,25 +19,10 @@ MIN_RATIO = 10.0
 
 
 def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Log-odds that the next token is a refusal token.
+    """Log-odds that the next token is a refusal token, float64 [prompts].
 
-    Parameters
-    ----------
-    logits
-        [prompts, vocabulary], at the last position.
-    tokens
-        The refusal tokens.
-
-    Returns
-    -------
-    Tensor
-        float64 [prompts]: ``log(p + eps) - log(1 - p + eps)``, where p is the summed probability
-        of the tokens and eps is 1e-8.
-
-    Raises
-    ------
-    InputError
-        If there is no token, or one is not in the vocabulary.
+    From logits [prompts, vocabulary] at the last position: ``log(p + eps) - log(1 - p + eps)``,
+    where p is the summed probability of the tokens and eps is 1e-8.
     """
     check_tokens(tokens, logits.shape[-1])
     chosen = torch.tensor(sorted(set(tokens)), device=logits.device)
@@ -46,10 +31,7 @@ def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
-    """Check the refusal tokens against the vocabulary.
-
-    Raises InputError if there is no token, or one is not in the vocabulary.
-    """
+    """Refuse refusal tokens that are none, or not in the vocabulary."""
     if not tokens or not all(0 <= token < vocabulary for token in tokens):
         raise InputError(
             f"the refusal tokens are {list(tokens)}; expected token ids below {vocabulary}"
@@ -76,17 +58,7 @@ def find_refusal_tokens(
     """Find the tokens with which the model begins a refusal, from its own behavior.
 
     These are the next tokens whose mean probability is at least 0.05 on the harmful prompts, and
-    at least 10 times that on the harmless ones.
-
-    Returns
-    -------
-    list of int
-        Token ids, the most probable first.
-
-    Raises
-    ------
-    InputError
-        If there is none: the model answers both sets of prompts alike.
+    at least 10 times that on the harmless ones: ids, the most probable first.
     """
     chat = ChatFormat.of(tokenizer)
     logits = [last_logits(model, chat, prompts, batch_size) for prompts in (harmful, harmless)]
@@ -109,18 +81,12 @@ def distinctive_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class PaperFamily:
-    """One family of the paper's models, known by architecture and size of the vocabulary.
-
-    Attributes
-    ----------
-    tokens
-        Its refusal tokens and their text.
-    """
+    """One family of the paper's models, known by architecture and size of the vocabulary."""
 
     name: str
     model_type: str
     vocabulary: int
-    tokens: dict[int, str]
+    tokens: dict[int, str]  # its refusal tokens and their text
 
 
 # Arditi et al. 2024, table 4
@@ -134,20 +100,7 @@ PAPER_FAMILIES = (
 
 
 def paper_refusal_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the refusal tokens that the paper names for a model's family.
-
-    Parameters
-    ----------
-    model
-        A transformers causal language model.
-    tokenizer
-        Its tokenizer, or a `ChatFormat`.
-
-    Raises
-    ------
-    InputError
-        If the paper has no such family, or this tokenizer decodes the tokens differently.
-    """
+    """Return the refusal tokens that the paper names for a model's family."""
     config = text_config(model)
     kind, size = getattr(config, "model_type", None), getattr(config, "vocab_size", None)
     for family in PAPER_FAMILIES:
