@@ -1,29 +1,19 @@
 import collections
 import os
-import sys
 
 import torch
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter.
-GPU = torch.cuda.is_available()
-if not GPU:
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import emulated_cuda  # noqa: E402
-import pytest  # noqa: E402
+import emulated_cuda
+import pytest
+from backends import DEVICES, EMULATED, GPU
 
-from refusal_kernels import _C, ops  # noqa: E402
+from refusal_kernels import _C, ops
 
-# where a GPU runs the kernels themselves, nothing has to play one
-NATIVE = GPU and bool(_C.cuda_architectures())
-EMULATED = sys.platform == "linux" and not NATIVE
-# every backend that this machine can run, and where
-DEVICES = {"cpu": "cpu", "triton": "cuda" if GPU else "cpu", "reference": "cpu"}
-if EMULATED:
-    DEVICES[emulated_cuda.NAME] = "cpu"
-if NATIVE:
-    DEVICES["cuda"] = "cuda"
 EXERCISED: dict[str, int] = {}
 
 

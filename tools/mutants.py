@@ -111,14 +111,14 @@ MUTANTS = [
     Mutant(
         "the clamp of phi is subtracted",
         "csrc/cpu/steer.inl",
-        "p[A] * t + p[C] * clamped + p[B]",
-        "p[A] * t - p[C] * clamped + p[B]",
+        "phi.slope * t + phi.clamped_slope * clamped",
+        "phi.slope * t - phi.clamped_slope * clamped",
         "tests/ops/test_ops.py -k cpu",
     ),
     Mutant(
         "a large score is not clamped",
         "csrc/cpu/steer.inl",
-        "if (clamped > p[HIGH]) clamped = p[HIGH];",
+        "if (clamped > phi.high) clamped = phi.high;",
         "",
         "tests/ops/test_ops.py -k cpu",
     ),
@@ -138,15 +138,15 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA's clamp has no lower limit",
-        "csrc/cuda/reduce.cuh",
-        "if (t < p[LOW]) clamped = p[LOW];",
+        "csrc/cuda/program.cuh",
+        "if (t < phi.low) clamped = phi.low;",
         "",
         "tests/ops/test_ops.py -k cuda_emulated",
     ),
     # interventions and the patch
     Mutant(
         "the strength is ignored",
-        "interventions.py",
+        "intervention_base.py",
         "return self._replace(a=self.a * strength, c=self.c * strength, b=self.b * strength)",
         "return self",
         "tests/patching/test_patching.py tests/patching/test_patch_uses.py",
@@ -160,7 +160,7 @@ MUTANTS = [
     ),
     Mutant(
         "the input of a block is that of the block after",
-        "interventions.py",
+        "intervention_base.py",
         "return feeds == self.block_input",
         "return feeds == self.block_input + 1",
         "tests/patching/test_patching.py",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICES
+from backends import DEVICES
 from programs import DTYPES, ablation, eager, exact, rows, worst
 
 from refusal_kernels import ops

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICES
+from backends import DEVICES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import (

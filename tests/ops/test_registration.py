@@ -5,7 +5,7 @@ import importlib
 import emulated_cuda
 import pytest
 import torch
-from conftest import DEVICES
+from backends import DEVICES
 from programs import ablation, random_program, rows, state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
