@@ -40,29 +40,15 @@ CATEGORIES = ("harmful", "harmless")
 
 @dataclass(frozen=True)
 class DemoInputs:
-    """The inputs of the demo.
+    """The inputs of the demo."""
 
-    Attributes
-    ----------
-    name
-        The model's name in the report.
-    model, tokenizer
-        A transformers causal language model and its tokenizer.
-    train, validation, test
-        Prompts by category, "harmful" and "harmless".
-    skills
-        By name: pairs of a prompt and its one right answer; empty to skip.
-    max_new_tokens
-        The most tokens of a completion.
-    """
-
-    name: str
+    name: str  # the model's, in the report
     model: Any
     tokenizer: Any
     train: Prompts
     validation: Prompts
     test: Prompts
-    skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)  # empty to skip
     max_new_tokens: int = 64
 
 
@@ -74,13 +60,7 @@ def read_inputs(
     dtype: str = "auto",
     seed: int = SEED,
 ) -> DemoInputs:
-    """Load the model, and read its prompts; those from files are cut into the three splits.
-
-    Raises
-    ------
-    InputError
-        As `load` and `splits_for`.
-    """
+    """Load the model, and read its prompts; those from files are cut into the three splits."""
     splits = splits_for(model, harmful, harmless, seed)
     language_model, tokenizer = load(model, device, dtype)
     ChatFormat.of(tokenizer)
@@ -103,24 +83,7 @@ class DemoResult:
 
 
 def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoResult:
-    """Run the whole experiment; write report, pictures, direction and samples to a folder.
-
-    Parameters
-    ----------
-    inputs
-        Model and prompts.
-    out
-        The folder; made if it is not there.
-    step
-        Told of each step and of its progress.
-    rounds
-        Rounds of the comparison of speed.
-
-    Raises
-    ------
-    InputError
-        If the folder can not be made, or no direction can be selected.
-    """
+    """Run the whole experiment; write report, pictures, direction and samples to a folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -50,12 +50,7 @@ def plot_projections(
 ) -> None:
     """Draw the prompts' projections on the direction, layer by layer: median, 5 to 95 %.
 
-    Parameters
-    ----------
-    projections
-        By category: for the input of every block and the output of the last, one a prompt.
-    selected
-        The layer that the direction was read from.
+    They are by category, as `project` returns them; the direction was read at layer `selected`.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
@@ -81,14 +76,9 @@ def plot_projections(
 def plot_rates(
     path: Target, rates: Mapping[str, Mapping[str, Mapping[str, Any]]], counts: str = "refused"
 ) -> None:
-    """Draw rates as bars with their 95 % Wilson intervals.
+    """Draw rates (`Rate.to_dict` by condition and set of prompts) as bars, with Wilson intervals.
 
-    Parameters
-    ----------
-    rates
-        `Rate.to_dict` by condition, then by set of prompts.
-    counts
-        What a hit is.
+    `counts` says what a hit is.
     """
     parts = list(dict.fromkeys(part for by_part in rates.values() for part in by_part))
     width = 0.8 / len(parts)
@@ -130,13 +120,7 @@ def plot_controls(
 ) -> None:
     """Draw the direction beside its controls: a dot and its 95 % Wilson interval each.
 
-    Parameters
-    ----------
-    panels
-        By question: `Rate.to_dict` by label; first the unmodified model, then the direction, then
-        the controls.
-    counts
-        What a hit is.
+    A panel has `Rate.to_dict` by label: the unmodified model, the direction, then the controls.
     """
     most = max(len(rates) for rates in panels.values())
     with plt.rc_context(STYLE):
@@ -167,16 +151,9 @@ def plot_dose(
     counts: str = "refused",
     text: str | None = None,
 ) -> None:
-    """Draw by strength: hits with intervals, refusal score, KL and cross-entropy.
+    """Draw by strength: hits with intervals, refusal score, KL and the cross-entropy of a text.
 
-    Parameters
-    ----------
-    dose
-        By kind ("ablation", "addition"): rows of `DosePoint.to_dict`.
-    counts
-        What a hit is.
-    text
-        The name of the text of the cross-entropy.
+    `dose` has by kind ("ablation", "addition") rows of `DosePoint.to_dict`.
     """
     first = next(iter(dose.values()))[0]
     names = ["rate", "kl"]
@@ -224,14 +201,9 @@ def plot_dose(
 def plot_candidates(
     path: Target, scores: Sequence[Any], selected: tuple[int, int] | None = None
 ) -> None:
-    """Draw the three scores of every candidate, by position and layer.
+    """Draw the three scores of every candidate by position and layer: `ScoredCandidate`, or dicts.
 
-    Parameters
-    ----------
-    scores
-        Rows with position, layer, bypass, induce, kl and discarded: `ScoredCandidate`, or as dicts.
-    selected
-        Position and layer of the winner; by default the one kept with the lowest bypass.
+    The winner is framed: by default the one that was kept with the lowest bypass.
     """
     rows = [asdict(row) if is_dataclass(row) else dict(row) for row in scores]  # type: ignore[arg-type]
     positions = sorted({row["position"] for row in rows})

@@ -29,23 +29,8 @@ def prompts_for(
 ) -> dict[str, Sequence[str]]:
     """Read the prompts of both categories; for the toy model, its own of a split by default.
 
-    Parameters
-    ----------
-    model
-        As for `load`.
-    split
-        "train", "validation" or "test": what is given is cut into these three by the seed, so that
-        the same sources give disjoint parts to the steps of an experiment. None: all prompts, each
-        once.
-    harmful, harmless
-        As `read_prompts` takes them.
-    seed
-        Of the cut. The toy model's own splits are fixed.
-
-    Raises
-    ------
-    InputError
-        If a source is missing, by its option's name, can not be read, or is too small to be cut.
+    Others are cut into "train", "validation" and "test" by the seed, so that the same sources give
+    disjoint parts to the steps of an experiment. A split of None gives all prompts, each once.
     """
     parts = _all_prompts(model, harmful, harmless, seed)
     if split is None:
@@ -90,25 +75,8 @@ def filtered(
 ) -> dict[str, Sequence[str]]:
     """Keep the harmful prompts that the model refuses and the harmless ones that it answers.
 
-    Parameters
-    ----------
-    model, tokenizer
-        The unmodified model, and its tokenizer or a `ChatFormat`.
-    prompts
-        "harmful" and "harmless", as `prompts_for` returns them.
-    refusal_tokens
-        What a refusal begins with; by default as `find_refusal_tokens` finds it.
-    batch_size
-        Prompts at once.
-
-    Raises
-    ------
-    InputError
-        If there are no refusal tokens, or nothing is left of a category.
-
-    Notes
-    -----
-    Arditi et al. 2024, appendix A: refusal score above 0 and below 0.
+    Arditi et al. 2024, appendix A: refusal score above 0 and below 0. The refusal tokens are by
+    default those of `find_refusal_tokens`.
     """
     chat = ChatFormat.of(tokenizer)
     if refusal_tokens is None:
@@ -133,10 +101,7 @@ def splits_for(
 ) -> dict[str, dict[str, Sequence[str]]]:
     """Read the prompts of all three splits, by split and category, as `prompts_for` does one.
 
-    Raises
-    ------
-    InputError
-        As `prompts_for`; also if a source has fewer than 16 different prompts.
+    A source needs 16 different prompts.
     """
     prompts = _all_prompts(model, harmful, harmless, seed)
     for name, source in (("harmful", harmful), ("harmless", harmless)):

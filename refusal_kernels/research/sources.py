@@ -35,25 +35,13 @@ SEED = 42
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a set of prompts is published, and which of its rows are meant.
+    """Where a set of prompts is published, and which of its rows are meant."""
 
-    Attributes
-    ----------
-    name
-        What ``datasets.load_dataset`` takes: a hub id, or a local folder.
-    config, split
-        Which part of it.
-    column
-        The column with the prompts; None for the first of `FIELDS` that is there.
-    where
-        Only the rows whose columns have these values.
-    """
-
-    name: str
+    name: str  # what ``datasets.load_dataset`` takes: a hub id, or a local folder
     config: str | None = None
     split: str = "train"
-    column: str | None = None
-    where: Mapping[str, str] | None = None
+    column: str | None = None  # with the prompts; None for the first of `FIELDS` that is there
+    where: Mapping[str, str] | None = None  # only the rows whose columns have these values
 
 
 PRESETS: Mapping[str, Dataset] = {
@@ -123,11 +111,7 @@ def _parsed_spec(source: str) -> Dataset:
 
 
 def read_dataset(dataset: Dataset) -> list[str]:
-    """Read the prompts of a dataset with the datasets library, from the hub or a local folder.
-
-    Raises InputError if the library is missing, the dataset cannot be loaded (no network, no such
-    name or part, access not granted), or it has no such column or no such row.
-    """
+    """Read the prompts of a dataset with the datasets library, from the hub or a local folder."""
     table, name = _loaded(dataset)
     column = dataset.column or _field_of(table.column_names)
     prompts = [
@@ -142,24 +126,10 @@ def read_dataset(dataset: Dataset) -> list[str]:
 def read_columns(
     dataset: Dataset, columns: Sequence[str], count: int, *, shuffle: int | None = None
 ) -> list[tuple[str, ...]]:
-    """Read the first rows of a dataset.
+    """Read columns of the first `count` rows that have text in all of them; `column` is not used.
 
-    Parameters
-    ----------
-    dataset
-        Of its ``column`` no use is made.
-    columns
-        What is wanted of each row; a row with something else than text there is left out.
-    count
-        How many rows.
-    shuffle
-        A seed: the rows are shuffled before, with the library's own generator. Without it the
-        dataset is streamed, and only what is needed is fetched.
-
-    Raises
-    ------
-    InputError
-        As `read_dataset`.
+    With a seed to shuffle by, the rows are shuffled before with the library's own generator.
+    Without it the dataset is streamed, and only what is needed is fetched.
     """
     table, name = _loaded(dataset, stream=shuffle is None)
     if shuffle is not None:
@@ -300,21 +270,7 @@ def split_prompts(
 
     Repetitions are dropped first (white space around a prompt does not count). The order is that of
     a hash of seed and prompt: the same on every machine and in every version of Python, and
-    whatever the order of the source.
-
-    Parameters
-    ----------
-    prompts
-        All of them.
-    sizes
-        How many prompts each part gets, by its name; None in the last place for all that are left.
-    seed
-        Another one gives other parts.
-
-    Raises
-    ------
-    InputError
-        If there are too few different prompts, or a size is negative.
+    whatever the order of the source. A last size of None takes all prompts that are left.
     """
     different = list({prompt.strip(): prompt for prompt in reversed(prompts)}.values())
     need = sum(size or 0 for size in sizes.values())
@@ -337,10 +293,7 @@ def split_prompts(
 
 
 def split_sizes(count: int) -> dict[str, int]:
-    """How a set of prompts is cut: `SIZES`, or half, a quarter and the rest of a smaller set.
-
-    Raises InputError if there are fewer than three prompts: every part needs one.
-    """
+    """How a set of prompts is cut: `SIZES`, or half, a quarter and the rest of a smaller set."""
     if count < 3:
         raise InputError(
             f"{count} different prompts; expected 3 or more, for train, validation and test"
@@ -354,20 +307,9 @@ def split_sizes(count: int) -> dict[str, int]:
 def keep_refused(
     prompts: Sequence[str], scores: "Tensor | Sequence[float]", threshold: float = 0.0
 ) -> list[str]:
-    """The prompts that the model refuses: those whose refusal score is above the threshold.
+    """The prompts that the model refuses: those whose refusal score (nats) is above the threshold.
 
-    Parameters
-    ----------
-    prompts
-        Harmful prompts.
-    scores
-        The refusal score of each, in nats (`refusal_kernels.research.selection.refusal_score`).
-    threshold
-        0 is a probability of one half that the answer begins with a refusal token.
-
-    Notes
-    -----
-    Arditi et al. 2024, appendix A. A score that is NaN keeps nothing.
+    0 is a probability of one half that the answer begins with a refusal token. NaN keeps nothing.
     """
     return [p for p, score in zip(prompts, scores, strict=True) if float(score) > threshold]
 

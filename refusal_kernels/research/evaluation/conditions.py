@@ -25,35 +25,15 @@ from refusal_kernels.research.selection.scoring import kl_divergence, refusal_sc
 
 @dataclass
 class Condition:
-    """The measurements under one intervention.
+    """The measurements under one intervention, by set of prompts, task or text."""
 
-    Attributes
-    ----------
-    name : str
-        "unmodified", "ablated", "random 2 added", "layer 5 ablated", ...
-    cosine : float or None
-        Of a control: the cosine of its direction with the examined one.
-    rates : dict of str to dict of str to Rate
-        By set of prompts, then by the judge's name.
-    refusal_scores : dict of str to float
-        By set of prompts: the mean refusal score (log-odds, nats); empty without refusal tokens.
-    kl : dict of str to float
-        By set of prompts: mean KL(unmodified || this) of the next token after the prompt, nats.
-    skills : dict of str to Rate
-        Right answers, by task.
-    losses : dict of str to Loss
-        Cross-entropy, by text.
-    completions : dict of str to list of str
-        By set of prompts.
-    """
-
-    name: str
-    cosine: float | None = None
-    rates: dict[str, dict[str, Rate]] = field(default_factory=dict)
-    refusal_scores: dict[str, float] = field(default_factory=dict)
-    kl: dict[str, float] = field(default_factory=dict)
-    skills: dict[str, Rate] = field(default_factory=dict)
-    losses: dict[str, Loss] = field(default_factory=dict)
+    name: str  # "unmodified", "ablated", "random 2 added", "layer 5 ablated", ...
+    cosine: float | None = None  # of a control: of its direction with the examined one
+    rates: dict[str, dict[str, Rate]] = field(default_factory=dict)  # by set, then by judge
+    refusal_scores: dict[str, float] = field(default_factory=dict)  # mean log-odds, nats
+    kl: dict[str, float] = field(default_factory=dict)  # mean KL(unmodified || this), nats
+    skills: dict[str, Rate] = field(default_factory=dict)  # right answers, by task
+    losses: dict[str, Loss] = field(default_factory=dict)  # cross-entropy, by text
     completions: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,28 +49,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class DosePoint:
-    """The measurements at one strength of an intervention, judged by the first judge.
+    """The measurements at one strength of an intervention, judged by the first judge."""
 
-    Attributes
-    ----------
-    strength : float
-        Of the ablation, or the coefficient of the addition; 0 is no edit.
-    harmful, harmless : Rate
-        How many completions are a hit.
-    refusal_scores : dict of str to float
-        By set of prompts: the mean refusal score, nats; empty without refusal tokens.
-    kl : float
-        Mean KL(unmodified || steered) of the next token on the harmless prompts, nats.
-    loss : Loss or None
-        Cross-entropy on ``Evidence.dose_text``.
-    """
-
-    strength: float
+    strength: float  # of the ablation, or the coefficient of the addition; 0 is no edit
     harmful: Rate
     harmless: Rate
-    refusal_scores: dict[str, float]
-    kl: float
-    loss: Loss | None
+    refusal_scores: dict[str, float]  # by set of prompts: the mean, nats; empty without tokens
+    kl: float  # mean KL(unmodified || steered) of the next token on the harmless prompts, nats
+    loss: Loss | None  # cross-entropy on `Evidence.dose_text`
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
@@ -100,31 +66,16 @@ class DosePoint:
 
 @dataclass
 class ConditionRunner:
-    """Measures a model on sets of prompts, under one edit after the other or many at once.
-
-    Attributes
-    ----------
-    model, chat
-        A transformers causal language model, and its chat format.
-    sets : dict of str to list of str
-        The prompts by set; "harmful" and "harmless" among them.
-    judges
-        Of the completions.
-    tokens : sequence of int or None
-        The refusal tokens; None for no refusal scores.
-    max_new_tokens, batch_size : int
-        As for `refusal_kernels.generate`.
-    logits : dict of str to Tensor
-        By set: those of the unmodified model after every prompt, float32 [prompts, vocabulary].
-    """
+    """Measures a model on sets of prompts, under one edit after the other or many at once."""
 
     model: Any
     chat: ChatFormat
-    sets: Mapping[str, list[str]]
+    sets: Mapping[str, list[str]]  # "harmful" and "harmless" among them
     judges: Sequence[Judge]
-    tokens: Sequence[int] | None
+    tokens: Sequence[int] | None  # the refusal tokens; None for no refusal scores
     max_new_tokens: int
     batch_size: int
+    # by set: those of the unmodified model after every prompt, float32 [prompts, vocabulary]
     logits: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,18 +112,8 @@ class ConditionRunner:
     ) -> None:
         """Measure many edits together: every row of a batch is routed to the program of its edit.
 
-        Parameters
-        ----------
-        handle
-            Of a patch that has the edits as its programs.
-        programs
-            The number of the program of every edit, by its name.
-        wanted
-            By set of prompts: the names of the edits to measure on it.
-        conditions
-            By the edit's name: what the measurements are written to.
-        progress
-            Called with the number of prompts answered, and of all.
+        `programs` has the number of each edit's program in the patch, and `wanted` the edits to
+        measure on each set of prompts. The results go to `conditions`.
         """
         total = sum(len(self.sets[part]) * len(names) for part, names in wanted.items())
         done = 0

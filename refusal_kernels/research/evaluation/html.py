@@ -37,36 +37,19 @@ def templates(folder: Path) -> Environment:
 
 
 def write_page(path: Path, document: Mapping[str, Any], *, samples: int = 4) -> None:
-    """Write the page of `render`, replacing the file in one step.
-
-    Raises
-    ------
-    InputError
-        If it can not be written.
-    """
+    """Write the page of `render`, replacing the file in one step."""
     text = render(document, samples=samples)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
-    """Return the page.
+    """Return the page; everything in it that came from a model or a user is escaped.
 
-    Parameters
-    ----------
-    document
-        The result of `Evidence.to_dict`. It may also hold "model" (its name), "selection"
-        (`Selection.to_dict`), "lm_eval"
-        (`refusal_kernels.research.evaluation.lm_eval.run_tasks`), "versions",
-        "device", "command", "created", "sources" (of prompts and texts, by name) and
-        "comparisons" (`refusal_kernels.research.reproduction.rows.Comparison.to_dict`).
-    samples
-        How many prompts of each set are shown with their completions.
-
-    Returns
-    -------
-    str
-        HTML. Everything that came from a model or a user is escaped.
+    The document is the result of `Evidence.to_dict`. It may also hold "model" (its name),
+    "selection" (`Selection.to_dict`), "lm_eval" (`lm_eval.run_tasks`), "versions", "device",
+    "command", "created", "sources" (of prompts and texts, by name) and "comparisons"
+    (`rows.Comparison.to_dict`). `samples` prompts of each set are shown with their completions.
     """
     environment = templates(Path(__file__).parent)
     environment.filters["percent"] = percent

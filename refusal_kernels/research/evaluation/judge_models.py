@@ -16,21 +16,8 @@ from refusal_kernels.research.evaluation.likelihood import pad_left
 class ClassifierJudge:
     """A text classifier of Hugging Face; its verdict is the probability of one of its labels.
 
-    Parameters
-    ----------
-    model
-        A hub id, a folder, or a ``transformers`` text-classification pipeline.
-    label
-        The label that is a hit. A classifier of two labels has a default: the second.
-    pair
-        Classify prompt and completion as a pair of texts, instead of the completion alone.
-    device, batch_size
-        Where it runs (ignored for a pipeline); texts at once.
-
-    Raises
-    ------
-    InputError
-        If the classifier can not be loaded, or has no such label.
+    The model is a hub id, a folder, or a ``transformers`` text-classification pipeline. Of two
+    labels the second is the default. With `pair` it classifies prompt and completion together.
     """
 
     def __init__(
@@ -80,31 +67,15 @@ def _pipeline(model: str, device: Any) -> Any:
 
 @dataclass(frozen=True)
 class GuardAnswer:
-    """The answer of a guard model about one exchange.
+    """The answer of a guard model about one exchange."""
 
-    Attributes
-    ----------
-    unsafe : bool
-        Whether it said "unsafe".
-    probability : float
-        Of "unsafe" against "safe" where the answer begins.
-    categories : tuple of str
-        The hazard categories that it named, such as "S1".
-    """
-
-    unsafe: bool
-    probability: float
-    categories: tuple[str, ...]
+    unsafe: bool  # whether it said "unsafe"
+    probability: float  # of "unsafe" against "safe" where the answer begins
+    categories: tuple[str, ...]  # the hazard categories that it named, such as "S1"
 
 
 def parse_guard(answer: str) -> tuple[bool, tuple[str, ...]]:
-    r"""Read the answer of a Llama Guard model: "safe", or "unsafe\nS1,S10".
-
-    Raises
-    ------
-    InputError
-        If it is neither.
-    """
+    r"""Read the answer of a Llama Guard model: "safe", or "unsafe\nS1,S10"."""
     words = answer.replace(",", " ").split()
     if not words or words[0].lower() not in ("safe", "unsafe"):
         raise InputError(f"the guard answered {answer[:80]!r}; expected 'safe' or 'unsafe'")
@@ -117,15 +88,6 @@ class GuardJudge:
 
     The guard's own chat template shows the prompt and the completion as one exchange of user and
     assistant; the guard answers "safe", or "unsafe" and the categories, as Llama Guard does.
-
-    Parameters
-    ----------
-    model, tokenizer
-        The guard: a transformers causal language model whose template asks the question.
-    name
-        Reported with every rate.
-    batch_size
-        Exchanges at once.
     """
 
     counts = "unsafe"
@@ -142,13 +104,7 @@ class GuardJudge:
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[str], completions: Sequence[str]) -> list[GuardAnswer]:
-        """Ask about every exchange, longest first, in batches.
-
-        Raises
-        ------
-        InputError
-            If the template drops the exchange, or the guard says neither "safe" nor "unsafe".
-        """
+        """Ask about every exchange, longest first, in batches."""
         pairs = zip(prompts, completions, strict=True)
         texts = [self._render(prompt, text) for prompt, text in pairs]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -230,17 +186,7 @@ def load_judge(
 ) -> ClassifierJudge | GuardJudge:
     """Load a classifier or a guard model, whichever the model's configuration says it is.
 
-    Parameters
-    ----------
-    spec
-        A hub id or a folder; of a classifier with ``#LABEL`` for the label that is a hit.
-    device, batch_size
-        Where it runs; texts at once.
-
-    Raises
-    ------
-    InputError
-        If it can not be loaded, or is neither.
+    The spec is a hub id or a folder; of a classifier with ``#LABEL`` for the label that is a hit.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -31,18 +31,10 @@ LOGITS_AT_ONCE = 2**25  # float32: 128 MiB, whatever the vocabulary
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy: the mean negative log likelihood of a token.
-
-    Attributes
-    ----------
-    nats : float
-        Mean over all scored tokens of all texts.
-    tokens : int
-        How many were scored.
-    """
+    """Cross-entropy: the mean negative log likelihood of the scored tokens of all texts."""
 
     nats: float
-    tokens: int
+    tokens: int  # how many were scored
 
     @property
     def perplexity(self) -> float:
@@ -60,18 +52,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens of which some are scored.
-
-    Attributes
-    ----------
-    ids : sequence of int
-        What the model reads.
-    start : int
-        The first token that is scored, 1 or more: token 0 has nothing that predicts it.
-    """
+    """Tokens that the model reads, of which those from `start` on are scored."""
 
     ids: Sequence[int]
-    start: int = 1
+    start: int = 1  # or more: token 0 has nothing that predicts it
 
 
 def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -88,27 +72,9 @@ def windows(
 ) -> list[Passage]:
     """Cut plain texts into windows in which every token is scored exactly once.
 
-    Parameters
-    ----------
-    tokenizer
-        A transformers tokenizer. If it begins a text with a BOS token, so does every window.
-    texts
-        Without any chat format.
-    context
-        Tokens of a window, 2 or more.
-    stride
-        By how many tokens a window moves on; fewer give later tokens more context, at more cost.
-        By default the windows overlap as little as possible.
-
-    Returns
-    -------
-    list of Passage
-        A text with nothing to score gives none.
-
-    Raises
-    ------
-    InputError
-        If context or stride is out of range.
+    If the tokenizer begins a text with a BOS token, so does every window. A window has `context`
+    tokens, 2 or more, and moves on by `stride`: fewer give later tokens more context, at more cost;
+    by default the windows overlap as little as possible. A text with nothing to score gives none.
     """
     lead = tokenizer("")["input_ids"]
     bos = [i for i in lead[:1] if i == getattr(tokenizer, "bos_token_id", None)]
@@ -133,14 +99,9 @@ def windows(
 
 
 def answers(tokenizer: Any, pairs: Sequence[tuple[str, str | Sequence[int]]]) -> list[Passage]:
-    """Make passages of prompts in the chat format and their answers; the answers are scored.
+    """Make passages of prompts in the chat format and their answers, as text or as tokens.
 
-    Parameters
-    ----------
-    tokenizer
-        A transformers tokenizer with a chat template, or a `ChatFormat`.
-    pairs
-        Prompt and answer; the answer as text, or as tokens.
+    Only the answers are scored.
     """
     chat = ChatFormat.of(tokenizer)
     if not pairs:
@@ -169,33 +130,11 @@ def cross_entropy(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Loss:
-    """Compute the mean negative log likelihood of the scored tokens, in nats.
+    """Compute the mean negative log likelihood of the scored tokens, in nats, summed in float64.
 
-    Parameters
-    ----------
-    model
-        A transformers causal language model, patched or not.
-    passages
-        From `windows` or `answers`.
-    batch_size
-        Passages at once, of similar length and padded on the left.
-    progress
-        Called with the number of passages done, and of all.
-
-    Returns
-    -------
-    Loss
-        Summed in float64.
-
-    Raises
-    ------
-    InputError
-        If there is nothing to score, or NaN or infinity came out of the model.
-
-    Notes
-    -----
-    Only the scored tokens get logits, in chunks: the logits of a whole batch would be the largest
-    tensor of the run. The softmax is computed in float32.
+    A batch holds passages of similar length, padded on the left. Only the scored tokens get logits,
+    in chunks: the logits of a whole batch would be the largest tensor of the run. The softmax is
+    computed in float32.
     """
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
@@ -281,13 +220,7 @@ def _decoded_once(
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read texts: a ``.jsonl`` file has one per line (a string, or "text"), any other is one text.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, has another form or is empty.
-    """
+    """Read texts: of a ``.jsonl`` file one per line (a string, or "text"), else the whole file."""
     if path.suffix.lower() != ".jsonl":
         texts = [read_text(path, TEXT).strip()]
     else:
@@ -308,11 +241,6 @@ def read_passages(path: Path, tokenizer: Any, context: int) -> list[Passage]:
 
     A ``.jsonl`` file whose first line is a pair (`read_pairs`) holds pairs, of which the answers
     are scored; any other file is read by `read_texts` and scored as a whole.
-
-    Raises
-    ------
-    InputError
-        As `read_pairs` and `read_texts`; also if there is nothing to score.
     """
     fields: set[str] = set()
     if path.suffix.lower() == ".jsonl":

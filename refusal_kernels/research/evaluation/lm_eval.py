@@ -35,27 +35,10 @@ NONE = "none"
 def intervention_of(
     direction: str | Path | Direction | None, intervention: str = "ablate", **settings: Any
 ) -> Intervention | None:
-    """Make the edit that the arguments of the model type describe.
+    """Make the edit that the arguments of the model type describe; None for "none" or no direction.
 
-    Parameters
-    ----------
-    direction
-        A direction, or its file.
-    intervention
-        A name out of `refusal_kernels.interventions.INTERVENTIONS`, or "none".
-    **settings
-        As `Intervention.from_dict` takes them, further vectors by their files. Lists are also
-        taken as one string with "+" between: ``layers=3+4``, ``sites=attn+mlp``.
-
-    Returns
-    -------
-    Intervention or None
-        None for "none", and where there is no direction.
-
-    Raises
-    ------
-    InputError
-        If one of these is not as said.
+    The settings are as `Intervention.from_dict` takes them, further vectors by their files. Lists
+    are also taken as one string with "+" between: ``layers=3+4``, ``sites=attn+mlp``.
     """
     if intervention not in (*INTERVENTIONS, NONE):
         known = ", ".join((*INTERVENTIONS, NONE))
@@ -88,16 +71,8 @@ def _number(text: Any) -> int:
 class SteeredLM(HFLM):
     """The harness's own Hugging Face model under one edit, or none.
 
-    Parameters
-    ----------
-    pretrained
-        A hub id, a folder, "toy", or a transformers model.
-    edit
-        The edit itself; otherwise it is made of the next arguments.
-    direction, intervention
-        As for `intervention_of`.
-    **kwargs
-        The settings of the intervention, and all arguments of the harness's type ``hf``.
+    Without `edit` it is made of the other arguments by `intervention_of`. `pretrained` is a hub id,
+    a folder, "toy", or a transformers model; the harness's type ``hf`` takes all that is left.
     """
 
     def __init__(
@@ -143,39 +118,16 @@ def run_tasks(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Run tasks of the harness on one model under several edits.
 
-    Parameters
-    ----------
-    model, tokenizer
-        A transformers causal language model, unmodified again when this returns, and its tokenizer.
-    edits
-        By name; None for the unmodified model.
-    tasks
-        The harness's names, such as "mmlu", "arc_challenge", "gsm8k", "truthfulqa_mc2".
-    include
-        A folder with more task files (YAML).
-    manager
-        The result of `find_tasks`, to skip the search.
-    limit
-        Only so many examples of each task (below 1: this share).
-    num_fewshot
-        Examples shown before the question; by default the task's number.
-    chat, system
-        Ask in the tokenizer's chat format, with this system prompt.
-    batch_size, seed
-        Requests at once; the seed of the few-shot examples.
-    progress
-        Called with the number of edits done, and of all.
+    The model is unmodified again when this returns. The tasks have the harness's names, such as
+    "mmlu"; `include` is a folder with more task files (YAML), and `manager` the result of
+    `find_tasks`, to skip the search. `limit` keeps so many examples of each task (below 1: this
+    share). With `chat` the questions are asked in the tokenizer's chat format.
 
     Returns
     -------
     dict
         By edit, task (or group) and metric: "value", "stderr" and, where every example is right
         or wrong, "k", "n" and the 95 % Wilson "interval".
-
-    Raises
-    ------
-    InputError
-        If a task is not known, or can not be loaded.
     """
     import lm_eval
 
@@ -210,11 +162,6 @@ def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
     """Return an ``lm_eval.tasks.TaskManager`` that knows the tasks.
 
     It searches the folder alone first: listing the harness's own tasks takes seconds.
-
-    Raises
-    ------
-    InputError
-        If the folder does not exist, or a task is not found.
     """
     from lm_eval.tasks import TaskManager
 

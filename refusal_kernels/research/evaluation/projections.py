@@ -20,26 +20,10 @@ def project(
     position: int,
     batch_size: int = 64,
 ) -> dict[str, list[list[float]]]:
-    """Project the unmodified stream on a unit vector at one position of every prompt.
+    """Project the unmodified stream on a unit vector [hidden] at one position of every prompt.
 
-    Parameters
-    ----------
-    model, chat
-        A transformers causal language model, and its chat format.
-    sets
-        Prompts by set.
-    unit
-        Floating point [hidden].
-    position
-        Counted from the prompt's end: -1 is the last token.
-    batch_size
-        Prompts at once.
-
-    Returns
-    -------
-    dict of str to list
-        By set of prompts: for the input of every block and the output of the last, one number for
-        each prompt.
+    The position counts from the prompt's end: -1 is the last token. The result is by set of
+    prompts: for the input of every block and the output of the last, one number for each prompt.
     """
     layers = decoder_layers(model)
     projections: dict[str, list[list[float]]] = {}

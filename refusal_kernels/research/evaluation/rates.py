@@ -12,18 +12,7 @@ Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Rate:
-    """A number of hits in a number of trials, and its confidence interval.
-
-    Attributes
-    ----------
-    k, n : int
-        Hits and trials; n is 1 or more.
-
-    Raises
-    ------
-    InputError
-        If k is not from 0 to n, or n is 0.
-    """
+    """A number of hits in a number of trials, 1 or more, and its confidence interval."""
 
     k: int
     n: int

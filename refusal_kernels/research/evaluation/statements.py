@@ -13,22 +13,11 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Statement:
-    """One sentence of the summary.
+    """One sentence of the summary."""
 
-    Attributes
-    ----------
-    question : str
-        "Necessity", "Sufficiency", "Specificity", "Dose" or "Capability".
-    text : str
-        The answer, with its numbers and its judge.
-    holds : bool or None
-        Whether the intervals of the compared rates lie apart, in the order that Arditi et al.
-        found; None where nothing is compared.
-    """
-
-    question: str
-    text: str
-    holds: bool | None
+    question: str  # "Necessity", "Sufficiency", "Specificity", "Dose" or "Capability"
+    text: str  # the answer, with its numbers and its judge
+    holds: bool | None  # whether the compared intervals lie apart, in the order of Arditi et al.
 
 
 def percent(rate: Mapping[str, Any]) -> str:

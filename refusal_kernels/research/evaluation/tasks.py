@@ -32,20 +32,7 @@ MATCHES: dict[str, Match] = {"exact": exact, "contains": contains}
 
 
 def exact_match(completions: Sequence[str], answers: Sequence[str], match: Match = exact) -> Rate:
-    """Count the completions that are right.
-
-    Parameters
-    ----------
-    completions, answers
-        One answer for each completion.
-    match
-        `exact`, `contains`, or another `Match`.
-
-    Raises
-    ------
-    InputError
-        If there are not as many answers as completions, or none.
-    """
+    """Count the completions that are right; there is one answer for each."""
     if len(completions) != len(answers):
         raise InputError(
             f"{len(completions)} completions and {len(answers)} answers; expected one each"
@@ -58,11 +45,6 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
     A line is an object with a "prompt" ("instruction", "question") and an "answer"
     ("completion", "output").
-
-    Raises
-    ------
-    InputError
-        If the file is missing, has another form or is empty; the message names the line.
     """
     pairs = []
     for number, record in read_records(path):

@@ -45,22 +45,12 @@ Prompts = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """The paper's four benchmarks in the lm-evaluation-harness.
+    """The paper's four benchmarks in the lm-evaluation-harness."""
 
-    Attributes
-    ----------
-    manager
-        The result of `refusal_kernels.research.evaluation.lm_eval.find_tasks`.
-    limit : float or None
-        Only so many examples of each task (below 1: this share).
-    batch_size, seed : int
-        Requests at once; the seed of the shown examples.
-    """
-
-    manager: Any
-    limit: float | None = None
+    manager: Any  # the result of `lm_eval.find_tasks`
+    limit: float | None = None  # only so many examples of each task (below 1: this share)
     batch_size: int = 8
-    seed: int = SEED
+    seed: int = SEED  # of the shown examples
 
     def __call__(self, model: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
         """Return the paper's metric of each benchmark, in the form of `run_tasks`."""
@@ -78,49 +68,22 @@ class Benchmarks:
 
 @dataclass
 class ProtocolInputs:
-    """The inputs of the protocol.
+    """The inputs of the protocol."""
 
-    Attributes
-    ----------
-    name : str
-        The model's name in the report.
-    model, tokenizer
-        A transformers causal language model, whose weights are edited in the end, and its
-        tokenizer or a `ChatFormat`.
-    prompts : dict
-        By split and category.
-    texts : dict of str to list of Passage
-        Their cross-entropy is measured, by name: "pile", "alpaca".
-    skills : dict of str to list
-        Tasks with one right answer: pairs of prompt and answer, by name.
-    refusal_tokens : list of int or None
-        Tokens that begin a refusal; None: found on the training prompts.
-    direction : Direction or None
-        Measured instead of extracting and selecting one.
-    benchmarks : Benchmarks or None
-        None to skip them.
-    max_new_tokens, batch_size, seed
-        As for `refusal_kernels.evaluate`.
-    controls : bool
-        Whether random directions, those of other layers, and the dose are measured too.
-    identity : list
-        Identifies the weights: a commit, or the sizes and times of files.
-    """
-
-    name: str
-    model: Any
-    tokenizer: Any
+    name: str  # the model's, in the report
+    model: Any  # its weights are edited in the end
+    tokenizer: Any  # or a `ChatFormat`
     prompts: Prompts
-    texts: Mapping[str, Sequence[Passage]] = field(default_factory=dict)
+    texts: Mapping[str, Sequence[Passage]] = field(default_factory=dict)  # for the cross-entropy
     skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
-    refusal_tokens: list[int] | None = None
-    direction: Direction | None = None
-    benchmarks: Benchmarks | None = None
+    refusal_tokens: list[int] | None = None  # None: found on the training prompts
+    direction: Direction | None = None  # measured instead of extracting and selecting one
+    benchmarks: Benchmarks | None = None  # None to skip them
     max_new_tokens: int = 512
     batch_size: int = 32
     seed: int = SEED
-    controls: bool = False
-    identity: Sequence[Any] = ()
+    controls: bool = False  # whether random directions, other layers' and the dose are measured
+    identity: Sequence[Any] = ()  # of the weights: a commit, or the sizes and times of files
 
 
 def read_protocol_prompts(
@@ -132,28 +95,9 @@ def read_protocol_prompts(
 ) -> Prompts:
     """Read the prompts of the protocol: the paper's sets, the toy model's own, or others.
 
-    Harmful test prompts are removed from the train and validation prompts. A set that is too small
-    is cut in the same proportions.
-
-    Parameters
-    ----------
-    model
-        "toy" for the toy model's own prompts, unless others are given.
-    harmful, harmless, harmful_test
-        As `read_prompts` takes them. Without ``harmful_test`` the test prompts are JailbreakBench's
-        if ``harmful`` is not given either, else a part of ``harmful``.
-    seed
-        Of the cut.
-
-    Returns
-    -------
-    dict of str to dict of str to list of str
-        By split and category.
-
-    Raises
-    ------
-    InputError
-        As `read_prompts` and `split_prompts`.
+    Harmful test prompts are removed from the train and validation prompts. Without ``harmful_test``
+    they are JailbreakBench's if ``harmful`` is not given either, else a part of ``harmful``. A set
+    that is too small is cut in the same proportions.
     """
     if model == "toy" and not (harmful or harmless or harmful_test):
         parts = {split: prompts_for("toy", split, None, None) for split in SIZES}
@@ -182,13 +126,7 @@ def read_protocol_prompts(
 
 
 def read_paper_texts(chat: ChatFormat, count: int = PASSAGES) -> dict[str, list[Passage]]:
-    """Read the texts of the paper's losses: beginnings of the Pile, and Alpaca's answers.
-
-    Raises
-    ------
-    InputError
-        As `read_columns`.
-    """
+    """Read the texts of the paper's losses: beginnings of the Pile, and Alpaca's answers."""
     pile = [text for (text,) in read_columns(PILE, ["text"], count)]
     cut = {"truncation": True, "max_length": PASSAGE_TOKENS}
     ids = [list(tokens) for tokens in chat.tokenizer(pile, **cut)["input_ids"]] if pile else []

@@ -35,39 +35,20 @@ Measured = Rate | float
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a measured number may be from the recorded one; one of the two is given.
+    """How far a measured number may be from the recorded one; one of the two is given."""
 
-    Attributes
-    ----------
-    within : float or None
-        The largest difference.
-    prompts : int or None
-        For a rate: the number of prompts of the recorded rate, from which the measured one may
-        differ by chance.
-    """
-
-    within: float | None = None
-    prompts: int | None = None
+    within: float | None = None  # the largest difference
+    prompts: int | None = None  # of a recorded rate, from which a measured one may differ by chance
 
 
 @dataclass(frozen=True)
 class RecordedRow:
-    """The numbers of one model from one source.
-
-    Attributes
-    ----------
-    source, model : str
-        The source, and the model's name there.
-    numbers : dict of str to float
-        By quantity, such as "bypass_score".
-    tolerances : dict of str to Tolerance
-        By quantity; a quantity without a tolerance is not compared.
-    """
+    """The numbers of one model from one source, by quantity, such as "bypass_score"."""
 
     source: str
-    model: str
+    model: str  # its name there
     numbers: dict[str, float]
-    tolerances: dict[str, Tolerance]
+    tolerances: dict[str, Tolerance]  # a quantity without one is not compared
 
     def save(self, path: Path) -> None:
         """Write it as JSON, for `read_row`."""
@@ -80,31 +61,15 @@ class RecordedRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measured number beside a recorded one.
-
-    Attributes
-    ----------
-    quantity : str
-        The name of the number.
-    measured : Rate, float or None
-        None if it was not measured.
-    expected : float or None
-        The recorded number; None if no row has one.
-    low, high : float or None
-        The smallest and the largest accepted number.
-    source : str
-        Of the row; empty without one.
-    verdict : str
-        "within", "outside" or "no number".
-    """
+    """One measured number beside a recorded one."""
 
     quantity: str
-    measured: Measured | None
-    expected: float | None
-    low: float | None
-    high: float | None
-    source: str
-    verdict: str
+    measured: Measured | None  # None if it was not measured
+    expected: float | None  # the recorded number; None if no row has one
+    low: float | None  # the smallest accepted number
+    high: float | None  # the largest
+    source: str  # of the row; empty without one
+    verdict: str  # "within", "outside" or "no number"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
@@ -169,13 +134,10 @@ def paper() -> dict[str, Any]:
 
 
 def paper_name(model: str) -> str | None:
-    """Return the key of a model in ``paper.json``: the hub id's last part, in lower case.
+    """Return the key of a model in ``paper.json``; None for a model that is not there.
 
-    Parameters
-    ----------
-    model
-        A hub id, a folder that is named like one, or a name of the paper's tables ("Gemma 2B").
-        None is returned for any other.
+    The model is a hub id, a folder that is named like one, or a name of the paper's tables
+    ("Gemma 2B").
     """
     models = paper()["models"]
     wanted = model.rstrip("/").rpartition("/")[2].lower()
@@ -225,13 +187,7 @@ def recorded(measured: Mapping[str, Measured], source: str, model: str) -> Recor
 
 
 def read_row(path: Path) -> RecordedRow:
-    """Read a recorded row; the older names of quantities become today's.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, or holds something else.
-    """
+    """Read a recorded row; the older names of quantities become today's."""
     document = read_json(path)
     wrong = InputError(f"{path} is no row; expected what 'reproduce --record' writes")
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -40,52 +40,23 @@ from refusal_kernels.weights.in_memory import orthogonalize
 
 @dataclass
 class Reproduction:
-    """The measurements of one run of the protocol.
+    """The measurements of one run of the protocol."""
 
-    Attributes
-    ----------
-    numbers : dict of str to Rate or float
-        By quantity, named as the columns of ``paper.json``; scores and losses in nats, rates from 0
-        to 1, benchmarks in percent.
-    selection, evidence : dict
-        `Selection.to_dict` and `Evidence.to_dict`.
-    benchmarks : dict
-        By edit ("unmodified", "orthogonalized") and benchmark: the harness's result.
-    prompts : dict of str to dict of str to int
-        How many were used, by split and category.
-    notes : list of str
-        What could not be measured, and why.
-    reused : list of str
-        The steps whose kept results were used.
-    """
-
+    # named as the columns of paper.json: nats, rates from 0 to 1, benchmarks in percent
     numbers: dict[str, Measured]
-    selection: dict[str, Any]
-    evidence: dict[str, Any]
-    benchmarks: dict[str, dict[str, Any]]
-    prompts: dict[str, dict[str, int]]
-    notes: list[str] = field(default_factory=list)
-    reused: list[str] = field(default_factory=list)
+    selection: dict[str, Any]  # `Selection.to_dict`
+    evidence: dict[str, Any]  # `Evidence.to_dict`
+    benchmarks: dict[str, dict[str, Any]]  # by edit and benchmark: the harness's result
+    prompts: dict[str, dict[str, int]]  # how many were used, by split and category
+    notes: list[str] = field(default_factory=list)  # what could not be measured, and why
+    reused: list[str] = field(default_factory=list)  # the steps whose kept results were used
 
 
 def run(inputs: ProtocolInputs, folder: Path, step: Step) -> Reproduction:
     """Run the steps of the protocol whose results are not kept in the folder yet.
 
-    Parameters
-    ----------
-    inputs
-        Model, prompts, texts. The model's weights are edited in the end.
-    folder
-        An existing folder for candidates.safetensors, direction.safetensors and ``steps/``, the
-        results of the steps.
-    step
-        Told of each part of the work and of its progress.
-
-    Raises
-    ------
-    InputError
-        If the model refuses or answers no prompt, selection discards every candidate, or the given
-        direction does not fit.
+    The folder exists; it gets candidates.safetensors, direction.safetensors and ``steps/``, the
+    results of the steps. The model's weights are edited in the end.
     """
     return _Protocol(inputs, folder, step).run()
 

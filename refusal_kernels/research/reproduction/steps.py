@@ -16,21 +16,8 @@ LAYOUT = 2  # of the results: those of another layout are computed again
 class StepCache:
     """Runs a step only if no result is kept for the same inputs.
 
-    Parameters
-    ----------
-    folder
-        Where results are kept, a JSON file for each step; made if it is not there.
-    *depends
-        What every step depends on, ready for JSON.
-
-    Attributes
-    ----------
-    key : str
-        Digest of the inputs of all steps so far.
-    part : Path
-        Where the running step may keep an unfinished state; removed when the step is done.
-    reused : list of str
-        The steps whose results were kept.
+    `depends` is what every step depends on, ready for JSON. `part` is where the running step may
+    keep an unfinished state, and `reused` lists the steps whose results were kept.
     """
 
     def __init__(self, folder: Path, *depends: Any) -> None:
