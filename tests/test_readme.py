@@ -49,10 +49,12 @@ def test_commands_exist(page):
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-@pytest.mark.parametrize("page", [README, INTERVENTIONS], ids=lambda page: page.name)
-def test_every_intervention_is_in_the_table(page):
-    rows = set(re.findall(r"^\| `(\w+)\(", page.read_text(), re.MULTILINE))
-    assert rows == {cls.__name__ for cls in interventions.INTERVENTIONS.values()}
+def test_every_intervention_is_in_the_table():
+    readme, page = (
+        set(re.findall(r"^\| `(\w+)\(", page.read_text(), re.MULTILINE))
+        for page in (README, INTERVENTIONS)
+    )
+    assert readme <= page == {cls.__name__ for cls in interventions.INTERVENTIONS.values()}
 
 
 def test_the_readme_takes_three_minutes():

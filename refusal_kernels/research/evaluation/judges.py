@@ -114,7 +114,9 @@ def _substring_judge(substrings: str, _: JudgeInputs) -> Judge:
     return SubstringJudge(substrings.split("|") if substrings else REFUSAL_SUBSTRINGS)
 
 
-def _token_judge(_: str, inputs: JudgeInputs) -> Judge:
+def _token_judge(text: str, inputs: JudgeInputs) -> Judge:
+    if text:
+        raise InputError(f"judge 'tokens:{text}': expected 'tokens' alone")
     prompts = inputs.harmful, inputs.harmless
     tokens = inputs.refusal_tokens or find_refusal_tokens(inputs.model, inputs.chat, *prompts)
     return TokenJudge(inputs.model, inputs.chat, tokens)
@@ -139,4 +141,6 @@ def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
     try:
         return load_judge(spec, inputs.device)
     except InputError as error:
-        raise InputError(f"{error}; expected a model, or one of {', '.join(JUDGES)}") from None
+        raise InputError(
+            f"judge '{spec}' is none of {', '.join(JUDGES)}, and no model: {error}"
+        ) from None
