@@ -257,5 +257,5 @@ def test_a_new_kind_of_judge_is_one_entry(monkeypatch) -> None:
     unmodified = evidence.conditions["unmodified"]
     long = sum(len(text.split()) >= 2 for text in unmodified.completions["harmful"])
     assert unmodified.rates["harmful"]["2 words"] == Rate(long, 3)
-    with pytest.raises(InputError, match=r"'lengths:2' cannot be loaded.*one of .*words"):
+    with pytest.raises(InputError, match=r"'lengths:2' is none of .*words, and no model"):
         make_judge("lengths:2", JudgeInputs(model, ChatFormat(tokenizer), **sets))
