@@ -101,7 +101,7 @@ def interleaved(
 
 
 def in_turns(names: Iterable[str], rounds: int, warmup: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield every round's number, below 0 while warming up, and its order; odd ones run in reverse."""
+    """Yield every round's number, below 0 while warming up, and its order: odd ones in reverse."""
     order = list(names)
     for number in range(-warmup, rounds):
         yield number, order if number % 2 == 0 else order[::-1]

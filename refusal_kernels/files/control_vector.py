@@ -23,7 +23,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,7 @@ class ControlVector:
         cls, direction: Direction, mode: str, layers: tuple[int, ...], strength: float = 1.0
     ) -> "ControlVector":
         """One direction at the inputs of the given blocks."""
-        placed = tuple(
-            Direction(
-                direction.vector, direction.model, layer, direction.position, direction.method
-            )
-            for layer in layers
-        )
+        placed = tuple(replace(direction, layer=layer, metadata={}) for layer in layers)
         return cls(mode, placed, (strength,) * len(placed))
 
     @property

@@ -8,6 +8,7 @@ format cannot express, and approximates nothing.
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from refusal_kernels.direction import CANDIDATES, Candidates, Direction
 from refusal_kernels.errors import InputError
@@ -103,16 +104,12 @@ def _labeled(
     direction: Direction, layer: int | None, position: int | None, source: str
 ) -> Direction:
     """Say where a direction was read, if the file does not."""
-    known = {"layer": layer, "position": position}
+    given = {"layer": layer, "position": position}
+    known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in known.items():
-        there = getattr(direction, name)
-        if value is not None and there not in (None, value):
+        if (there := getattr(direction, name)) not in (None, value):
             raise InputError(f"{source} was read at {name} {there}, not at {value}")
-    return replace(
-        direction,
-        layer=direction.layer if layer is None else layer,
-        position=direction.position if position is None else position,
-    )
+    return replace(direction, **known)
 
 
 def _single(layers: tuple[int, ...]) -> int:

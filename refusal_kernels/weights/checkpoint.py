@@ -101,7 +101,9 @@ def orthogonalize_checkpoint(
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise InputError(f"{source} is not there; expected a folder with a checkpoint")
-    _check_target(source, target)
+    check_new(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{target} lies in {source}, which is only read; expected another place")
     shards = read_shards(source)
     plan = make_plan(source, shards, direction, text_only)
     if plan.head is not None:
@@ -128,12 +130,6 @@ def orthogonalize_checkpoint(
         [name for name in left_out if name not in named],
         resumed,
     )
-
-
-def _check_target(source: Path, target: Path) -> None:
-    check_new(target)
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{target} lies in {source}, which is only read; expected another place")
 
 
 def _check_untied(source: Path, tensors: int) -> None:

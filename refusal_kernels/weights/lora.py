@@ -101,7 +101,13 @@ def orthogonalize_lora(
             adapted.save_pretrained(str(temporary), save_embedding_layers=False)
         # What counts is what is loaded: PEFT renames some families' tensors on the way.
         with _adapted(model, parts, temporary):
-            certificate = _certified(expected, model)
+            try:
+                certificate = expected.certify(model)
+                problem = certificate.problem
+            except InputError as error:
+                problem = str(error)
+        if problem:
+            raise InputError(f"{type(model).__name__} with the adapter in it: {problem}{EDIT}")
     return LoraAdapter(
         folder,
         list(writers.axes),
@@ -116,35 +122,23 @@ def orthogonalize_lora(
 _KNOWN = {nn.Linear: 0, nn.Embedding: 1, Conv1D: 1}
 
 
-def _certified(expected: AblatedRun, model: Any) -> Certificate:
-    try:
-        certificate = expected.certify(model)
-        problem = certificate.problem
-    except InputError as error:
-        problem = str(error)
-    if problem:
-        raise InputError(f"{type(model).__name__} with the adapter in it: {problem}{EDIT}")
-    return certificate
-
-
 def _parts(model: Any, axes: dict[str, int]) -> _LoraTargets:
     """Sort the parameters that write by how an adapter can reach them; refuse the others."""
     parts = _LoraTargets({}, {}, [])
     for name, axis in axes.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module, parameter = model.get_submodule(path), model.get_parameter(name)
         known = next((_KNOWN[kind] for kind in _KNOWN if isinstance(module, kind)), None)
         if leaf == "weight" and known == axis and _adaptable(module):
             parts.modules[path] = axis
         elif leaf == "bias" and path in parts.modules:
             parts.biases.append(name)
-        elif known is None and _two_sided(model.get_parameter(name), axis):
+        elif known is None and (parameter.ndim == 2 or (parameter.ndim == 3 and axis > 0)):
             parts.parameters[name] = axis
         else:
-            shape = list(model.get_parameter(name).shape)
             raise InputError(
                 f"{name} of {type(model).__name__} writes into the stream, and is nothing that an "
-                f"adapter reaches: {shape} of a {type(module).__name__}{EDIT}"
+                f"adapter reaches: {list(parameter.shape)} of a {type(module).__name__}{EDIT}"
             )
     return parts
 
@@ -153,11 +147,6 @@ def _adaptable(module: nn.Module) -> bool:
     """Whether a layer looks up what it is given: PEFT looks the same up in its own."""
     plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     return plain or not isinstance(module, nn.Embedding)
-
-
-def _two_sided(parameter: Tensor, axis: int) -> bool:
-    """Whether a parameter is a matrix, or one for each expert."""
-    return parameter.ndim == 2 or (parameter.ndim == 3 and axis > 0)
 
 
 @contextmanager
@@ -181,7 +170,17 @@ def _adapted(model: Any, parts: _LoraTargets, folder: Path | None = None) -> Ite
     try:
         with evaluating(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied embeddings, and of what it puts right itself
-            yield _peft(model, config, folder)
+            try:
+                if folder is None:
+                    adapted = peft.get_peft_model(model, config)
+                else:
+                    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+            except Exception as error:  # whatever a version of PEFT has against a family
+                raise InputError(
+                    f"PEFT {peft.__version__} does not adapt {type(model).__name__}: "
+                    f"{first_line(error)}{EDIT}"
+                ) from error
+            yield adapted
     finally:
         for path, module in modules.items():
             parent, _, leaf = path.rpartition(".")
@@ -191,20 +190,6 @@ def _adapted(model: Any, parts: _LoraTargets, folder: Path | None = None) -> Ite
             parameter.requires_grad = wants
         for parameter, before in biases:
             parameter.data.copy_(before)
-
-
-def _peft(model: Any, config: Any, folder: Path | None) -> Any:
-    import peft
-
-    try:
-        if folder is None:
-            return peft.get_peft_model(model, config)
-        return peft.PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # whatever a version of PEFT has against a family
-        raise InputError(
-            f"PEFT {peft.__version__} does not adapt {type(model).__name__}: "
-            f"{first_line(error)}{EDIT}"
-        ) from error
 
 
 def _layers(model: Any) -> dict[str, nn.Module]:

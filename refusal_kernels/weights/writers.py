@@ -15,7 +15,7 @@ from refusal_kernels.hf.model import hidden_size, text_config
 from refusal_kernels.interventions import Ablate
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.weights.flow import StreamFlow
-from refusal_kernels.weights.lineage import Lineage, WriterAxis
+from refusal_kernels.weights.lineage import WriterAxis
 
 INSTEAD = "; ablate it while the model runs instead, with rk.patch(model, rk.Ablate(direction))"
 TOKENS = 4
@@ -56,8 +56,11 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
     for site in flow.sites:
         for value in (site.branch, site.stream):
             if value.writes is None:
+                reason = value.why or "an operation that is not known"
                 raise InputError(
-                    f"{site.name} of {type(model).__name__}: {_because(value)}{INSTEAD}"
+                    f"{site.name} of {type(model).__name__}: what is written there goes through "
+                    f"{reason}, so removing the direction from weights before that is not "
+                    f"ablation{INSTEAD}"
                 )
             sources |= value.writes
     writers = _spread(model, sources, flow.touched)
@@ -74,14 +77,6 @@ def find_writers(model: Any, *, text_only: bool = False) -> Writers:
             "are left as they are, and images or audio still write the direction"
         )
     return writers
-
-
-def _because(value: Lineage) -> str:
-    reason = value.why or "an operation that is not known"
-    return (
-        f"what is written there goes through {reason}, so removing the direction from weights "
-        "before that is not ablation"
-    )
 
 
 def _spread(model: nn.Module, sources: set[WriterAxis], touched: set[str]) -> Writers:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +10,16 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
+from vectors import HIDDEN, PROJECT, UNIT, numpy, random_direction, write
 
 import refusal_kernels as rk
-from refusal_kernels import cli, toy
 from refusal_kernels.direction import CANDIDATES, Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.control_vector import SITE, ControlVector
 from refusal_kernels.files.convert import convert, read
 from refusal_kernels.files.tensors import write_tensors
 
-HIDDEN, LAYERS = 64, 5
-UNIT = {block: torch.eye(HIDDEN)[block] for block in range(8)}
-
-
-def random_direction(layer: int | None = 3, seed: int = 1, scale: float = 1.0) -> Direction:
-    generator = torch.Generator().manual_seed(seed)
-    vector = scale * torch.randn(HIDDEN, generator=generator)
-    return Direction(vector, "org/model[/b]", layer, -2)  # a name that rich would take for markup
-
-
-def write(path: Path, tensors: dict[str, Any], **keys: Any) -> Path:
-    """Write a GGUF file with the library, as any other tool would."""
-    writer = gguf.GGUFWriter(path, keys.pop("architecture", "controlvector"))
-    kinds = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
-    for key, value in keys.items():
-        name = key.replace("__", ".")
-        kinds.get(type(value), writer.add_uint32)(name, value)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, np.asarray(tensor, dtype=getattr(tensor, "dtype", np.float32)))
-    for step in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
-        getattr(writer, f"write_{step}")()
-    writer.close()
-    return path
-
-
-def numpy(tensors: dict[int, torch.Tensor]) -> dict[str, Any]:
-    return {f"direction.{block}": row.numpy() for block, row in tensors.items()}
+LAYERS = 5
 
 
 def refused(match: str, call: Any, *arguments: Any, **options: Any) -> None:
@@ -248,9 +221,6 @@ def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
     assert not target.exists() and not (tmp_path / "b.safetensors").exists()
 
 
-PROJECT = {"glp__mode": "project", "glp__spec_version": 1, "glp__hook_point": SITE}
-
-
 @pytest.mark.parametrize(
     ("tensors", "keys", "message"),
     [
@@ -358,102 +328,3 @@ def test_candidates_of_another_shape_are_refused(tmp_path: Path) -> None:
     for tensor in (torch.ones(3, 4), torch.ones(1, 0, 4), torch.ones(1, 2, 3).int()):
         write_tensors(tmp_path / "a.safetensors", CANDIDATES, {"candidates": tensor}, {})
         refused("expected floating point", read, tmp_path / "a.safetensors")
-
-
-# The command
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refusal-kernels", "convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        code = exit_.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
-
-
-def test_convert(run: Any, tmp_path: Path) -> None:
-    source = tmp_path / "a.safetensors"
-    random_direction().save(source)
-    target, found = tmp_path / "new" / "a.glp.gguf", tmp_path / "found.json"
-    code, out, err = run(
-        source, target, "--as", "ablate", "--layers", "2-3,7", "--scale", "2", "--json", found
-    )
-    assert code == 0, err
-    assert "layers: [2, 3, 7]" in out and "written" in out
-    said = json.loads(found.read_text())
-    assert said["as"] == "ablate" and said["strengths"] == [2.0, 2.0, 2.0]
-    assert ControlVector.load(target).layers == [2, 3, 7]
-    code, _, err = run(target, tmp_path / "b.safetensors", "--layer", "3")
-    assert code == 0, err
-    assert Direction.load(tmp_path / "b.safetensors").layer == 3
-    torch.save(torch.randn(2, 4, 8), tmp_path / "mean_diffs.pt")
-    code, out, err = run(tmp_path / "mean_diffs.pt", tmp_path / "c.safetensors")
-    assert code == 0 and "[2, 4, 8]" in out, err
-
-
-def test_a_direction_from_another_place_is_told(run: Any, tmp_path: Path) -> None:
-    keys = {**PROJECT, "glp__derived_at": "ffn_out_pre_residual"}
-    source = write(tmp_path / "a.gguf", numpy({2: UNIT[0]}), **keys)
-    code, _, err = run(source, tmp_path / "a.safetensors", "--json", tmp_path / "found.json")
-    assert code == 0 and "warning" in err and "ffn_out_pre_residual" in err
-    assert json.loads((tmp_path / "found.json").read_text())["derived_at"] == "ffn_out_pre_residual"
-    metadata = Direction.load(tmp_path / "a.safetensors").metadata
-    assert metadata["derived_at"] == "ffn_out_pre_residual" and metadata["mode"] == "ablate"
-    same = write(tmp_path / "b.gguf", numpy({2: UNIT[0]}), **{**PROJECT, "glp__derived_at": SITE})
-    code, _, err = run(same, tmp_path / "b.safetensors")
-    assert code == 0 and "warning" not in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{f}/a.safetensors", "{f}/b.gguf"], "add or ablate"),
-        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "ablate", "--layers", "3"], "can only add"),
-        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "subtract"], "expected one of add, ablate"),
-        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "3-2"], "ranges such as"),
-        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "x"], "ranges such as"),
-        (["{f}/a.safetensors", "{f}/b.gguf", "--as", "add", "--layers", "1-99999"], "ranges"),
-        (["{f}/none.gguf", "{f}/b.safetensors"], "is not there"),
-        (["{f}/a.safetensors", "{f}/b.pt"], "can not be written"),
-    ],
-)
-def test_convert_says_no_in_one_line(
-    run: Any, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    random_direction().save(tmp_path / "a.safetensors")
-    code, _, err = run(*(argument.format(f=tmp_path) for argument in arguments))
-    assert code == 2 and message in " ".join(err.split()) and "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
-
-
-def test_the_commands_take_a_direction_of_any_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    model, tokenizer = toy.load()
-    candidates = rk.mean_difference(
-        model, tokenizer, *(toy.prompts(c, "train")[:32] for c in ("harmful", "harmless"))
-    )
-    vectors = candidates.vectors
-    torch.save(vectors[-1, 5], tmp_path / "direction.pt")
-    candidates.save(tmp_path / "candidates.safetensors")
-    ControlVector.of(Direction(vectors[-1, 5]), "add", (5,)).save(tmp_path / "a.gguf")
-    (prompt,) = toy.prompts("harmful", "test")[:1]
-
-    def run(file: str) -> tuple[Any, str]:
-        arguments = ["generate", prompt, "--direction", str(tmp_path / file)]
-        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        shown = capsys.readouterr()
-        return exit_.value.code or 0, " ".join((shown.out + shown.err).split())
-
-    code, shown = run("direction.pt")
-    assert code == 0 and "unmodified: i am sorry" in shown and "ablate: sure" in shown
-    for file, what in (("candidates.safetensors", "candidates"), ("a.gguf", "a control vector")):
-        code, shown = run(file)
-        assert code == 2 and f"holds {what}; expected a direction" in shown

@@ -8,28 +8,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_checkpoint
 import pytest
+import tiny_families
 import torch
-from checkpoints import INDEX, contents, direction, raw, save, tensors
-from tiny import plain_hooks
+from checkpoints import INDEX, ablated, contents, direction, is_close, raw, save, tensors
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.weights.checkpoint import STATE, orthogonalize_checkpoint
 from refusal_kernels.weights.in_memory import orthogonalize
 
-ROOT = Path(__file__).parents[2]
-import bench_checkpoint  # noqa: E402
-import tiny_families  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
 def same_parameters(got: Any, expected: Any) -> None:
-    own, others = dict(got.named_parameters()), dict(expected.named_parameters())
-    assert own.keys() == others.keys()
-    assert all(torch.equal(own[name], others[name]) for name in own)
+    same_tensors(dict(got.named_parameters()), dict(expected.named_parameters()))
+
+
+def same_tensors(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -51,10 +51,8 @@ def test_the_files_hold_the_model_edited_in_memory(
     assert report.untied is tied and report.target == target
     assert (report.unread, report.unproved, report.left_out, report.resumed) == ([], [], [], 0)
     edited.save_pretrained(tmp_path / "memory")
-    expected, got = tensors(tmp_path / "memory"), tensors(target)
-    assert got.keys() == expected.keys()
-    for name, tensor in got.items():
-        assert tensor.dtype == dtype and torch.equal(tensor, expected[name]), name
+    same_tensors(tensors(target), tensors(tmp_path / "memory"))
+    assert {tensor.dtype for tensor in tensors(target).values()} == {dtype}
 
     old, new = raw(source), raw(target)  # what is not edited: the same bytes
     kept = old.keys() - set(names)
@@ -83,9 +81,7 @@ def test_the_files_hold_the_model_edited_in_memory(
     same_parameters(loaded, edited)
     assert AutoTokenizer.from_pretrained(target, local_files_only=True)("tea").input_ids
     if dtype is torch.float64:
-        with plain_hooks(model, ablate=direction().vector.double()):
-            ablated = model(IDS).logits
-        torch.testing.assert_close(loaded(IDS).logits, ablated, rtol=0, atol=1e-10)
+        is_close(loaded, ablated(model), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,9 +103,7 @@ def test_experts_fused_and_not_and_embeddings_of_positions(
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype="auto", local_files_only=True)
     orthogonalize(model, direction())
     model.save_pretrained(tmp_path / "memory")
-    expected, got = tensors(tmp_path / "memory"), tensors(target)
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in got)
+    same_tensors(tensors(target), tensors(tmp_path / "memory"))
     same_parameters(loaded, model)
 
 
@@ -133,8 +127,6 @@ def test_what_goes_along_and_what_does_not(tmp_path: Path) -> None:
 
 def test_extra_tensors_stay_and_are_told(tmp_path: Path) -> None:
     """A prediction layer that transformers does not load, for example."""
-    from safetensors.torch import load_file, save_file
-
     source, target = tmp_path / "source", tmp_path / "target"
     save(source, shard="5GB")
     held = load_file(source / "model.safetensors")
@@ -231,8 +223,8 @@ def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read in /proc")
 def test_the_peak_is_at_most_two_and_a_half_of_the_largest_tensor() -> None:
     """That is 0.3 GB here, beyond the imports; the checkpoint itself has 0.4 GB."""
-    found = bench_checkpoint.measure(1024, 2048, 65536, 6, None)
-    assert found["largest_tensor_bytes"] == 65536 * 1024 * 2
-    assert found["checkpoint_bytes"] > 2.5 * found["largest_tensor_bytes"]
-    assert found["edited"] == 1 + 2 * 6
-    assert 0 < found["ratio_over_imported"] < bench_checkpoint.LIMIT
+    measured = bench_checkpoint.measure(1024, 2048, 65536, 6, None)
+    assert measured["largest_tensor_bytes"] == 65536 * 1024 * 2
+    assert measured["checkpoint_bytes"] > 2.5 * measured["largest_tensor_bytes"]
+    assert measured["edited"] == 1 + 2 * 6
+    assert 0 < measured["ratio_over_imported"] < bench_checkpoint.LIMIT

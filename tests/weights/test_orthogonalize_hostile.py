@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import INDEX, contents, direction, save
+from checkpoints import INDEX, SINGLE, contents, direction, header, save
+from hostile import mutated, safetensors_bytes, sparse
 from safetensors.torch import load_file, save_file
-from test_hostile_files import mutated, safetensors_bytes
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SINGLE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(path / "many", num_hidden_layers=2)
     save(path / "one", num_hidden_layers=2, shard="5GB")
     return path
-
-
-def header(path: Path) -> tuple[dict[str, Any], bytes]:
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def reheaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -153,121 +146,113 @@ def without(name: str) -> Callable[[Path], None]:
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
-# which checkpoint, what is done to it, and what the message says
-HOSTILE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+# what is done to a checkpoint in one file, and what the message says
+ONE: dict[str, tuple[Callable[[Path], Any], str]] = {
     # headers
-    "empty": ("one", replaced(b""), "damaged or no safetensors file"),
-    "cut in the length": ("one", replaced(b"\x00\x01"), "damaged or no safetensors file"),
-    "cut in the header": ("one", replaced(lambda d: d[:500]), "a header of .* in a file of 500"),
-    "cut in the data": ("one", replaced(lambda d: d[:-100]), "its header says"),
-    "more than it says": ("one", replaced(lambda d: d + bytes(64)), "its header says"),
+    "empty": (replaced(b""), "damaged or no safetensors file"),
+    "cut in the length": (replaced(b"\x00\x01"), "damaged or no safetensors file"),
+    "cut in the header": (replaced(lambda d: d[:500]), "a header of .* in a file of 500"),
+    "cut in the data": (replaced(lambda d: d[:-100]), "its header says"),
+    "more than it says": (replaced(lambda d: d + bytes(64)), "its header says"),
     "a header of an exabyte": (
-        "one", replaced(lambda d: (1 << 60).to_bytes(8, "little") + d[8:]), "a header of"),
+        replaced(lambda d: (1 << 60).to_bytes(8, "little") + d[8:]), "a header of"),
     "a header of 200 MB": (
-        "one", lambda f: sparse(f / SINGLE, (200 << 20).to_bytes(8, "little"), 1 << 30),
-        "a header of"),
-    "a header of no JSON": ("one", reheaded(lambda _: b"{]"), "is not JSON"),
-    "a header of no text": ("one", reheaded(lambda _: b"\xff\xfe{}"), "not UTF-8"),
-    "a header that is a list": ("one", reheaded(lambda _: []), "no table of tensors"),
-    "a deep header": ("one", reheaded(lambda _: b"[" * 500_000), "nested too deeply"),
-    "a wide header": ("one", reheaded(lambda _: b"[" + b"1," * 3_000_000 + b"1]"), "too much"),
+        lambda f: sparse(f / SINGLE, (200 << 20).to_bytes(8, "little"), 1 << 30), "a header of"),
+    "a header of no JSON": (reheaded(lambda _: b"{]"), "is not JSON"),
+    "a header of no text": (reheaded(lambda _: b"\xff\xfe{}"), "not UTF-8"),
+    "a header that is a list": (reheaded(lambda _: []), "no table of tensors"),
+    "a deep header": (reheaded(lambda _: b"[" * 500_000), "nested too deeply"),
+    "a wide header": (reheaded(lambda _: b"[" + b"1," * 3_000_000 + b"1]"), "too much"),
     "metadata of numbers": (
-        "one", reheaded(lambda d: {**d, "__metadata__": {"a": 1}}), "metadata is not of strings"),
-    "overlapping": ("one", offsets(0, 4), "damaged"),
-    "a gap": ("one", offsets(0, -4), "damaged"),
-    "before the data": ("one", offsets(-8, -8), "damaged"),
-    "an end before its begin": ("one", entry(data_offsets=[256, 0]), "in -256 bytes"),
-    "beyond the file": ("one", entry(data_offsets=[1 << 40, (1 << 40) + 256]), "overlaps, or"),
-    "a shape that lies": ("one", entry(shape=[1 << 40]), "in 256 bytes"),
-    "a shape that overflows": ("one", entry(shape=[1 << 33, 1 << 33]), "in 256 bytes"),
-    "a negative shape": ("one", entry(shape=[-8, -8]), "no dtype, shape and offsets"),
-    "a shape of words": ("one", entry(shape=["64"]), "no dtype, shape and offsets"),
-    "a shape of truth": ("one", entry(shape=[True]), "no dtype, shape and offsets"),
-    "many dimensions": ("one", entry(shape=[1] * 100_000 + [64]), "damaged"),
-    "an unknown dtype": ("one", entry(dtype="F1"), "no dtype, shape and offsets"),
-    "a tensor that is none": (
-        "one", reheaded(lambda d: {**d, "a": None}), "no dtype, shape and offsets"),
-    # the index
-    "above": ("many", elsewhere("../outside.safetensors"), "expected the name of a .safetensors"),
-    "far above": ("many", elsewhere("a/../../outside.safetensors"), "expected the name of"),
-    "absolute": ("many", elsewhere("{folder}/../outside.safetensors"), "expected the name of"),
-    "below": ("many", elsewhere("inner/w.safetensors"), "expected the name of"),
-    "backslashes": ("many", elsewhere("..\\outside.safetensors"), "expected the name of"),
-    "hidden": ("many", elsewhere(".w.safetensors"), "expected the name of"),
-    "another kind": ("many", elsewhere("w.bin"), "expected the name of"),
-    "a file that is not there": (
-        "many", indexed(lambda d: d["weight_map"].update(a="z.safetensors")), "is not there"),
-    "a tensor that is not there": (
-        "many", indexed(lambda d: d["weight_map"].update(
-            a=next(iter(d["weight_map"].values())))), "says that 'a' is in"),
-    "a tensor that it does not name": (
-        "many", indexed(lambda d: d["weight_map"].popitem() and None), "is in None; it is in"),
-    "a tensor in two files": ("many", doubled, "is in .* and in"),
-    "no weight_map": ("many", indexed(lambda d: {"metadata": {}}), "has no weight_map"),
-    "an empty weight_map": ("many", indexed(lambda d: {"weight_map": {}}), "has no weight_map"),
-    "a weight_map of numbers": (
-        "many", indexed(lambda d: {"weight_map": {"a": 1}}), "has no weight_map"),
-    "an index that is a list": ("many", indexed(lambda d: []), "has no weight_map"),
-    "a deep index": ("many", replaced(b'{"a":' * 200_000, INDEX), "nested too deeply"),
-    "a wide index": ("many", replaced(b"[" + b"{}," * 3_000_000 + b"{}]", INDEX), "too much"),
-    "a large index": ("many", lambda f: sparse(f / INDEX, b"[", 1 << 36), "a JSON file of at most"),
+        reheaded(lambda d: {**d, "__metadata__": {"a": 1}}), "metadata is not of strings"),
+    "overlapping": (offsets(0, 4), "damaged"),
+    "a gap": (offsets(0, -4), "damaged"),
+    "before the data": (offsets(-8, -8), "damaged"),
+    "an end before its begin": (entry(data_offsets=[256, 0]), "in -256 bytes"),
+    "beyond the file": (entry(data_offsets=[1 << 40, (1 << 40) + 256]), "overlaps, or"),
+    "a shape that lies": (entry(shape=[1 << 40]), "in 256 bytes"),
+    "a shape that overflows": (entry(shape=[1 << 33, 1 << 33]), "in 256 bytes"),
+    "a negative shape": (entry(shape=[-8, -8]), "no dtype, shape and offsets"),
+    "a shape of words": (entry(shape=["64"]), "no dtype, shape and offsets"),
+    "a shape of truth": (entry(shape=[True]), "no dtype, shape and offsets"),
+    "many dimensions": (entry(shape=[1] * 100_000 + [64]), "damaged"),
+    "an unknown dtype": (entry(dtype="F1"), "no dtype, shape and offsets"),
+    "a tensor that is none": (reheaded(lambda d: {**d, "a": None}), "no dtype, shape and offsets"),
     # links, and what is no file
-    "a shard elsewhere": ("many", linked(None), "outside of its folder"),
-    "an index elsewhere": ("many", linked(INDEX), "outside of its folder"),
-    "a configuration elsewhere": ("many", linked("config.json"), "outside of its folder"),
-    "a page elsewhere": ("many", linked("passwords.txt"), "outside of its folder"),
-    "a link to nothing": (
-        "many", lambda f: (f / "a.txt").symlink_to(f / "nothing"), "is no file; expected"),
-    "a pipe": ("many", lambda f: os.mkfifo(f / "a.txt"), "is no file; expected"),
     "a pipe for a shard": (
-        "one", lambda f: ((f / SINGLE).unlink(), os.mkfifo(f / SINGLE)), "is not there"),
+        lambda f: ((f / SINGLE).unlink(), os.mkfifo(f / SINGLE)), "is not there"),
     "a folder for a shard": (
-        "one", lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()), "is not there"),
-    "no weights": ("one", lambda f: (f / SINGLE).unlink(), "has neither model.safetensors nor"),
+        lambda f: ((f / SINGLE).unlink(), (f / SINGLE).mkdir()), "is not there"),
+    "no weights": (lambda f: (f / SINGLE).unlink(), "has neither model.safetensors nor"),
     # the configuration
-    "no configuration": ("one", lambda f: (f / "config.json").unlink(), "is not there"),
-    "a configuration of nothing": ("one", replaced(b"[]", "config.json"), "no table of settings"),
-    "a deep configuration": (
-        "one", replaced(b'{"a":' * 100_000, "config.json"), "nested too deeply"),
-    "a family of its own": ("one", own_code, "config.json cannot be used"),
-    "an unknown family": ("one", configured(model_type="none"), "config.json cannot be used"),
-    "an encoder": ("one", configured(model_type="clip"), "the model has 512"),
-    "quantized": (
-        "one", configured(quantization_config={"quant_method": "fp8"}), "is quantized"),
-    "a billion layers": ("one", configured(num_hidden_layers=10**9), "layers is 10"),
-    "more layers than tensors": ("one", configured(num_hidden_layers=60), "says 60 layers"),
-    "another number of layers": ("one", configured(num_hidden_layers=3), "has 0 tensors for"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "is not there"),
+    "a configuration of nothing": (replaced(b"[]", "config.json"), "no table of settings"),
+    "a deep configuration": (replaced(b'{"a":' * 100_000, "config.json"), "nested too deeply"),
+    "a family of its own": (own_code, "config.json cannot be used"),
+    "an unknown family": (configured(model_type="none"), "config.json cannot be used"),
+    "an encoder": (configured(model_type="clip"), "the model has 512"),
+    "quantized": (configured(quantization_config={"quant_method": "fp8"}), "is quantized"),
+    "a billion layers": (configured(num_hidden_layers=10**9), "layers is 10"),
+    "more layers than tensors": (configured(num_hidden_layers=60), "says 60 layers"),
+    "another number of layers": (configured(num_hidden_layers=3), "has 0 tensors for"),
     "a billion experts": (
-        "one", configured(model_type="mixtral", num_local_experts=10**9), "experts is 10"),
-    "a billion words": ("one", configured(vocab_size=10**9), "embed_tokens.weight would be"),
-    "a wide layer": ("one", configured(intermediate_size=10**8), "would be .* by the config"),
-    "a head of a billion": ("one", configured(head_dim=10**7), "would be .* by the config"),
-    "words for numbers": ("one", configured(hidden_size="many"), "config.json cannot be used"),
-    "another width": ("one", configured(hidden_size=32), "hidden size 64; the model has 32"),
-    "another shape": ("one", configured(intermediate_size=95), "is .64, 96.; the model of"),
+        configured(model_type="mixtral", num_local_experts=10**9), "experts is 10"),
+    "a billion words": (configured(vocab_size=10**9), "embed_tokens.weight would be"),
+    "a wide layer": (configured(intermediate_size=10**8), "would be .* by the config"),
+    "a head of a billion": (configured(head_dim=10**7), "would be .* by the config"),
+    "words for numbers": (configured(hidden_size="many"), "config.json cannot be used"),
+    "another width": (configured(hidden_size=32), "hidden size 64; the model has 32"),
+    "another shape": (configured(intermediate_size=95), "is .64, 96.; the model of"),
     # tensors
     "a writer of integers": (
-        "one", retensored(DOWN, torch.ones(64, 96, dtype=torch.int8)), "is I8; expected one of"),
+        retensored(DOWN, torch.ones(64, 96, dtype=torch.int8)), "is I8; expected one of"),
     "a writer of another shape": (
-        "one", retensored(DOWN, torch.ones(96, 64)), "is .96, 64.; the model of"),
-    "a writer that is missing": ("one", without(DOWN), "has 0 tensors for"),
+        retensored(DOWN, torch.ones(96, 64)), "is .96, 64.; the model of"),
+    "a writer that is missing": (without(DOWN), "has 0 tensors for"),
+}  # fmt: skip
+# and to one in many files
+MANY: dict[str, tuple[Callable[[Path], Any], str]] = {
+    # the index
+    "above": (elsewhere("../outside.safetensors"), "expected the name of a .safetensors"),
+    "far above": (elsewhere("a/../../outside.safetensors"), "expected the name of"),
+    "absolute": (elsewhere("{folder}/../outside.safetensors"), "expected the name of"),
+    "below": (elsewhere("inner/w.safetensors"), "expected the name of"),
+    "backslashes": (elsewhere("..\\outside.safetensors"), "expected the name of"),
+    "hidden": (elsewhere(".w.safetensors"), "expected the name of"),
+    "another kind": (elsewhere("w.bin"), "expected the name of"),
+    "a file that is not there": (
+        indexed(lambda d: d["weight_map"].update(a="z.safetensors")), "is not there"),
+    "a tensor that is not there": (
+        indexed(lambda d: d["weight_map"].update(a=next(iter(d["weight_map"].values())))),
+        "says that 'a' is in"),
+    "a tensor that it does not name": (
+        indexed(lambda d: d["weight_map"].popitem() and None), "is in None; it is in"),
+    "a tensor in two files": (doubled, "is in .* and in"),
+    "no weight_map": (indexed(lambda d: {"metadata": {}}), "has no weight_map"),
+    "an empty weight_map": (indexed(lambda d: {"weight_map": {}}), "has no weight_map"),
+    "a weight_map of numbers": (indexed(lambda d: {"weight_map": {"a": 1}}), "has no weight_map"),
+    "an index that is a list": (indexed(lambda d: []), "has no weight_map"),
+    "a deep index": (replaced(b'{"a":' * 200_000, INDEX), "nested too deeply"),
+    "a wide index": (replaced(b"[" + b"{}," * 3_000_000 + b"{}]", INDEX), "too much"),
+    "a large index": (lambda f: sparse(f / INDEX, b"[", 1 << 36), "a JSON file of at most"),
+    # links, and what is no file
+    "a shard elsewhere": (linked(None), "outside of its folder"),
+    "an index elsewhere": (linked(INDEX), "outside of its folder"),
+    "a configuration elsewhere": (linked("config.json"), "outside of its folder"),
+    "a page elsewhere": (linked("passwords.txt"), "outside of its folder"),
+    "a link to nothing": (
+        lambda f: (f / "a.txt").symlink_to(f / "nothing"), "is no file; expected"),
+    "a pipe": (lambda f: os.mkfifo(f / "a.txt"), "is no file; expected"),
 }  # fmt: skip
 
 
-def sparse(path: Path, data: bytes, size: int) -> None:
-    """A file that says it is large, and takes no room on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.truncate(size)
-
-
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", [*ONE, *MANY])
 def test_a_hostile_checkpoint_is_refused_and_nothing_is_written(
     case: str, whole: Path, tmp_path: Path
 ) -> None:
-    which, damage, message = HOSTILE[case]
+    damage, message = (ONE | MANY)[case]
     folder = tmp_path / "at" / "source"
-    shutil.copytree(whole / which, folder)
+    shutil.copytree(whole / ("one" if case in ONE else "many"), folder)
     damage(folder)
     before = sorted(tmp_path.rglob("*"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

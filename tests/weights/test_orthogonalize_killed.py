@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 # One process imports everything and forks the runs, so that each begins at once.
 SERVER = textwrap.dedent(
     """
-    import json, os, random, signal, sys, time
+    import itertools, json, os, random, shutil, signal, sys, time
     from pathlib import Path
     import torch
     import refusal_kernels as rk
@@ -78,11 +78,6 @@ SERVER = textwrap.dedent(
         files = [path for path in target.rglob("*") if path.is_file()]
         return {str(path.relative_to(target)): path.read_bytes().hex() for path in files}
 
-    def clear():
-        import shutil
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
-
     # also imports what a run imports
     plan = checkpoint.make_plan(source, checkpoint.read_shards(source), direction, False)
     if not kills:  # every name: the same for every run
@@ -91,35 +86,25 @@ SERVER = textwrap.dedent(
     slow = 0.03
     length = forked(slow=slow)
     whole = contents()
-    found = {"whole": whole, "killed": 0, "midway": 0, "resumed": 0}
-    tries = 0
-    if kills:
-        while found["killed"] < kills and tries < 6 * kills:
-            tries += 1
-            clear()
-            if forked(kill_after=choice.uniform(0.0, length), slow=slow) is not None:
+    result = {"whole": whole, "killed": 0, "midway": 0}
+    for number in range(6 * kills) if kills else itertools.count():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        at_random = {"kill_after": choice.uniform(0.0, length), "slow": slow}
+        if forked(**(at_random if kills else {"die_at": number})) is not None:
+            if kills:
                 continue
-            found["killed"] += 1
-            found["midway"] += (partial / ".state.json").exists()
-            assert not target.exists() or contents() == whole, "half a folder"
-            if not target.exists():
-                assert forked() is not None
-            assert contents() == whole, "another result"
-            assert not partial.exists()
-    else:
-        number = 0
-        while True:
-            clear()
-            if forked(die_at=number) is not None:
-                break
-            found["killed"] += 1
-            assert not target.exists() or contents() == whole, f"half a folder at {number}"
-            if not target.exists():
-                assert forked() is not None
-            assert contents() == whole, f"another result at {number}"
-            assert not partial.exists()
-            number += 1
-    print(json.dumps(found))
+            break
+        result["killed"] += 1
+        result["midway"] += (partial / ".state.json").exists()
+        assert not target.exists() or contents() == whole, f"half a folder at {number}"
+        if not target.exists():
+            assert forked() is not None
+        assert contents() == whole, f"another result at {number}"
+        assert not partial.exists()
+        if result["killed"] == kills:
+            break
+    print(json.dumps(result))
     """
 )
 
@@ -141,11 +126,11 @@ def test_killed_and_run_again(tmp_path: Path, kills: int) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     whole = {name: data.hex() for name, data in contents(tmp_path / "whole").items()}
-    assert found["whole"] == whole
+    assert result["whole"] == whole
     if kills:
-        assert found["killed"] == kills
-        assert found["midway"] >= kills // 10
+        assert result["killed"] == kills
+        assert result["midway"] >= kills // 10
     else:  # before and after: two shards and their states, the files that go along, the folder
-        assert found["killed"] > 2 * (2 * 2 + 4 + 1)
+        assert result["killed"] > 2 * (2 * 2 + 4 + 1)

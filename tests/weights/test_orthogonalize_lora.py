@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_families
 import torch
-from checkpoints import direction
+from checkpoints import IDS, ablated, direction, is_close
 from safetensors.torch import load_file
-from tiny import FAMILIES, plain_hooks, tiny_model
+from tiny import FAMILIES, tiny_model
 from torch import nn
 
 import refusal_kernels as rk
@@ -17,11 +18,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.weights import lora
 
 peft = pytest.importorskip("peft")
-ROOT = Path(__file__).parents[2]
-import tiny_families  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore")
-IDS = torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
 def state(model: Any) -> Any:
@@ -60,13 +57,10 @@ def test_what_peft_loads_is_the_ablated_model(family: str, tied: bool, tmp_path:
 
     model.eval()
     with torch.no_grad():
-        with plain_hooks(model, ablate=direction().vector):
-            expected = model(IDS).logits
-        plain = model(IDS).logits
+        expected, plain = ablated(model), model(IDS).logits
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
-        got = loaded(input_ids=IDS).logits
         # float32: the adapter's product is rounded apart from the layer's
-        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        is_close(loaded, expected, 2e-5 * float(expected.abs().max()))
         assert (plain - expected).abs().max() > 0.1
         if not report.biases:
             with loaded.disable_adapter():

@@ -206,7 +206,7 @@ def _stream(
     with team(model) as processes:
         saved, done = None, 0
         if checkpoint is not None or processes.size > 1:
-            _read(model, _first_row(jobs[-1][1][-1]), fresh)
+            _read(model, Batch(*(part[:1] for part in jobs[-1][1][-1])), fresh)
             identity = identity_of(model, parts, moments, fresh)
             saved, done = _meet(processes, identity, checkpoint, moments, len(jobs))
         if done and progress is not None:
@@ -251,10 +251,6 @@ def _meet(
         if differ := sorted(name for name in theirs if theirs[name] != other[name]):
             raise InputError(f"the processes 0 and {rank} have another {', '.join(differ)}")
     return saved, done
-
-
-def _first_row(batch: Batch) -> Batch:
-    return Batch(batch.rows[:1], batch.input_ids[:1], batch.attention_mask[:1])
 
 
 def _read(model: Any, batch: Batch, moments: Moments) -> None:
