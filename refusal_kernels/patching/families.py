@@ -5,7 +5,7 @@ the stream, and what enters the first layer is what the embedding wrote. A famil
 needs no record.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from refusal_kernels.errors import InputError
 
@@ -81,20 +81,35 @@ _BY_CLASS: dict[str, Family] = {}
 _ORDINARY = Family(())
 
 
-def register_family(*families: Family) -> None:
+def register_family(*families: Family, replace: bool = False) -> None:
     """Make families known, so that `patch` steers their models by these records.
+
+    Parameters
+    ----------
+    families
+        The records.
+    replace
+        Whether a record may take the place of another one for the same class.
 
     Raises
     ------
     InputError
-        If a class has a record already, or a record names no class.
+        If a class has another record already and ``replace`` is False, a record names no class, a
+        field has another type than `Family` says, or a writer is neither "attn" nor "mlp".
     """
     for family in families:
         if not family.classes:
             raise InputError("a family names no class; expected those of its decoder layers")
+        for field in fields(Family):
+            value, kind = getattr(family, field.name), type(getattr(_ORDINARY, field.name))
+            if not isinstance(value, (tuple, kind) if field.name == "restart" else kind):
+                raise InputError(f"{field.name} of a family is {value!r}; expected {field.type}")
+        for writer in (entry[-1] for entry in (*family.adders, *family.hooked)):
+            if writer not in ("attn", "mlp"):
+                raise InputError(f"a family's writer is {writer!r}; expected 'attn' or 'mlp'")
         for name in family.classes:
-            if _BY_CLASS.get(name, family) != family:
-                raise InputError(f"{name} belongs to another family already")
+            if not replace and _BY_CLASS.get(name, family) != family:
+                raise InputError(f"{name} belongs to another family already; replace=True replaces")
     _BY_CLASS.update({name: family for family in families for name in family.classes})
 
 

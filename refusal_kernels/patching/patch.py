@@ -161,4 +161,5 @@ def _like(module: nn.Module) -> torch.Tensor:
 def _where(i: Intervention) -> str:
     if i.block_input is not None:
         return f"the input of block {i.block_input}"
-    return f"sites {i.sites or 'any'} of layers {list(i.layers) if i.layers else 'any'}"
+    layers = f"layers {list(i.layers)}" if i.layers else "all layers"
+    return f"sites {i.sites or 'any'} of {layers}"

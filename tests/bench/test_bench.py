@@ -20,7 +20,7 @@ def test_the_smoke_profile_end_to_end(bench, tmp_path):
     result, document = bench("--methods", "own", "--json", str(tmp_path / "copy.jsonl"))
     assert result.exit_code == 0, result.output
     rows = by_method(document)
-    assert set(rows) == {
+    assert set(rows) >= {
         *("unmodified", "hooks", "orthogonalized", "refusal_kernels:cpu"),
         *("refusal_kernels:reference", "norms_apart"),
     }

@@ -45,8 +45,16 @@ def test_a_registered_family_is_steered_in_its_adds():
     rk.register_family(family)  # the same again changes nothing
     with pytest.raises(rk.InputError, match="OddDecoderLayer belongs to another family already"):
         rk.register_family(rk.Family(("OddDecoderLayer",), start="inner"))
-    with pytest.raises(rk.InputError, match="names no class"):
-        rk.register_family(rk.Family(()))
+    for wrong, why in (
+        (rk.Family(()), "names no class"),
+        (rk.Family("OddDecoderLayer"), r"classes of a family is 'Odd.*expected tuple"),
+        (rk.Family(("X",), stream_names=["s"]), r"stream_names of a family is \['s'\]"),
+        (rk.Family(("X",), adders=(("", None, "mixer"),)), "writer is 'mixer'"),
+    ):
+        with pytest.raises(rk.InputError, match=why):
+            rk.register_family(wrong)
+    rk.register_family(rk.Family(("OddDecoderLayer",), start="inner"), replace=True)
+    rk.register_family(family, replace=True)
     with rk.patch(plain, ablate, fuse_norms=False), torch.no_grad():
         want = plain(tokens).logits
     with rk.patch(odd, ablate, fuse_norms=False, fused=True) as handle, torch.no_grad():
