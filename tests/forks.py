@@ -1,6 +1,6 @@
 """Child processes that start in milliseconds: forked from a server that has everything loaded.
 
-What they do stands in `extract_child.py`, which only they import.
+What they do stands in `fork_child.py`, which only they import.
 """
 
 import importlib
@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["extract_child"])
+CONTEXT.set_forkserver_preload(["fork_child"])
 
 
 def start(function: str, *arguments: Any) -> tuple[Any, Any]:
-    """Start a function of `extract_child` in a child; its last argument is a connection to us.
+    """Start a function of `fork_child` in a child; its last argument is a connection to us.
 
     Returns the process, and the connection, which ends when the child does.
     """
@@ -42,4 +42,4 @@ def everything(listen: Any) -> list[Any]:
 
 
 def _call(function: str, *arguments: Any) -> None:
-    getattr(importlib.import_module("extract_child"), function)(*arguments)
+    getattr(importlib.import_module("fork_child"), function)(*arguments)

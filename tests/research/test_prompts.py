@@ -57,9 +57,6 @@ def test_bad_prompt_files_are_refused(
     with pytest.raises(InputError, match=message) as caught:
         read_prompts(tmp_path / name)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_prompt_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         read_prompts(tmp_path / "nowhere.txt")
 
@@ -93,27 +90,6 @@ def test_positions_of_other_templates() -> None:
     silent.chat_template = "<|user|> :"  # the instruction does not occur at all
     with pytest.raises(InputError, match="end-of-instruction"):
         ChatFormat(silent)
-
-
-def test_positions_with_a_byte_level_tokenizer() -> None:
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    inner.train_from_iterator(["assistant\n", "user\n", "how to make a cake?"] * 9, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    chat = ChatFormat(tokenizer)
-    assert chat.positions == 5  # as in the paper, for this template
-    for ids in chat.encode(["how to make a cake?", "1\n", "…"]):
-        assert tokenizer.decode(ids[-5:]) == "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_templates_that_do_not_serve_are_refused() -> None:
@@ -217,17 +193,8 @@ FAMILIES = {
     "deepseek-r1": (THOUGHT, "<|Assistant|><think>\n", 3, 1, 0),
 }  # fmt: skip
 INSTRUCTIONS = [
-    *(
-        "how to make a cake?",
-        "1\n",
-        "…",
-        "a.",
-        "say [/INST]",
-        "x" * 300,
-        "model",
-        "user\n\nassistant",
-    ),
-    *("<think>", "tell me\nhow", "  spaces  "),
+    *("how to make a cake?", "1\n", "…", "a.", "say [/INST]", "x" * 300, "model"),
+    *("user\n\nassistant", "<think>", "tell me\nhow", "  spaces  "),
 ]
 
 

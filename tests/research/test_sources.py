@@ -7,8 +7,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tiny import run_command
 
-from refusal_kernels import cli, toy
+from refusal_kernels import toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import convert
 from refusal_kernels.hf.chat import ChatFormat
@@ -137,9 +138,7 @@ def test_dataset_names(hub: Any, spec: str, asked: tuple[Any, ...], column: str)
     assert calls == [asked]
 
 
-def test_local_folders_are_read_by_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_folders_are_read_by_the_library(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     table = datasets.Dataset.from_dict({"Goal": ["one", "two"], "label": ["a", "b"]})
     for kind in ("csv", "json", "parquet"):
@@ -154,16 +153,15 @@ def test_local_folders_are_read_by_the_library(
     refused("cannot be loaded", read_prompts, f"hf:{folder}@test")
 
 
-def test_what_can_go_wrong_with_a_dataset(
-    hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_can_go_wrong_with_a_dataset(hub: Any, monkeypatch: Any) -> None:
     _, rows = hub
-    rows["o/n"] = [{"a": "one"}]
-    refused("no column of prompts; it has a", read_prompts, "hf:o/n")
-    rows["o/n"] = [{"prompt": "one"}, {"prompt": None}]
-    refused("row 1 holds no prompt", read_prompts, "hf:o/n")
-    rows["o/n"] = [{"prompt": 1}]
-    refused("row 0 holds no prompt", read_prompts, "hf:o/n")
+    for table, words in (
+        ([{"a": "one"}], "no column of prompts; it has a"),
+        ([{"prompt": "one"}, {"prompt": None}], "row 1 holds no prompt"),
+        ([{"prompt": 1}], "row 0 holds no prompt"),
+    ):
+        rows["o/n"] = table
+        refused(words, read_prompts, "hf:o/n")
     rows["Paul/XSTest"] = [{"prompt": "one", "label": "unsafe"}]
     refused("holds no prompt", read_prompts, "xstest")
     for spec in ("hf:", "hf:a@b@c", "hf:a#b#c", "hf::c"):
@@ -180,13 +178,10 @@ def test_what_can_go_wrong_with_a_dataset(
     refused(r"refusal-kernels\[research\]", read_prompts, "harmbench")
 
 
-def test_without_a_network_there_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_there_is_one_line(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    refused("owner-of-none/no-such-set cannot be loaded", read_prompts,
-            "hf:owner-of-none/no-such-set")  # fmt: skip
+    refused("owner-of-none/none cannot be loaded", read_prompts, "hf:owner-of-none/none")
 
 
 # Splits
@@ -204,19 +199,14 @@ def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
     assert split_prompts(MANY, SIZES, seed=43) != parts
     assert every[:40] != MANY[:40]
     # frozen: another machine or version must find the same
-    first = split_prompts([f"prompt {i}" for i in range(8)], {"a": 3, "b": 2, "c": None})
-    assert first == FROZEN
+    assert split_prompts(MANY[:8], {"a": 3, "b": 2, "c": None}) == {
+        "a": ["prompt 3", "prompt 4", "prompt 6"], "b": ["prompt 2", "prompt 5"],
+        "c": ["prompt 1", "prompt 7", "prompt 0"],
+    }  # fmt: skip
     # a prompt more moves none from one end to the other
     more = split_prompts([*MANY, "one more"], {"train": 150, "test": None})
     before = split_prompts(MANY, {"train": 150, "test": None})
     assert len(set(more["train"]) ^ set(before["train"])) <= 2
-
-
-FROZEN = {
-    "a": ["prompt 3", "prompt 4", "prompt 6"],
-    "b": ["prompt 2", "prompt 5"],
-    "c": ["prompt 1", "prompt 7", "prompt 0"],
-}
 
 
 def test_repetitions_are_dropped() -> None:
@@ -307,28 +297,18 @@ def test_the_model_decides_what_is_kept() -> None:
             refusal_tokens=tokens)  # fmt: skip
 
 
-def test_extract_filters_and_takes_a_system_prompt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extract_filters_and_takes_a_system_prompt(tmp_path: Path) -> None:
     model, tokenizer = toy.load()
     harmful, harmless = (toy.prompts(name, "validation")[:8] for name in ("harmful", "harmless"))
     # what belongs to the other side, and would change the means if it stayed
-    for name, own in (
-        ("harmful", [*harmful, *harmless[:3]]),
-        ("harmless", [*harmless, harmful[0]]),
-    ):
-        (tmp_path / f"{name}.txt").write_text("\n".join(own))
     files = tmp_path / "harmful.txt", tmp_path / "harmless.txt"
+    files[0].write_text("\n".join([*harmful, *harmless[:3]]))
+    files[1].write_text("\n".join([*harmless, harmful[0]]))
     out = tmp_path / "out.safetensors"
     options = ["--harmful", files[0], "--harmless", files[1], "--out", out, "--seed", 7]
 
     def extracted(*more: Any) -> torch.Tensor:
-        monkeypatch.setattr(
-            sys, "argv", ["refusal-kernels", "extract", *map(str, [*options, *more])]
-        )
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        assert not exit_.value.code
+        assert run_command("extract", *options, *more) == 0
         return convert.read(out).vectors
 
     train = prompts_for("toy", "train", *files, 7)

@@ -18,7 +18,7 @@ from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge, judged
 from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
-from refusal_kernels.research.evaluation.rates import Rate
+from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
@@ -38,13 +38,7 @@ class Condition:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
-        rates = {
-            part: {judge: rate.to_dict() for judge, rate in by_judge.items()}
-            for part, by_judge in self.rates.items()
-        }
-        skills = {name: rate.to_dict() for name, rate in self.skills.items()}
-        losses = {name: loss.to_dict() for name, loss in self.losses.items()}
-        return {**vars(self), "rates": rates, "skills": skills, "losses": losses}
+        return dict(to_json(vars(self)))
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,7 @@ class DosePoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
-        rates = {"harmful": self.harmful.to_dict(), "harmless": self.harmless.to_dict()}
-        return {**vars(self), **rates, "loss": self.loss and self.loss.to_dict()}
+        return dict(to_json(vars(self)))
 
 
 @dataclass

@@ -21,6 +21,7 @@ from refusal_kernels.research.evaluation.conditions import Condition, ConditionR
 from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, make_judge
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
 from refusal_kernels.research.evaluation.projections import project
+from refusal_kernels.research.evaluation.rates import to_json
 from refusal_kernels.research.evaluation.tasks import Match
 from refusal_kernels.research.selection.scoring import find_refusal_tokens
 
@@ -70,9 +71,7 @@ class Evidence:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON and for the page (`html.render`)."""
-        conditions = {name: c.to_dict() for name, c in self.conditions.items()}
-        dose = {kind: [point.to_dict() for point in points] for kind, points in self.dose.items()}
-        return {**vars(self), "conditions": conditions, "dose": dose}
+        return dict(to_json(vars(self)))
 
 
 def random_directions(direction: Direction, count: int, seed: int) -> list[Direction]:

@@ -12,7 +12,7 @@ from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge, SubstringJudge, judged
-from refusal_kernels.research.evaluation.rates import Rate
+from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import exact_match
 
 
@@ -43,13 +43,7 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
-        return {
-            **vars(self),
-            "harmful": self.harmful.to_dict(),
-            "harmless": self.harmless.to_dict(),
-            "skills": {name: rate.to_dict() for name, rate in self.skills.items()},
-            "capability": self.capability and self.capability.to_dict(),
-        }
+        return dict(to_json(vars(self)))
 
 
 def measure_outcomes(

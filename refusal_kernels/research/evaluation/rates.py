@@ -10,6 +10,15 @@ from refusal_kernels.errors import InputError
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
+def to_json(value: Any) -> Any:
+    """Return a value in which everything that has a `to_dict` is replaced by it, at any depth."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
 @dataclass(frozen=True)
 class Rate:
     """A number of hits in a number of trials, 1 or more, and its confidence interval."""

@@ -15,7 +15,6 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.research.evaluation.judges import (
-    REFUSAL_SUBSTRINGS,
     SubstringJudge,
     is_refusal,
 )
@@ -42,10 +41,6 @@ HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two"
 )
 def test_refusals_by_substring(text: str, refused: bool) -> None:
     assert is_refusal(text) is refused
-    assert len(set(REFUSAL_SUBSTRINGS)) == 12
-
-
-def test_other_substrings() -> None:
     assert is_refusal("Sorry!", ["sorry"]) and not is_refusal("I cannot", ["sorry"])
 
 
@@ -147,13 +142,11 @@ def test_outcomes_without_skills_and_with_bad_input() -> None:
     )
     assert outcome["none"].capability is None and outcome["none"].skills == {}
     assert outcome["none"].to_dict()["capability"] is None
-    with pytest.raises(InputError, match="no intervention"):
-        measure_outcomes(model, tokenizer, **sets, interventions={})
-    with pytest.raises(InputError, match="'harmful' are empty"):
-        measure_outcomes(
-            model, tokenizer, harmful=[], harmless=HARMLESS, interventions={"none": None}
-        )
-    with pytest.raises(InputError, match="'skill:sums' are empty"):
-        measure_outcomes(
-            model, tokenizer, **sets, interventions={"none": None}, skills={"sums": []}
-        )
+    good = {**sets, "interventions": {"none": None}}
+    for changed, words in (
+        ({"interventions": {}}, "no intervention"),
+        ({"harmful": []}, "'harmful' are empty"),
+        ({"skills": {"sums": []}}, "'skill:sums' are empty"),
+    ):
+        with pytest.raises(InputError, match=words):
+            measure_outcomes(model, tokenizer, **{**good, **changed})

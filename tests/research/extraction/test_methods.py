@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import run_command, tiny_model, tiny_tokenizer
 
-from refusal_kernels import cli
 from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.convert import read
@@ -159,21 +158,20 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
         *("--harmful", tmp_path / "harmful.txt", "--harmless", tmp_path / "harmless.txt"),
     ]
 
-    def run(*arguments: Any) -> int:
-        monkeypatch.setattr(sys, "argv", ["refusal-kernels", *map(str, [*arguments, *common])])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return int(exit_.value.code or 0)
-
     file, out = tmp_path / "candidates.safetensors", tmp_path / "direction.safetensors"
-    assert run("extract", "--method", "probe", "--out", file) == 0
+    assert run_command("extract", *common, "--method", "probe", "--out", file) == 0
     loaded = Candidates.load(file)
     assert loaded.method == "probe" and loaded.vectors.shape == (4, 3, 64)
     monkeypatch.setattr(
         "refusal_kernels.research.selection.algorithm._judged",
         lambda at, scores, *_: kept(at, scores),
     )
-    assert run("select", "--candidates", file, "--out", out, "--refusal-tokens", "7,9") == 0
+    assert (
+        run_command(
+            "select", *common, "--candidates", file, "--out", out, "--refusal-tokens", "7,9"
+        )
+        == 0
+    )
     direction = Direction.load(out)
     assert direction.method == "probe"
     assert torch.equal(direction.vector, loaded.vectors[direction.position, direction.layer])

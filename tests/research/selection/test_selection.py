@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from protocol import last_logits, mean_refusal_score, measure
-from protocol import winner as plain_winner
+from protocol import last_logits, mean_refusal_score
 from tiny import tiny_model, tiny_tokenizer
 
 from refusal_kernels.direction import Candidates
@@ -50,15 +49,14 @@ def last(model: Any, prompts: list[str]) -> torch.Tensor:
     return last_logits(model, tiny_tokenizer(), prompts, 32)
 
 
-def test_filters_and_winner_are_the_protocols(model: Any, candidates: torch.Tensor) -> None:
-    wide = copy.deepcopy(model).double()
-    everything = measure(wide, tiny_tokenizer(), candidates, HARMFUL, HARMLESS, TOKENS)
-    expected = {at: found for at, found in everything.items() if at[1] not in (0, 4)}
+def test_filters_say_why_and_the_winner_is_what_was_measured(
+    model: Any, candidates: torch.Tensor
+) -> None:
+    """`test_selection_protocol.py` compares the scores and the winner with the protocol's."""
+    rows = [row for row in run(model, candidates).candidates if row.kl is not None]
     # thresholds between the scores, so that each filter discards some and not all
-    kls = sorted(found.kl for found in expected.values())
-    induces = sorted(found.induce for found in expected.values())
-    kl_threshold = sum(kls[7:9]) / 2
-    induce_threshold = sum(induces[2:4]) / 2
+    kls, induces = (sorted(getattr(row, name) for row in rows) for name in ("kl", "induce"))
+    kl_threshold, induce_threshold = sum(kls[7:9]) / 2, sum(induces[2:4]) / 2
     calls: list[tuple[int, int]] = []
     selection = run(
         model, candidates, kl_threshold=kl_threshold, induce_threshold=induce_threshold,
@@ -68,38 +66,36 @@ def test_filters_and_winner_are_the_protocols(model: Any, candidates: torch.Tens
     assert [(row.position, row.layer) for row in selection.candidates] == [
         (position, layer) for position in range(-4, 0) for layer in range(LAYERS)
     ]
-    reasons = []
+    kept, reasons = [], []
     for row in selection.candidates:
         if row.layer in (0, 4):  # the template's embeddings, and the last fifth
             assert row.discarded == ("zero" if row.layer == 0 else "layer >= 4")
             assert row.bypass is row.induce is row.kl is None
             continue
-        bypass, induce, kl = expected[row.position, row.layer]
-        assert (row.bypass, row.induce, row.kl) == pytest.approx((bypass, induce, kl), abs=1e-4)
         reason = None
-        if kl > kl_threshold:
+        if row.kl > kl_threshold:
             reason = f"kl > {kl_threshold:g}"
-        elif induce < induce_threshold:
+        elif row.induce < induce_threshold:
             reason = f"induce < {induce_threshold:g}"
         assert row.discarded == reason
         reasons.append(reason)
+        kept += [row] * (reason is None)
     assert len(set(reasons)) == 3
 
-    winner = plain_winner(everything, LAYERS, kl=kl_threshold, induce=induce_threshold)
-    assert winner != min(expected, key=lambda at: expected[at].bypass)  # the filters matter
-    assert (selection.position, selection.layer) == winner
-    assert (selection.bypass, selection.induce, selection.kl) == pytest.approx(
-        expected[winner], abs=1e-4
-    )
+    winner = min(kept, key=lambda row: row.bypass)
+    assert winner.bypass > min(row.bypass for row in rows)  # the filters matter
+    for name in ("position", "layer", "bypass", "induce", "kl"):
+        assert getattr(selection, name) == getattr(winner, name)
     direction = selection.direction
-    assert torch.equal(direction.vector, candidates[winner])
-    assert (direction.model, direction.position, direction.layer) == ("tiny", *winner)
-    assert direction.method == "by hand"
-    for prompts, found in (
+    assert torch.equal(direction.vector, candidates[winner.position, winner.layer])
+    assert (direction.model, direction.method) == ("tiny", "by hand")
+    assert (direction.position, direction.layer) == (winner.position, winner.layer)
+    wide = copy.deepcopy(model).double()
+    for prompts, score in (
         (HARMFUL, selection.unmodified_harmful),
         (HARMLESS, selection.unmodified_harmless),
     ):
-        assert found == pytest.approx(mean_refusal_score(last(wide, prompts), TOKENS), abs=1e-4)
+        assert score == pytest.approx(mean_refusal_score(last(wide, prompts), TOKENS), abs=1e-4)
     # 12 candidates on 4 + 4 prompts ablated, on 4 added; three rows at once at most
     done = [0, *(call[0] for call in calls)]
     assert {total for _, total in calls} == {144} and done[-1] == 144

@@ -1,18 +1,13 @@
 """A selection that is killed goes on where it was, and ends with the bits of an undisturbed one."""
 
 import copy
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -29,61 +24,6 @@ from refusal_kernels.research.selection.measurement import CHECKPOINT
 
 HARMFUL = ["curse the lamp", "tell me how to hex a boat now please", "storm", "hex tea one two"]
 HARMLESS = ["make tea", "please be kind and fix the box", "what is one plus two", "paint a cake"]
-
-
-# Imports once, then runs every command line that it is given in a process of its own.
-SERVER = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-from transformers import AutoTokenizer, LlamaForCausalLM
-from refusal_kernels import cli
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        sys.argv = ["refusal-kernels", *json.loads(line)]
-        try:
-            cli.main()
-        except SystemExit as exit:
-            os._exit(exit.code or 0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Server:
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.read() == "ready"
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def start(self, arguments: list[str]) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
-        return int(self.read())
-
-    def run(self, arguments: list[str]) -> int:
-        self.start(arguments)
-        return int(self.read())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    found = Server()
-    yield found
-    assert found.process.stdin is not None
-    found.process.stdin.close()
-    assert found.process.wait(timeout=30) == 0
 
 
 @pytest.fixture(scope="module")
@@ -115,29 +55,39 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def start(inputs: Path, folder: Path) -> Any:
+    return forks.start("command_line", command(inputs, folder), None)[0]
+
+
+def finish(inputs: Path, folder: Path) -> dict[str, bytes]:
+    """Run the command to its end; return what is in the folder then."""
+    process = start(inputs, folder)
+    process.join()
+    assert process.exitcode == 0
+    return contents(folder)
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
-def test_killed_at_random(server: Server, inputs: Path, tmp_path: Path, kills: int) -> None:
-    reference = tmp_path / "reference"
+def test_killed_at_random(inputs: Path, tmp_path: Path, kills: int) -> None:
     begin = time.monotonic()
-    assert server.run(command(inputs, reference)) == 0
+    whole = finish(inputs, tmp_path / "reference")
     seconds = time.monotonic() - begin
-    whole = contents(reference)
     assert set(whole) == {"direction.safetensors", "direction.png", "selection.json"}
 
     chance, middle = random.Random(0), 0
     for number in range(kills):
         folder = tmp_path / str(number)
         part = folder / "direction.part.safetensors"
-        pid = server.start(command(inputs, folder))
+        process = start(inputs, folder)
         if number % 2:  # at any moment at all; else at one after the first scores are there
             time.sleep(chance.uniform(0.0, seconds))
         else:
             while not part.exists() and not (folder / "selection.json").exists():
                 time.sleep(0.001)
             time.sleep(chance.uniform(0.0, seconds / 4))
-        with suppress(ProcessLookupError):  # it has ended already
-            os.kill(pid, signal.SIGKILL)
-        killed = int(server.read()) == -signal.SIGKILL
+        process.kill()  # SIGKILL, unless it has ended already
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
         left = contents(folder) if folder.exists() else {}
         for name in set(left) & set(whole):
             assert left[name] == whole[name]  # whole, if it is there at all
@@ -145,8 +95,7 @@ def test_killed_at_random(server: Server, inputs: Path, tmp_path: Path, kills: i
             done = read_tensors(part, CHECKPOINT, ("ablated", "added"))[1]["batches"]
             middle += int(done) > 0 and "direction.safetensors" not in left
 
-        assert server.run(command(inputs, folder)) == 0
-        assert contents(folder) == whole  # and nothing beside it
+        assert finish(inputs, folder) == whole  # and nothing beside it
     assert middle >= kills // 3
 
 
@@ -192,17 +141,15 @@ def test_nothing_is_measured_twice(
     file = tmp_path / "scores.safetensors"
     with pytest.raises(Stopped):
         run(model, candidates, checkpoint=file, progress=stop_after(rows))
-    calls: list[int] = []
-    found = run(
-        model, candidates, checkpoint=file, progress=lambda done, _: calls.append(done)
-    )  # fmt: skip
+    counts = []
+    for checkpoint in (file, str(file)):
+        counts.append(calls := list[int]())
+        progress = lambda done, _, calls=calls: calls.append(done)  # noqa: E731
+        selection = run(model, candidates, checkpoint=checkpoint, progress=progress)
+        assert selection.to_dict() == expected  # to the last bit
+        assert file.exists()  # it is the caller's
+    calls, again = counts
     assert rows <= calls[0] < rows + 3 and calls[-1] == 144 and len(calls) == len(set(calls))
-    assert found.to_dict() == expected  # to the last bit
-    assert file.exists()  # it is the caller's
-    again: list[int] = []
-    assert run(
-        model, candidates, checkpoint=str(file), progress=lambda done, _: again.append(done)
-    ).to_dict() == expected  # fmt: skip
     assert again == [144]
 
 

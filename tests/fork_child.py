@@ -1,4 +1,4 @@
-"""What the child processes of the tests of `extract` do (see `forks.py`)."""
+"""What the child processes of the tests of `extract` and `select` do (see `forks.py`)."""
 
 import importlib
 import os
