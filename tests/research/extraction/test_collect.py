@@ -39,6 +39,11 @@ def plain_mean(model: Any, prompts: list[str], positions: int) -> torch.Tensor:
     return torch.stack([inputs_of_blocks(model, p)[:, -positions:] for p in prompts]).mean(0)
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 5e-6) -> None:
+    """A float32 model on other batch shapes: a few ulps of activations of a few units."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_moments_are_of_the_block_inputs(family: str, batch_size: int) -> None:
@@ -47,10 +52,7 @@ def test_moments_are_of_the_block_inputs(family: str, batch_size: int) -> None:
     assert moments.shape == (3, POSITIONS, 64)
     assert (moments.count("harmful") == len(HARMFUL)).all()
     assert not moments.count("harmless").any()
-    # a float32 model on other batch shapes: a few ulps of activations of a few units
-    torch.testing.assert_close(
-        moments.mean("harmful"), plain_mean(model, HARMFUL, POSITIONS), rtol=0, atol=5e-6
-    )
+    close(moments.mean("harmful"), plain_mean(model, HARMFUL, POSITIONS))
 
 
 def test_the_last_layers_output_and_the_layers_are_not_mixed_up() -> None:
@@ -59,7 +61,7 @@ def test_the_last_layers_output_and_the_layers_are_not_mixed_up() -> None:
         torch.tensor(ChatFormat(tiny_tokenizer()).encode(["a"]))
     )
     first = collect(model, tiny_tokenizer(), ["a"]).mean("harmful")[0]
-    torch.testing.assert_close(first, embedded[0, -POSITIONS:].double(), rtol=0, atol=0)
+    assert torch.equal(first, embedded[0, -POSITIONS:].double())
 
 
 def test_mean_difference_is_position_layer_hidden() -> None:
@@ -75,7 +77,7 @@ def test_mean_difference_is_position_layer_hidden() -> None:
     assert list(candidates.positions) == [-4, -3, -2, -1] and list(candidates.layers) == [0, 1, 2]
     assert (candidates.model, candidates.method) == ("tiny", "mean_difference")
     assert candidates.template == "<s> <|user|> {instruction} <|end|> <|assistant|> answer :"
-    torch.testing.assert_close(vectors.double(), expected.transpose(0, 1), rtol=0, atol=5e-6)
+    close(vectors.double(), expected.transpose(0, 1))
     assert not vectors[:, 0].any()  # the template's own tokens: the same embedding everywhere
     assert vectors[:, 1].any()
     assert seen == [(3, 8), (4, 8), (7, 8), (8, 8)]
@@ -84,20 +86,13 @@ def test_mean_difference_is_position_layer_hidden() -> None:
 def test_fewer_and_more_positions_than_the_template_has() -> None:
     model = tiny_model()
     one = collect(model, tiny_tokenizer(), HARMFUL, positions=1)
-    torch.testing.assert_close(
-        one.mean("harmful"), plain_mean(model, HARMFUL, 1), rtol=0, atol=5e-6
-    )
+    close(one.mean("harmful"), plain_mean(model, HARMFUL, 1))
     # "storm" has 1 + 1 + 1 + 4 tokens: what would be padding is not counted
     many = collect(model, tiny_tokenizer(), HARMFUL, positions=9)
     lengths = torch.tensor([len(ids) for ids in ChatFormat(tiny_tokenizer()).encode(HARMFUL)])
     expected = [int((lengths >= 9 - slot).sum()) for slot in range(9)]
     assert many.count("harmful")[2].tolist() == expected and 0 < expected[0] < len(HARMFUL)
-    torch.testing.assert_close(
-        many.mean("harmful")[:, -POSITIONS:],
-        plain_mean(model, HARMFUL, POSITIONS),
-        rtol=0,
-        atol=5e-6,
-    )
+    close(many.mean("harmful")[:, -POSITIONS:], plain_mean(model, HARMFUL, POSITIONS))
     wide = collect(model, tiny_tokenizer(), ["storm"], positions=20)
     assert wide.count("harmful")[0].tolist() == [0] * 13 + [1] * 7
 
@@ -115,9 +110,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
     moments = collect(model, tiny_tokenizer(), HARMFUL)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-12
-    torch.testing.assert_close(
-        moments.mean("harmful"), plain_mean(model, HARMFUL, POSITIONS), rtol=0, atol=tolerance
-    )
+    close(moments.mean("harmful"), plain_mean(model, HARMFUL, POSITIONS), tolerance)
 
 
 def test_logits_are_those_of_each_prompt_alone() -> None:
@@ -126,7 +119,7 @@ def test_logits_are_those_of_each_prompt_alone() -> None:
     assert logits.dtype == torch.float32 and logits.device.type == "cpu"
     for row, prompt in zip(logits, HARMFUL + HARMLESS, strict=True):
         ids = torch.tensor(ChatFormat(tiny_tokenizer()).encode([prompt]))
-        torch.testing.assert_close(row, model(ids).logits[0, -1], rtol=0, atol=1e-5)
+        close(row, model(ids).logits[0, -1], 1e-5)
 
 
 def test_the_head_is_given_what_is_contiguous() -> None:
@@ -174,22 +167,24 @@ def test_hooks_are_gone_even_after_an_error() -> None:
 
 
 def test_bad_input_is_refused_before_any_pass() -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-
-    def never(*_: Any) -> None:
-        raise AssertionError("the model ran")
-
-    model.model.register_forward_pre_hook(never)
+    model, tokenizer = tiny_model(max_position_embeddings=32), tiny_tokenizer()
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for options, words in (
+        ({"positions": 0}, "0 positions"),
+        ({"group": 2}, "group 2"),
+        ({"moments": Moments(3, 5, 64)}, r"need \(3, 4, 64\)"),
+        ({"last_layer": 3}, "the last layer is 3; expected 0 to 2"),
+    ):
+        with pytest.raises(InputError, match=words):
+            collect(model, tokenizer, HARMFUL, **options)
     with pytest.raises(InputError, match="no prompt"):
         collect(model, tokenizer, [])
     with pytest.raises(InputError, match="no prompt"):
         mean_difference(model, tokenizer, HARMFUL, [])
-    with pytest.raises(InputError, match="0 positions"):
-        collect(model, tokenizer, HARMFUL, positions=0)
-    with pytest.raises(InputError, match="group 2"):
-        collect(model, tokenizer, HARMFUL, group=2)
-    with pytest.raises(InputError, match=r"need \(3, 4, 64\)"):
-        collect(model, tokenizer, HARMFUL, moments=Moments(3, 5, 64))
+    with pytest.raises(InputError, match="the last layer is -1; expected 0 to 2"):
+        mean_difference(model, tokenizer, HARMFUL, HARMLESS, last_layer=-1)
+    with pytest.raises(InputError, match=r"prompt 1 has 45 tokens .* the model takes 32"):
+        collect(model, tokenizer, ["make tea", "tea " * 39])
     with pytest.raises(InputError, match="Linear holds no list of decoder layers"):
         collect(torch.nn.Linear(2, 2), tokenizer, HARMFUL)
 
@@ -242,12 +237,9 @@ def test_what_lies_above_the_last_layer_is_not_run(last_layer: int) -> None:
     model = tiny_model()
     whole = collect(model, tiny_tokenizer(), HARMFUL, batch_size=3)
 
-    def never(*_: Any) -> None:
-        raise AssertionError("it ran")
-
     for module in (*model.model.layers[last_layer:], model.model.norm, model.lm_head):
         for part in module.modules():
-            part.register_forward_hook(never)
+            part.register_forward_hook(lambda *_: pytest.fail("it ran"))
     part = collect(model, tiny_tokenizer(), HARMFUL, batch_size=3, last_layer=last_layer)
     assert part.shape == (last_layer + 1, POSITIONS, 64)
     for read in ("count", "mean", "variance"):
@@ -347,7 +339,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         mean_difference(*arguments, batch_size=1, checkpoint=path, progress=stop)
     again = mean_difference(
-        *arguments, batch_size=1, checkpoint=path, progress=stop_not(seen)
+        *arguments, batch_size=1, checkpoint=path, progress=lambda done, _: seen.append(done)
     ).vectors
     assert seen == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert torch.equal(whole, again)
@@ -356,10 +348,6 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     model.model.layers[1].register_forward_pre_hook(lambda *_: passes.append(_))
     assert torch.equal(whole, mean_difference(*arguments, batch_size=1, checkpoint=path).vectors)
     assert len(passes) == 1  # the probe
-
-
-def stop_not(seen: list[int]) -> Any:
-    return lambda done, _: seen.append(done)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -408,14 +396,3 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         collect(model, tiny_tokenizer(), HARMFUL, checkpoint=tmp_path / "nowhere" / "state")
     with pytest.raises(InputError, match="no moments beside it"):
         collect(model, tiny_tokenizer(), HARMFUL, checkpoint=path, moments=Moments(3, 4, 64))
-
-
-def test_what_the_model_cannot_take_is_named_before_any_pass() -> None:
-    model = tiny_model(max_position_embeddings=32)
-    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match=r"prompt 1 has 45 tokens .* the model takes 32"):
-        collect(model, tiny_tokenizer(), ["make tea", "tea " * 39])
-    with pytest.raises(InputError, match="the last layer is 3; expected 0 to 2"):
-        collect(model, tiny_tokenizer(), HARMFUL, last_layer=3)
-    with pytest.raises(InputError, match="the last layer is -1; expected 0 to 2"):
-        mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS, last_layer=-1)

@@ -212,14 +212,12 @@ def test_bad_updates_are_refused(layer: int, x: Any, index: Any, group: Any) -> 
 
 
 def test_bad_shapes_names_and_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="1 or more"):
-        Moments(0, 1, 1)
-    with pytest.raises(InputError, match="different names"):
-        Moments(1, 1, 1, ("a", "a"))
-    with pytest.raises(InputError, match="do not merge"):
-        Moments(1, 1, 4).merge(Moments(1, 1, 5))
-    with pytest.raises(InputError, match="do not merge"):
-        Moments(1, 1, 4).merge(Moments(1, 1, 4, ("a", "b")))
+    for shape, words in (((0, 1, 1), "1 or more"), ((1, 1, 1, ("a", "a")), "different names")):
+        with pytest.raises(InputError, match=words):
+            Moments(*shape)
+    for other in (Moments(1, 1, 5), Moments(1, 1, 4, ("a", "b"))):
+        with pytest.raises(InputError, match="do not merge"):
+            Moments(1, 1, 4).merge(other)
     with pytest.raises(InputError, match="no group 'x'"):
         Moments(1, 1, 4).mean("x")
 

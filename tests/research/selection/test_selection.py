@@ -172,19 +172,18 @@ def test_no_survivor_names_the_closest(model: Any, candidates: torch.Tensor) -> 
         run(model, candidates, kl_threshold=-1.0)
     assert f"position {closest.position} layer {closest.layer}, " in str(caught.value)
     assert "discarded for kl > -1" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="induce < 100"):
-        run(model, candidates, induce_threshold=100.0)
-    with pytest.raises(InputError, match="layer >= 0"):
-        run(model, candidates, prune_last=1.0)
+    for option, words in (
+        ({"induce_threshold": 100.0}, "induce < 100"),
+        ({"prune_last": 1.0}, "layer >= 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(model, candidates, **option)
     with pytest.raises(InputError, match="not finite"):
         run(model, candidates * float("nan"), prune_last=0.0)
 
 
 def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tensor) -> None:
-    def never(*_: Any) -> None:
-        raise AssertionError("the model ran")
-
-    hook = model.model.register_forward_pre_hook(never)
+    hook = model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     try:
         longer = torch.cat([candidates, candidates], dim=1)
         for bad in (candidates[0], candidates[:, :0]):
@@ -198,12 +197,13 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
         for tokens in ([], [7, 10_000], [-1]):
             with pytest.raises(InputError, match="expected token ids below 47"):
                 run(model, candidates, refusal_tokens=tokens)
-        with pytest.raises(InputError, match="'none'; expected 'auto', 'paper' or token ids"):
-            run(model, candidates, refusal_tokens="none")
-        with pytest.raises(InputError, match="for 'qwen3' with a vocabulary of 47"):
-            run(model, candidates, refusal_tokens="paper")
-        with pytest.raises(InputError, match="batch size is 0"):
-            run(model, candidates, batch_size=0)
+        for option, words in (
+            ({"refusal_tokens": "none"}, "'none'; expected 'auto', 'paper' or token ids"),
+            ({"refusal_tokens": "paper"}, "for 'qwen3' with a vocabulary of 47"),
+            ({"batch_size": 0}, "batch size is 0"),
+        ):
+            with pytest.raises(InputError, match=words):
+                run(model, candidates, **option)
         with pytest.raises(InputError, match="no prompt"):
             select(
                 model, tiny_tokenizer(), Candidates(candidates), HARMFUL, [], refusal_tokens=TOKENS
