@@ -27,48 +27,24 @@ BEFOREHAND = ("orthogonalized",)  # edits that are made before the model runs
 
 @dataclass(frozen=True)
 class BenchMethod:
-    """A method's file, and what runs it.
-
-    Attributes
-    ----------
-    given
-        What --methods was given for it.
-    environment
-        Whose worker: all methods of one share a process and its unmodified model.
-    missing
-        Why it can not be run here, or None.
-    engine
-        Whether it is an engine, not a model.
-    """
+    """A method's file, and what runs it."""
 
     name: str
     file: Path
     variant: str | None
-    given: str
-    environment: str
+    given: str  # what --methods was given for it
+    environment: str  # all methods of one share a process and its unmodified model
     python: Path
-    missing: str | None = None
-    engine: bool = False
+    missing: str | None = None  # why it can not be run here
+    engine: bool = False  # not a model
 
 
 def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[BenchMethod]:
-    """Return the methods of these names; by default all there are.
+    """Return the methods of these names; by default this package's and the peers'.
 
-    Parameters
-    ----------
-    names
-        A method of this package (with ``:variant``), "own" for all of them, a peer, "peers" for
-        all, "engines" for those of vLLM, or the path of a file, which ``@PYTHON`` gives another
-        interpreter.
-    device
-        Chooses the backends that "refusal_kernels" stands for.
-    peers
-        The folder of the peers' files.
-
-    Raises
-    ------
-    InputError
-        If there is no such method.
+    A name is a method of this package (with ``:variant``), "own" for all of them, a peer, "peers"
+    for all, "engines" for those of vLLM, or the path of a file, which ``@PYTHON`` gives another
+    interpreter. The device chooses the backends that "refusal_kernels" stands for.
     """
     here = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
     kind = torch.device(device).type

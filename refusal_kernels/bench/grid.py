@@ -1,7 +1,7 @@
 """What is measured: the cells, and the profiles that choose them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -21,31 +21,19 @@ AXES = {"dtype": "dtypes", "mode": "modes", "steered": "steered", "programs": "p
 
 @dataclass(frozen=True)
 class BenchCell:
-    """Model and work that every method is timed on.
-
-    Attributes
-    ----------
-    layers, of_layers
-        How many the model is measured with, and has.
-    batch, tokens
-        Rows; and tokens of each that are in the cache (decode) or given at once (prefill).
-    steered
-        In how many blocks the direction is removed: those in the middle. None: all of them.
-    programs
-        How many directions there are; row i of the batch takes direction i modulo that.
-    """
+    """Model and work that every method is timed on."""
 
     model: str
-    layers: int
+    layers: int  # that it is measured with
     of_layers: int
     hidden: int
     dtype: str
     mode: str
     work: str
     batch: int
-    tokens: int
-    steered: int | None = None
-    programs: int = 1
+    tokens: int  # of each row: in the cache (decode) or given at once (prefill)
+    steered: int | None = None  # blocks in the middle where the direction is removed; None: all
+    programs: int = 1  # directions; row i of the batch takes direction i modulo that
 
     def __str__(self) -> str:
         layers = f"{self.layers} of {self.of_layers} layers"
@@ -74,58 +62,36 @@ class BenchCell:
         """How many tokens a step is counted as."""
         return self.batch * (1 if self.work == "decode" else self.tokens)
 
-    def record(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Grid:
-    """The values of every axis.
+    """The values of every axis."""
 
-    Attributes
-    ----------
-    limit_s
-        When no further cell is begun.
-    layers
-        How many layers of each model; None: what fits in memory.
-    shape_layers, shape_weights
-        The most layers of a model with random weights, and the most weights in them (one layer is
-        always kept). A ratio hardly depends on the number of layers.
-    prompt, prompt_work
-        Tokens of a prompt, with ``shared`` of all rows together; and the most multiplications by
-        weights that a prompt, or the context of a decoded token, may take. It is shortened to fit.
-    rounds
-        The most.
-    measure_s
-        About how long one measurement takes; short, so that there are many.
-    steered, programs
-        None stands for all layers.
-    vary
-        Fields of `AXES` whose further values are measured one at a time, in one cell of each model
-        that decodes: the largest batch for steered layers and programs, else the smallest. All
-        other fields are crossed.
-    vary_weights
-        The most weights in a layer of a model where they vary. In a larger model a round takes so
-        long that the noise hides what they change.
-    """
-
-    limit_s: float
+    limit_s: float  # when no further cell is begun
     models: tuple[str, ...]
-    layers: int | None
+    layers: int | None  # of each model; None: what fits in memory
     phases: tuple[str, ...]
     batch: tuple[int, ...]
     dtypes: tuple[str, ...]
     modes: tuple[str, ...]
-    steered: tuple[int | None, ...] = (None,)
+    steered: tuple[int | None, ...] = (None,)  # None: all layers
     programs: tuple[int, ...] = (1,)
-    rounds: int = 41
-    measure_s: float = 0.1
+    rounds: int = 41  # the most
+    measure_s: float = 0.1  # about how long one measurement takes; short, so that there are many
+    # Fields of `AXES` whose further values are measured one at a time, in one cell of each model
+    # that decodes: the largest batch for steered layers and programs, else the smallest. All other
+    # fields are crossed.
     vary: tuple[str, ...] = ("steered", "programs")
+    # The most weights in a layer of a model where they vary. In a larger model a round takes so
+    # long that the noise hides what they change.
     vary_weights: float | None = None
+    # The most layers of a model with random weights, and the most weights in them (one layer is
+    # always kept). A ratio hardly depends on the number of layers.
     shape_layers: int | None = None
     shape_weights: float | None = None
-    prompt: int = 512
+    prompt: int = 512  # tokens of a prompt, or with `shared` of all rows together
+    # The most multiplications by weights that a prompt, or the context of a decoded token, may
+    # take. It is shortened to fit.
     prompt_work: float | None = None
     shared: bool = False
 
@@ -184,7 +150,7 @@ class Grid:
         varied = most is None or layer_weights(config) <= most
         cells = []
         for axes in self.combinations(varied):
-            if axes["steered"] is not None and axes["steered"] > layers:
+            if (axes["steered"] or 0) > layers:
                 continue
             room = positions - (MOST if axes["work"] == "decode" else 0)
             of = self.prompt_tokens if axes["work"] == "prefill" else self.context_tokens
@@ -228,22 +194,7 @@ ON_CPU: dict[str, dict[str, Any]] = {
 
 
 def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
-    """Return a profile's grid with what was given in its place.
-
-    Parameters
-    ----------
-    profile
-        One of `PROFILES`.
-    device
-        "cpu", "cuda", ...
-    given
-        Fields of `Grid`; None where the profile's value holds.
-
-    Raises
-    ------
-    InputError
-        Naming the value that can not be.
-    """
+    """Return a profile's grid with the fields that were given in its place; None: not given."""
     if profile not in PROFILES:
         raise InputError(f"--profile is '{profile}'; expected one of {', '.join(PROFILES)}")
     kind = device.split(":")[0]
@@ -256,9 +207,13 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
     # axes that are named are crossed with the rest
     vary = tuple(axis for axis in grid.vary if AXES[axis] not in chosen)
     grid = replace(grid, **chosen, vary=vary)
-    _among("--phases", grid.phases, PHASES)
-    _among("--dtypes", grid.dtypes, DTYPES)
-    _among("--modes", grid.modes, MODES.get(kind, MODES["cpu"]))
+    for option, values, known in (
+        ("--phases", grid.phases, PHASES),
+        ("--dtypes", grid.dtypes, DTYPES),
+        ("--modes", grid.modes, MODES.get(kind, MODES["cpu"])),
+    ):
+        for value in (value for value in values if value not in known):
+            raise InputError(f"{option} is '{value}'; expected one of {', '.join(known)}")
     for option, numbers in (("--batch", grid.batch), ("--programs", grid.programs)):
         for number in numbers:
             if not 1 <= number <= 4096:
@@ -275,9 +230,3 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
     if not any(True for _ in grid.combinations()):
         raise InputError(f"no cell: {min(grid.programs)} programs need a batch as large")
     return grid
-
-
-def _among(option: str, values: Sequence[str], known: Sequence[str]) -> None:
-    for value in values:
-        if value not in known:
-            raise InputError(f"{option} is '{value}'; expected one of {', '.join(known)}")

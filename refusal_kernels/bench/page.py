@@ -36,15 +36,7 @@ def write_page(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def render(document: Mapping[str, Any], pictures: Sequence[Path] = ()) -> str:
-    """Make the page.
-
-    Parameters
-    ----------
-    document
-        What `refusal_kernels.bench.run.Run` returns.
-    pictures
-        Folders where the roofline of the ops may be, as ``benchmarks/bench_ops.py`` writes it.
-    """
+    """Make the page. A folder of ``pictures`` may hold the roofline that bench_ops.py draws."""
     environment = templates(Path(__file__).parent)
     kind = document["device_kind"]
     return environment.get_template(TEMPLATE).render(

@@ -32,14 +32,7 @@ def looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
 def plot_cells(path: Target, document: Mapping[str, Any], methods: Sequence[str] = ()) -> None:
     """Draw a line a cell with a marker a method; an open one did not do all that it is timed for.
 
-    Parameters
-    ----------
-    path
-        Where the picture goes.
-    document
-        The results of a run.
-    methods
-        Which to draw; all of them without it.
+    Only the given methods are drawn; without any, all of them.
     """
     cells = [
         [row for row in rows if timed(row) and row["method"] != BASE]

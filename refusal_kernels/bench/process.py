@@ -18,22 +18,10 @@ class WorkerError(Exception):
 
 
 class Process:
-    """One worker and its log.
+    """One worker, which serves methods or engines, and the log of what it prints.
 
-    Parameters
-    ----------
-    python
-        The interpreter that runs it.
-    log
-        Takes what it and its libraries print.
-    same_environment
-        Whether this package is there too; a peer is not shown this environment's paths.
-    threads
-        Of torch.
-    packages
-        Whose versions it reports.
-    engines
-        Whether it serves engines.
+    It reports the versions of ``packages``. Outside the same environment this package is not there:
+    a peer is not shown this environment's paths.
     """
 
     def __init__(
@@ -74,13 +62,7 @@ class Process:
         self._rest = b""
 
     def ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """Send an order and return the answer.
-
-        Raises
-        ------
-        WorkerError
-            If there is none in time, or it is not one. The process is killed then.
-        """
+        """Send an order and return the answer; without one in time the process is killed."""
         try:
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps(order).encode() + b"\n")

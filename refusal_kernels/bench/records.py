@@ -53,11 +53,6 @@ def read_records(path: Path, usual: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Return the document of a file, also of an older one that is a single JSON object.
 
     Fields that a row does not have get their ``usual`` value.
-
-    Raises
-    ------
-    InputError
-        If it is no such file.
     """
     text = read_text(path, "a result file")
     if text.startswith("{\n"):

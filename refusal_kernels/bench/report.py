@@ -6,13 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from refusal_kernels.bench.results import (
-    OK,
-    at_run_time,
-    by_cell,
-    cell_text,
-    faster,
-)  # fmt: skip
+from refusal_kernels.bench.results import OK, at_run_time, by_cell, cell_text, faster, ratio_text
 from refusal_kernels.bench.worker import BASE
 
 VERDICTS = {"yes": "yes", "part": "in part", "no": "NO", None: ""}
@@ -22,13 +16,6 @@ STYLES = {"no": "bold red", "part": "yellow"}
 def number(value: float | None, pattern: str) -> str:
     """Return a number in a pattern; nothing where there is none."""
     return "" if value is None else pattern.format(value)
-
-
-def ratio_text(row: Mapping[str, Any]) -> str:
-    """Return a ratio with its interval."""
-    if row["ratio"] is None:
-        return ""
-    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
 
 
 def remarks(row: Mapping[str, Any]) -> str:
@@ -96,21 +83,17 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
 
 
 def slower_cells(document: Mapping[str, Any]) -> list[str]:
-    """Say where this package was not the fastest way to ablate at run time."""
+    """Say where this package was not the fastest way to ablate, and if that is beyond the noise."""
     lines = []
     for rows in by_cell(document["rows"]).values():
         best, others = faster(rows)
-        if others and best is not None:
-            lines.append(f"{cell_text(best)}: {slower_text(best, others)}")
-        elif others:
+        if others and best is None:
             lines.append(f"{cell_text(others[0])}: refusal_kernels has no right time")
+        elif others and best is not None:
+            texts = [f"{best['method']} {ratio_text(best)}"]
+            for row in sorted(others, key=lambda row: -row["ratio"]):
+                apart = row["ratio_low"] > best["ratio_high"]
+                note = "" if apart else ", not told apart"
+                texts.append(f"{row['method']} {ratio_text(row)}{note}")
+            lines.append(f"{cell_text(best)}: {'; '.join(texts)}")
     return lines
-
-
-def slower_text(best: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """Say which methods had the higher ratio, and whether that is more than the noise."""
-    text = [f"{best['method']} {ratio_text(best)}"]
-    for row in sorted(others, key=lambda row: -row["ratio"]):
-        apart = row["ratio_low"] > best["ratio_high"]
-        text.append(f"{row['method']} {ratio_text(row)}" + ("" if apart else ", not told apart"))
-    return "; ".join(text)

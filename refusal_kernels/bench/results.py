@@ -94,6 +94,13 @@ def cell_text(row: Mapping[str, Any]) -> str:
     return str(BenchCell(**{name: row[name] for name in CELL}))
 
 
+def ratio_text(row: Mapping[str, Any]) -> str:
+    """Return a ratio with its interval."""
+    if row["ratio"] is None:
+        return ""
+    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+
+
 def faster(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return this package's best row of a cell, and the others' that beat it.
 
@@ -135,22 +142,12 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[list[str], 
         elif (was["verdict"], row["verdict"]) in {("yes", "part"), ("yes", "no"), ("part", "no")}:
             worse.append(f"{where}: right was '{was['verdict']}', is '{row['verdict']}'")
         elif row["ratio_high"] < was["ratio_low"] and row["ratio"] < was["ratio"] - TOLERANCE:
-            worse.append(
-                f"{where}: ratio {was['ratio']:.3f} [{was['ratio_low']:.3f}, "
-                f"{was['ratio_high']:.3f}] became {row['ratio']:.3f} [{row['ratio_low']:.3f}, "
-                f"{row['ratio_high']:.3f}]"
-            )
+            worse.append(f"{where}: ratio {ratio_text(was)} became {ratio_text(row)}")
     return worse, compared
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read what a run wrote.
-
-    Raises
-    ------
-    InputError
-        If it is no such file.
-    """
+    """Read what a run wrote."""
     document = records.read_records(path, USUAL)
     if not all({*CELL, "method"} <= set(row) for row in document["rows"]):
         raise InputError(f"{path} holds no results of 'refusal-kernels bench'")

@@ -8,28 +8,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from refusal_kernels.bench import shapes
+from refusal_kernels.bench import results, shapes
 from refusal_kernels.bench.catalog import HERE, BenchMethod
 from refusal_kernels.bench.checks import compare
 from refusal_kernels.bench.grid import BenchCell
 from refusal_kernels.bench.process import Process, WorkerError
 from refusal_kernels.bench.records import rounded
-from refusal_kernels.bench.results import (
-    NOT_MEASURED,
-    OK,
-    USUAL,
-    by_cell,
-    rated,
-    verdict,
-    write_results,
-)
 from refusal_kernels.bench.settings import BenchSettings, earlier_rows
 from refusal_kernels.bench.worker import BASE
 from refusal_kernels.bench.worker.models import load
@@ -46,14 +38,8 @@ GIVE_UP = 2  # a worker that failed this often in a row is not started again
 class Run:
     """One run and its document, which is written anew after every cell.
 
-    Parameters
-    ----------
-    settings
-        What to measure.
-    resume
-        Keep the rows of the run that is in the output folder, if it is one like this.
-    say
-        Called with a text, the number of cells done and the number of all cells.
+    To resume is to keep the rows of the run that is in the output folder, if it is one like this.
+    ``say`` is called with a text, the number of cells done and the number of all cells.
     """
 
     def __init__(
@@ -67,7 +53,7 @@ class Run:
         torch.set_num_threads(settings.threads)
         self.comparable = settings.comparable()  # now: the checkout may be edited during the run
         self.rows: list[dict[str, Any]] = []
-        self.kept = by_cell(earlier_rows(settings.path, self.comparable) if resume else ())
+        self.kept = results.by_cell(earlier_rows(settings.path, self.comparable) if resume else ())
         self.workers: dict[str, Process] = {}
         self.failures: dict[str, int] = {}
         self.environments: dict[str, dict[str, str]] = {}
@@ -104,7 +90,7 @@ class Run:
             config, room = shapes.config_of(name), shapes.free_memory()
             text = config.get_text_config(decoder=True)
             if self._on_gpu():  # where every worker has weights of its own, and the reference
-                room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self._groups())))
+                room = min(room, torch.cuda.mem_get_info()[0] / (1 + len(self.groups)))
             fits = {dtype: shapes.layers_that_fit(config, dtype, room) for dtype in grid.dtypes}
             # a dtype that does not fit must not be the one that the other axes are measured in
             dtypes = tuple(sorted(grid.dtypes, key=lambda dtype: not fits[dtype]))
@@ -127,13 +113,13 @@ class Run:
             if rows := self._kept(cell):
                 self.rows += rows
             elif config is None:
-                self._all(cell, f"{NOT_MEASURED}: one layer does not fit in memory")
+                self._all(cell, f"{results.NOT_MEASURED}: one layer does not fit in memory")
             elif self._left() <= self.shortest:
                 self._all(cell, self._too_late())
             else:
                 try:
                     if model is None:
-                        self.say(f"{cell.model}, {cell.dtype}: making the weights", *self._count())
+                        self._say(f"{cell.model}, {cell.dtype}: making the weights")
                         name = f"{cell.model}-{cell.dtype}".replace("/", "-")
                         model = self._weights(cell, config, self.folder / name)
                 except InputError:
@@ -143,7 +129,7 @@ class Run:
                     continue
                 start = time.monotonic()
                 self._cell(cell, model, self.folder / name)
-                self.say(f"{cell}: {time.monotonic() - start:.0f} s", *self._count())
+                self._say(f"{cell}: {time.monotonic() - start:.0f} s")
             self.done += 1
             self.write(complete=False)
         del model
@@ -160,10 +146,10 @@ class Run:
 
     def _kept(self, cell: BenchCell) -> list[dict[str, Any]]:
         """Return a cell's rows of the earlier run, if every method has one that holds."""
-        rows = {row["method"]: row for row in self.kept.get(tuple(cell.record().values()), ())}
+        rows = {row["method"]: row for row in self.kept.get(tuple(asdict(cell).values()), ())}
         wanted = [method.name for method in self.settings.methods]
         held = [rows[n] for n in wanted if n in rows]
-        again = any(row["status"].startswith(NOT_MEASURED) for row in held)
+        again = any(row["status"].startswith(results.NOT_MEASURED) for row in held)
         return held if len(held) == len(wanted) and not again else []
 
     def _left(self) -> float:
@@ -171,13 +157,13 @@ class Run:
 
     def _too_late(self) -> str:
         minutes = self.settings.grid.limit_s / 60
-        return f"{NOT_MEASURED}: the limit of {minutes:g} minutes was reached"
+        return f"{results.NOT_MEASURED}: the limit of {minutes:g} minutes was reached"
 
-    def _count(self) -> tuple[int, int]:
-        return self.done, self.total
+    def _say(self, text: str) -> None:
+        self.say(text, self.done, self.total)
 
     def _row(self, cell: BenchCell, method: str, status: str) -> dict[str, Any]:
-        return {**USUAL, **cell.record(), "method": method, "status": status}
+        return {**results.USUAL, **asdict(cell), "method": method, "status": status}
 
     def _all(self, cell: BenchCell, status: str) -> None:
         self.rows += [self._row(cell, method.name, status) for method in self.settings.methods]
@@ -187,9 +173,10 @@ class Run:
     def _cell(self, cell: BenchCell, model: Any, folder: Path) -> None:
         start = time.monotonic()
         budget = self._left() / max(1, self.total - self.done)
-        rows = {m.name: self._row(cell, m.name, OK) for m in self.settings.methods}
+        rows = {m.name: self._row(cell, m.name, results.OK) for m in self.settings.methods}
         kept = len(self.rows)
-        self._all(cell, f"{NOT_MEASURED}: the run was stopped")  # until the last round has ended
+        # until the last round has ended
+        self._all(cell, f"{results.NOT_MEASURED}: the run was stopped")
         directions = shapes.directions_of(model, cell.programs)
         file = self.folder / "directions.safetensors"  # an engine reads all of the model's folder
         save_file({"directions": directions}, str(file))
@@ -202,14 +189,15 @@ class Run:
         for name, (seconds, base) in rounds.items():
             row = rows[name]
             if len(seconds) >= LEAST_ROUNDS - 1:
-                rated(row, seconds, base, cell.tokens_a_step)
-            elif row["status"] == OK:
+                results.rated(row, seconds, base, cell.tokens_a_step)
+            elif row["status"] == results.OK:
                 row["status"] = "failed: too few rounds ended"
         for row in rows.values():
-            row["verdict"] = verdict(row)
+            row["verdict"] = results.verdict(row)
         self.rows[kept:] = rows.values()
 
-    def _groups(self) -> dict[str, list[BenchMethod]]:
+    @cached_property
+    def groups(self) -> dict[str, list[BenchMethod]]:
         """The methods of every environment; the unmodified model is in all of them."""
         base = next(m for m in self.settings.methods if m.name == BASE)
         groups: dict[str, list[BenchMethod]] = {HERE: []}
@@ -223,18 +211,31 @@ class Run:
     ) -> dict[str, list[str]]:
         """Have every worker prepare the cell; return the methods that are ready, by worker."""
         opened: dict[str, list[str]] = {}
-        for name, methods in self._groups().items():
+        for name, methods in self.groups.items():
             here = [m for m in methods if m.name != BASE or name == HERE]
             reason = next((m.missing for m in methods if m.missing), None)
             if reason is None and self.failures.get(name, 0) >= GIVE_UP:
                 reason = f"not run: it failed {GIVE_UP} times in a row"
             if reason is None and self._left() <= 0:
                 reason = self._too_late()
-            self.say(f"{cell}: preparing {name}", *self._count())
+            self._say(f"{cell}: preparing {name}")
+            order = {
+                "do": "open",
+                "cell": asdict(cell),
+                "folder": str(folder),
+                "device": self.settings.device,
+                "threads": self.settings.threads,
+                "methods": {m.name: [str(m.file), m.variant] for m in methods},
+                "rows": cell.rows,
+                "layers": cell.steered_blocks,
+                "directions": str(file),
+                "measure_s": self.settings.grid.measure_s,
+                "logits": str(folder / f"{name.replace(' ', '-')}-{{}}.logits"),
+            }
             try:
                 if reason is not None:
                     raise WorkerError(reason)
-                answer = self._ask(name, methods, self._order(cell, folder, file, name, methods))
+                answer = self._ask(name, order)
             except WorkerError as error:
                 for method in here:
                     rows[method.name]["status"] = str(error)
@@ -246,44 +247,20 @@ class Run:
                 self.about[method.name] = rows[method.name].pop("about", "")
                 if name != HERE:
                     rows[method.name]["base_memory_mib"] = prepared[BASE].get("memory_mib")
-            if prepared[BASE]["status"] == OK:
-                opened[name] = [m.name for m in here if rows[m.name]["status"] == OK]
-        for method in self._groups()[HERE]:
+            if prepared[BASE]["status"] == results.OK:
+                opened[name] = [m.name for m in here if rows[m.name]["status"] == results.OK]
+        for method in self.groups[HERE]:
             rows[method.name]["base_memory_mib"] = rows[BASE]["memory_mib"]
         return opened
 
-    def _order(
-        self, cell: BenchCell, folder: Path, file: Path, name: str, methods: list[BenchMethod]
-    ) -> dict[str, Any]:
-        return {
-            "do": "open",
-            "cell": cell.record(),
-            "folder": str(folder),
-            "device": self.settings.device,
-            "threads": self.settings.threads,
-            "methods": {m.name: [str(m.file), m.variant] for m in methods},
-            "rows": cell.rows,
-            "layers": cell.steered_blocks,
-            "directions": str(file),
-            "measure_s": self.settings.grid.measure_s,
-            "logits": str(folder / f"{name.replace(' ', '-')}-{{}}.logits"),
-        }
-
-    def _ask(self, name: str, methods: list[BenchMethod], order: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, name: str, order: dict[str, Any]) -> dict[str, Any]:
         """Ask a worker, started where it does not run; count how often it fails in a row."""
         try:
             if name not in self.workers:
-                log = self.folder / f"{name.replace(' ', '-')}.log"
-                python = methods[-1].python
                 packages = name.replace("_", "-").replace("transformerlens", "transformer-lens")
-                self.workers[name] = Process(
-                    python,
-                    log,
-                    name in (HERE, "vllm"),
-                    self.settings.threads,
-                    packages,
-                    methods[-1].engine,
-                )
+                log, last = self.folder / f"{name.replace(' ', '-')}.log", self.groups[name][-1]
+                here, threads = name in (HERE, "vllm"), self.settings.threads
+                self.workers[name] = Process(last.python, log, here, threads, packages, last.engine)
             answer = self.workers[name].ask(order, self.settings.answer_s)
         except WorkerError:
             self.workers.pop(name, None)
@@ -304,25 +281,26 @@ class Run:
         times: dict[str, tuple[list[float], list[float]]] = {
             name: ([], []) for methods in opened.values() for name in methods
         }
-        groups = self._groups()
         taken = dict.fromkeys(opened, 0.0)
         slow: list[str] = []
         start, number, per_round, last = time.monotonic(), 0, 0.0, 0.0
         while number < self.settings.grid.rounds:
             begun = time.monotonic()
             if number == LEAST_ROUNDS:
-                slow = _slow({name: taken[name] / len(groups[name]) for name in opened})
+                share = {name: taken[name] / len(self.groups[name]) for name in opened}
+                # those that would take the rounds from all others: a cell is short
+                slow = [name for name in share if share[name] > SLOW * min(share.values())]
                 until = max(until, begun + LEAST_S) if slow else until
                 last -= sum(taken[name] for name in slow) / number
             if number >= LEAST_ROUNDS and begun + last > until:
                 break
-            self.say(f"{cell}: round {number + 1}", *self._count())
+            self._say(f"{cell}: round {number + 1}")
             names = [name for name in opened if name not in slow]
             for name in shuffled(names, number):
                 order = {"do": "round", "number": number}
                 turn = time.monotonic()
                 try:
-                    answer = self._ask(name, groups[name], order)
+                    answer = self._ask(name, order)
                 except WorkerError as error:
                     for method in opened.pop(name):
                         rows[method]["status"] = str(error)
@@ -346,8 +324,8 @@ class Run:
                 break
         for name in list(opened):
             with suppress(WorkerError):
-                self._ask(name, groups[name], {"do": "close"})
-        bad = [name for name in times if rows[name]["status"] != OK]
+                self._ask(name, {"do": "close"})
+        bad = [name for name in times if rows[name]["status"] != results.OK]
         return {name: both for name, both in times.items() if name not in bad}, per_round
 
     # --- the document
@@ -356,7 +334,7 @@ class Run:
         """Write the document, and return it."""
         settings = self.settings
         # rows of an earlier run that this one has not reached are kept
-        come = set(by_cell(self.rows))
+        come = set(results.by_cell(self.rows))
         rest = [row for key, rows in self.kept.items() if key not in come for row in rows]
         document = rounded({
             "what": "tokens/s over the unmodified model's, interleaved round by round",
@@ -377,10 +355,5 @@ class Run:
             "complete": complete,
             "rows": self.rows + ([] if complete else rest),
         })  # fmt: skip
-        write_results(settings.path.with_suffix(".jsonl"), document)
+        results.write_results(settings.path.with_suffix(".jsonl"), document)
         return document
-
-
-def _slow(taken: dict[str, float]) -> list[str]:
-    """Return the environments that would take the rounds from all others: a cell is short."""
-    return [name for name, s in taken.items() if s > SLOW * min(taken.values())]

@@ -14,13 +14,7 @@ from refusal_kernels.errors import InputError
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Grid, methods, device and limits of a run.
-
-    Attributes
-    ----------
-    answer_s
-        How long a worker may take for one answer.
-    """
+    """Grid, methods, device and limits of a run."""
 
     profile: str
     grid: Grid
@@ -28,7 +22,7 @@ class BenchSettings:
     device: str
     threads: int
     out: Path
-    answer_s: float = 240.0
+    answer_s: float = 240.0  # how long a worker may take for one answer
 
     def comparable(self) -> dict[str, Any]:
         """What must be the same for a measured cell to be kept."""
@@ -63,10 +57,7 @@ def command_for(document: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 def earlier_rows(path: Path, comparable: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the run that was written to a path; none where nothing is there.
 
-    Raises
-    ------
-    InputError
-        If it was measured otherwise: its rows would be written over.
+    One that was measured otherwise is refused: its rows would be written over.
     """
     path = path.with_suffix(".jsonl")
     if not path.is_file():

@@ -39,13 +39,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def config_of(name: str) -> Any:
-    """Return the configuration of a shape, the toy, a folder or a hub id.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
+    """Return the configuration of a shape, the toy, a folder or a hub id."""
     if name in SHAPES:
         return SHAPES[name]()
     try:
@@ -123,11 +117,9 @@ def write(model: Any, folder: Path) -> None:
 
 @torch.inference_mode()
 def directions_of(model: Any, programs: int) -> Tensor:
-    """Return unit vectors that the stream lies along: leaving one in is seen in the logits.
+    """Return unit vectors, float32 [programs, hidden], that the stream lies along.
 
-    Returns
-    -------
-    float32 [programs, hidden]
+    Leaving one in is seen in the logits.
     """
     count = 16 * programs
     ids = torch.arange(1, count + 1, device=model.device)[None] % text_config(model).vocab_size

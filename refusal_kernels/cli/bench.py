@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import typer
 from rich.console import Console
+from typer import Exit, Option
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import choose_device, console, errors, prepare, progress_bars
@@ -20,55 +20,52 @@ _SHAPES = options.names("bench.shapes", "SHAPES")
 def bench(
     profile: Annotated[
         str,
-        typer.Option(
+        Option(
             help=f"How much is measured: {', '.join(_PROFILES)}.",
             callback=options.one_of(_PROFILES),
         ),
     ] = "quick",
     methods: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="own, peers, engines, a method's name or FILE.py[@PYTHON], separated by commas. "
             "Default: own,peers."
         ),
     ] = None,
     models: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--models",
             "--model",
             help=f"{', '.join(_SHAPES)} (random weights), toy, a hub id or a folder.",
         ),
     ] = None,
-    phases: Annotated[str | None, typer.Option(help="decode, prefill.")] = None,
-    batch: Annotated[str | None, typer.Option(help="Rows at once: 1,8.")] = None,
-    dtypes: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
-    modes: Annotated[str | None, typer.Option(help="eager, compile, graph (GPU).")] = None,
+    phases: Annotated[str | None, Option(help="decode, prefill.")] = None,
+    batch: Annotated[str | None, Option(help="Rows at once: 1,8.")] = None,
+    dtypes: Annotated[str | None, Option(help="float32, bfloat16, float16.")] = None,
+    modes: Annotated[str | None, Option(help="eager, compile, graph (GPU).")] = None,
     steered_layers: Annotated[
-        str | None, typer.Option(help="In how many blocks to ablate: all,1.")
+        str | None, Option(help="In how many blocks to ablate: all,1.")
     ] = None,
     programs: Annotated[
-        str | None, typer.Option(help="Directions in a batch, one for each row: 1,4.")
+        str | None, Option(help="Directions in a batch, one for each row: 1,4.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Keep this many layers of each model.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="The most rounds, 7 or more.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Begin no cell after this many minutes.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    layers: Annotated[int | None, Option(help="Keep this many layers of each model.")] = None,
+    rounds: Annotated[int | None, Option(help="The most rounds, 7 or more.")] = None,
+    minutes: Annotated[float | None, Option(help="Begin no cell after this many minutes.")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads; default: all cores.")] = None,
     device: options.Device = "auto",
-    out: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("out/bench"),
+    out: Annotated[Path, Option(help="The folder of the results.")] = Path("out/bench"),
     peers: Annotated[
-        Path | None,
-        typer.Option(help="The folder of the peers' methods; default: the checkout's."),
+        Path | None, Option(help="The folder of the peers' methods; default: the checkout's.")
     ] = None,
     answer_s: Annotated[
-        float, typer.Option("--answer-limit", help="The most seconds a method may take to answer.")
+        float, Option("--answer-limit", help="The most seconds a method may take to answer.")
     ] = 240.0,
     compare_with: Annotated[
-        Path | None, typer.Option("--compare", help="An earlier .jsonl; exit code 1 if slower.")
+        Path | None, Option("--compare", help="An earlier .jsonl; exit code 1 if slower.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the cells of --out.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Keep the cells of --out.")] = False,
     json_file: options.Json = None,
 ) -> None:
     """Time every way to ablate beside the unmodified model, and check each.
@@ -140,7 +137,7 @@ def bench(
             console.print(f"slower: {text}", markup=False, highlight=False)
         console.print(f"{len(worse)} of {compared} rows fell by more than the noise")
         if worse:
-            raise typer.Exit(1)
+            raise Exit(1)
 
 
 def _layers(text: str) -> int | None:

@@ -30,13 +30,7 @@ SPEED_S = 600.0  # the rate is that of the last ten minutes: a batch of a large 
 
 
 def choose_device(device: str) -> str:
-    """Check a device, and say which one "auto" is; under torchrun each process has its own.
-
-    Raises
-    ------
-    InputError
-        If it can not be used.
-    """
+    """Check a device, and say which one "auto" is; under torchrun each process has its own."""
     from refusal_kernels.environment import describe_device
     from refusal_kernels.hf.load import find_device
 
@@ -79,13 +73,7 @@ def provenance(model: str, language_model: Any) -> dict[str, Any]:
 
 
 def read_direction(path: Path) -> Direction:
-    """Read a file that holds one direction, in any format.
-
-    Raises
-    ------
-    InputError
-        As `refusal_kernels.files.convert.read`; also if it holds something else.
-    """
+    """Read a file that holds one direction, in any format."""
     from refusal_kernels.direction import Candidates, Direction
     from refusal_kernels.files.convert import SUFFIXES, read
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.text import Text
+from typer import Argument, Option
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import console, errors, finish, prepare
@@ -13,14 +13,13 @@ from refusal_kernels.errors import InputError
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help=".safetensors, .gguf, .glp or .pt")],
+    source: Annotated[Path, Argument(help=".safetensors, .gguf, .glp or .pt")],
     target: Annotated[
-        Path,
-        typer.Argument(help=".safetensors, .gguf (llama.cpp: adds) or .glp.gguf (GLP)"),
+        Path, Argument(help=".safetensors, .gguf (llama.cpp: adds) or .glp.gguf (GLP)")
     ],
     mode: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--as",
             help="For a .gguf: add or ablate the direction.",
             callback=options.one_of(("add", "ablate")),
@@ -28,18 +27,16 @@ def convert(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(
-            "--layers", "--layer", help="Act at the inputs of these blocks: 14 or 2-31,40."
-        ),
+        Option("--layers", "--layer", help="Act at the inputs of these blocks: 14 or 2-31,40."),
     ] = None,
     position: Annotated[
-        int | None, typer.Option(help="Which of the candidates' positions; -1 is the last token.")
+        int | None, Option(help="Which of the candidates' positions; -1 is the last token.")
     ] = None,
     scale: Annotated[
-        float | None, typer.Option(help="For a .gguf: the coefficient or strength; default 1.")
+        float | None, Option(help="For a .gguf: the coefficient or strength; default 1.")
     ] = None,
     model_hint: Annotated[
-        str | None, typer.Option(help="For a .gguf: the model's architecture, such as llama.")
+        str | None, Option(help="For a .gguf: the model's architecture, such as llama.")
     ] = None,
     json_file: options.Json = None,
 ) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Exit, Option
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import choose_device, console, errors, prepare, progress_bars
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def demo(
     model: options.Model = "toy",
-    out: Annotated[Path, typer.Option(help="The folder of the report.")] = Path("out/demo"),
+    out: Annotated[Path, Option(help="The folder of the report.")] = Path("out/demo"),
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Rounds of the speed comparison.")] = 15,
+    rounds: Annotated[int, Option(min=2, help="Rounds of the speed comparison.")] = 15,
     seed: options.Seed = SEED,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -41,7 +41,7 @@ def demo(
     _print(inputs.name, result, out)
     if result.failed:
         errors.print(Text(f"not as expected: {'; '.join(result.failed)}", style="red"))
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _print(name: str, result: DemoResult, out: Path) -> None:

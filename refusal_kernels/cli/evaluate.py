@@ -7,21 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
-from refusal_kernels.cli import options
-from refusal_kernels.cli.common import (
-    console,
-    finish,
-    load_chat,
-    named_sources,
-    prepare,
-    progress_bars,
-    provenance,
-    read_direction,
-)
+from refusal_kernels.cli import common, options
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json
 from refusal_kernels.research.sources import SEED
@@ -40,30 +30,29 @@ def evaluate(
     harmless: options.Harmless = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SOURCE", help="One more set of prompts; repeat for several."),
+        Option(metavar="NAME=SOURCE", help="One more set of prompts; repeat for several."),
     ] = None,
     split: Annotated[
         str,
-        typer.Option(
-            help=f"The part of the prompts: {', '.join(_SPLITS)}.",
-            callback=options.one_of(_SPLITS),
+        Option(
+            help=f"The part of the prompts: {', '.join(_SPLITS)}.", callback=options.one_of(_SPLITS)
         ),
     ] = _SPLITS[0],
     max_prompts: Annotated[
-        int | None, typer.Option(min=1, help="The most prompts of each set; default: all.")
+        int | None, Option(min=1, help="The most prompts of each set; default: all.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Add at the input of this block; default: the file's layer.")
+        int | None, Option(help="Add at the input of this block; default: the file's layer.")
     ] = None,
     candidates: Annotated[
-        Path | None, typer.Option(help="From 'extract': other layers' directions are controls.")
+        Path | None, Option(help="From 'extract': other layers' directions are controls.")
     ] = None,
     selection: Annotated[
-        Path | None, typer.Option(help="The JSON of 'select': its refusal tokens and scores.")
+        Path | None, Option(help="The JSON of 'select': its refusal tokens and scores.")
     ] = None,
     judge: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="JUDGE",
             help=f"{', '.join(_JUDGES)}, with what it needs after a colon, or the name of a model "
             "(MODEL#LABEL: a classifier's label); repeat for several. Default: substrings.",
@@ -71,52 +60,48 @@ def evaluate(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="[NAME=]FILE",
             help="Measure the cross-entropy of this text or .jsonl; repeat for several.",
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE", help="A .jsonl of prompt and answer; repeat for several."
-        ),
+        Option(metavar="[NAME=]FILE", help="A .jsonl of prompt and answer; repeat for several."),
     ] = None,
     match: Annotated[
         str,
-        typer.Option(
+        Option(
             help=f"When an answer to a --task is right: {', '.join(_MATCHES)}.",
             callback=options.one_of(_MATCHES),
         ),
     ] = "exact",
     lm_eval: Annotated[
-        str | None, typer.Option(metavar="TASK,...", help="Tasks of the lm-evaluation-harness.")
+        str | None, Option(metavar="TASK,...", help="Tasks of the lm-evaluation-harness.")
     ] = None,
     lm_eval_include: Annotated[
-        Path | None, typer.Option(help="A folder with more task files of the harness.")
+        Path | None, Option(help="A folder with more task files of the harness.")
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(help="The most examples of a harness task (below 1: this share of them)."),
+        Option(help="The most examples of a harness task (below 1: this share of them)."),
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples the harness shows; default: the task's.")
+        int | None, Option(min=0, help="Examples the harness shows; default: the task's.")
     ] = None,
     lm_eval_chat: Annotated[
-        bool, typer.Option("--lm-eval-chat", help="Ask the harness's questions in the chat format.")
+        bool, Option("--lm-eval-chat", help="Ask the harness's questions in the chat format.")
     ] = False,
     strengths: Annotated[
         str | None,
-        typer.Option(help="Strengths of the dose, such as -1,0,1; '' for none. Default: eight."),
+        Option(help="Strengths of the dose, such as -1,0,1; '' for none. Default: eight."),
     ] = None,
-    random_controls: Annotated[int, typer.Option(min=0, help="Random directions as controls.")] = 3,
+    random_controls: Annotated[int, Option(min=0, help="Random directions as controls.")] = 3,
     layer_controls: Annotated[
-        int, typer.Option(min=0, help="Other layers as controls, evenly spaced.")
+        int, Option(min=0, help="Other layers as controls, evenly spaced.")
     ] = 8,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer prompts, strengths and layers.")
-    ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page here.")] = None,
+    quick: Annotated[bool, Option("--quick", help="Fewer prompts, strengths and layers.")] = False,
+    report: Annotated[Path | None, Option(help="Write an HTML page here.")] = None,
     system: options.System = None,
     thinking: options.Thinking = False,
     max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
@@ -132,7 +117,7 @@ def evaluate(
     cross-entropy, tasks with one right answer, and the lm-evaluation-harness. Every rate has a
     Wilson interval and names its judge.
     """
-    loaded = read_direction(direction)
+    loaded = common.read_direction(direction)
     at = loaded.layer if layer is None else layer
     if at is None:
         raise InputError(f"{direction} does not say at which layer to add; give --layer")
@@ -150,7 +135,7 @@ def evaluate(
     sets: dict[str, Sequence[str]] = dict(
         prompts_for(model, None if split == "all" else split, harmful, harmless, seed)
     )
-    more = named_sources(prompts or [], "--prompts", needs_name=True)
+    more = common.named_sources(prompts or [], "--prompts", needs_name=True)
     for name, file in more.items():
         if name in sets:
             raise InputError(f"--prompts {name}=...: there is a set of that name already")
@@ -160,7 +145,7 @@ def evaluate(
     if quick:
         doses = [s for s in doses if s in QUICK_STRENGTHS]
         layer_controls = min(layer_controls, QUICK_LAYERS)
-    tasks = {n: read_pairs(Path(f)) for n, f in named_sources(task or [], "--task").items()}
+    tasks = {n: read_pairs(Path(f)) for n, f in common.named_sources(task or [], "--task").items()}
     chosen = None if selection is None else read_selection(selection)
     others = None if candidates is None else Candidates.load(candidates)
     harness: Callable[..., Any] | None = None
@@ -173,20 +158,20 @@ def evaluate(
             num_fewshot=num_fewshot, chat=lm_eval_chat, system=system if lm_eval_chat else None,
             batch_size=min(batch_size, 16), seed=seed,
         )  # fmt: skip
-    prepare(report, json_file)
+    common.prepare(report, json_file)
 
-    language_model, chat = load_chat(model, device, dtype, system, thinking, loaded)
+    language_model, chat = common.load_chat(model, device, dtype, system, thinking, loaded)
     context = context_of(language_model)
     passages = {
         name: read_passages(Path(file), chat, context)
-        for name, file in named_sources(text or [], "--text").items()
+        for name, file in common.named_sources(text or [], "--text").items()
     }
     if model == "toy":
         plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
         tasks = {**toy.skills(), **tasks}
         passages = {**passages, "plans": answers(chat, plans[:most])}
 
-    with progress_bars() as step:
+    with common.progress_bars() as step:
         document = evidence.evaluate(
             language_model,
             chat,
@@ -225,7 +210,7 @@ def evaluate(
                     for edit, tasks in results.items()
                 }
     document |= {
-        **provenance(model, language_model),
+        **common.provenance(model, language_model),
         "selection": chosen,
         "sources": {
             "harmful prompts": f"{harmful or 'of the toy model'} (split: {split})",
@@ -236,49 +221,30 @@ def evaluate(
     _print_evidence(document)
     if report is not None:
         write_page(report, document)
-    finish(report, json_file, document)
+    common.finish(report, json_file, document)
 
 
 def read_selection(path: Path) -> dict[str, Any]:
-    """Read what 'select --json' wrote.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or something else.
-    """
+    """Read what 'select --json' wrote."""
     selection = read_json(path)
-    if isinstance(selection, dict) and "scores" in selection:  # the key's older name
-        selection["candidates"] = selection.pop("scores")
-    if not isinstance(selection, dict) or not (
-        type(selection.get("position")) is type(selection.get("layer")) is int
-        and _list_of(selection.get("refusal_tokens"), lambda token: type(token) is int)
-        and _list_of(selection.get("candidates"), _is_score)
-        and any(
-            _position_and_layer(row) == _position_and_layer(selection)
-            for row in selection["candidates"]
-        )
-    ):
+    try:
+        if "scores" in selection:  # the key's older name
+            selection["candidates"] = selection.pop("scores")
+        rows, tokens = selection["candidates"], selection["refusal_tokens"]
+        chosen, *places = [(row["position"], row["layer"]) for row in (selection, *rows)]
+        scores = [row[name] for row in rows for name in ("bypass", "induce", "kl")]
+        fits = (
+            isinstance(tokens, list) and len(tokens) > 0 and chosen in places
+            and all(type(number) is int for number in (*chosen, *tokens))
+            and all(type(n) is int and abs(n) < 1000 for place in places for n in place)
+            and all(score is None or isinstance(score, int | float) for score in scores)
+            and all("discarded" in row for row in rows)
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError):
+        fits = False
+    if not fits:
         raise InputError(f"{path} is no selection; expected what 'select --json' writes")
-    return selection
-
-
-def _list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(fits, value))
-
-
-def _is_score(row: Any) -> bool:
-    """Whether it is one candidate's row."""
-    if not isinstance(row, dict) or not {"discarded", "bypass", "induce", "kl"} <= set(row):
-        return False
-    scores = [row[key] for key in ("bypass", "induce", "kl")]
-    return all(type(n) is int and abs(n) < 1000 for n in _position_and_layer(row)) and all(
-        score is None or isinstance(score, int | float) for score in scores
-    )
-
-
-def _position_and_layer(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    return row.get("position"), row.get("layer")
+    return dict(selection)
 
 
 def _numbers(text: str) -> list[float]:
@@ -302,7 +268,7 @@ def _print_evidence(document: Mapping[str, Any]) -> None:
             rates = condition["rates"]
             cells = [cell(rates[p][judge["name"]]) if p in rates else "" for p in parts]
             table.add_row(name, *cells)
-        console.print(table)
+        common.console.print(table)
     for kind, rows in document["dose"].items():
         columns = ("strength", "harmful", "harmless", "KL", "cross-entropy")
         table = Table(*columns, title=f"Dose of the {kind} (judge: {judges[0]['name']})")
@@ -310,7 +276,7 @@ def _print_evidence(document: Mapping[str, Any]) -> None:
             rates = [cell(row[part]) for part in ("harmful", "harmless")]
             loss = "" if row["loss"] is None else f"{row['loss']['nats']:.4f}"
             table.add_row(f"{row['strength']:g}", *rates, f"{row['kl']:.4f}", loss)
-        console.print(table)
+        common.console.print(table)
     table = Table("capability", *MAIN, title="Cross-entropy (nats) and right answers")
     for text in conditions[UNMODIFIED]["losses"]:
         losses = [conditions[name]["losses"][text]["nats"] for name in MAIN]
@@ -324,7 +290,7 @@ def _print_evidence(document: Mapping[str, Any]) -> None:
             cells = ["" if m is None else f"{m['value']:.4f}" for m in values]
             table.add_row(f"{task} {metric}", *cells)
     if table.row_count:
-        console.print(table)
+        common.console.print(table)
     for statement in statements(document):
         mark = {True: " (intervals apart)", False: " (not shown)", None: ""}[statement.holds]
-        console.print(Text(f"{statement.question}{mark}: {statement.text}"))
+        common.console.print(Text(f"{statement.question}{mark}: {statement.text}"))

@@ -6,19 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
+from typer import Exit, Option
 
-from refusal_kernels.cli import options
-from refusal_kernels.cli.common import (
-    console,
-    errors,
-    finish,
-    load_chat,
-    prepare,
-    progress_bars,
-    unfinished,
-)
+from refusal_kernels.cli import common, options
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
 from refusal_kernels.research.sources import SEED
@@ -33,26 +24,24 @@ def extract(
     model: options.Model = "toy",
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
-    out: Annotated[Path, typer.Option(help="The candidates' file.")] = Path(
-        "out/candidates.safetensors"
-    ),
+    out: Annotated[Path, Option(help="The candidates' file.")] = Path("out/candidates.safetensors"),
     method: Annotated[
-        str, typer.Option(help=", ".join(_METHODS), callback=options.one_of(_METHODS))
+        str, Option(help=", ".join(_METHODS), callback=options.one_of(_METHODS))
     ] = _METHODS[0],
     positions: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=1,
             help="Tokens to read, counted from the end; default: those that the chat template "
             "puts after the instruction.",
         ),
     ] = None,
     last_layer: Annotated[
-        int | None, typer.Option(min=0, help="Read up to this layer, and do not run the rest.")
+        int | None, Option(min=0, help="Read up to this layer, and do not run the rest.")
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="The state after every batch, from which an interrupted run resumes; removed at "
             "the end. Default: beside the candidates, with '.part' in its name."
         ),
@@ -71,7 +60,7 @@ def extract(
     Under torchrun the processes share the work, and the result is the same. Methods other than the
     mean difference keep the activations in memory and run in one process, without a checkpoint.
     """
-    state = checkpoint or unfinished(out)
+    state = checkpoint or common.unfinished(out)
     if state.resolve() == out.resolve():
         raise InputError(f"{out} cannot be both the checkpoint and the candidates' file")
 
@@ -85,14 +74,14 @@ def extract(
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
     with joined() as (rank, _):
         prompts = prompts_for(model, "train", harmful, harmless, seed)
-        prepare(out, state, json_file)
+        common.prepare(out, state, json_file)
         if rank == 0:
             for path in filter(None, (out, state, json_file)):
                 sweep(path)
-        language_model, chat = load_chat(model, device, dtype, system, thinking)
+        language_model, chat = common.load_chat(model, device, dtype, system, thinking)
         if filter_prompts:
             prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
-        with progress_bars(visible=rank == 0) as step:
+        with common.progress_bars(visible=rank == 0) as step:
             try:
                 candidates = find_candidates(
                     language_model,
@@ -108,16 +97,16 @@ def extract(
                     progress=step("Extract"),
                 )
             except PeerError as error:
-                errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-                raise typer.Exit(1) from None
+                common.errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+                raise Exit(1) from None
     if rank == 0:
         candidates.save(out)
         norms = candidates.vectors.norm(dim=-1)  # [position, layer]
-        console.print(_table(norms, model, method))
+        common.console.print(_table(norms, model, method))
         document = {
             "candidates": str(out), "norm": norms.tolist(), "model": model, "method": method
         }  # fmt: skip
-        finish(out, json_file, document)
+        common.finish(out, json_file, document)
         if method == MEAN_DIFFERENCE:
             state.unlink(missing_ok=True)
 

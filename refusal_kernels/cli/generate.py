@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.text import Text
+from typer import Argument, Option
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import console, finish, load_chat, prepare, read_direction
@@ -13,18 +13,18 @@ from refusal_kernels.errors import InputError
 
 
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="One or more instructions.")],
+    prompt: Annotated[list[str], Argument(help="One or more instructions.")],
     direction: Annotated[
-        Path | None, typer.Option(help="Ablate this direction: a file as 'select' writes it.")
+        Path | None, Option(help="Ablate this direction: a file as 'select' writes it.")
     ] = None,
-    add: Annotated[bool, typer.Option("--add", help="Add the direction instead.")] = False,
+    add: Annotated[bool, Option("--add", help="Add the direction instead.")] = False,
     layer: Annotated[
-        int | None, typer.Option(help="Act at the input of this block; --add: default, the file's.")
+        int | None, Option(help="Act at the input of this block; --add: default, the file's.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="0 is no edit, 1 the whole edit.")] = 1.0,
+    strength: Annotated[float, Option(help="0 is no edit, 1 the whole edit.")] = 1.0,
     edit: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="JSON",
             help='Any intervention, such as {"set": "direction.safetensors", "value": 0, '
             '"layers": [10, 11]}, instead of --direction; repeat for several together.',

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import CallbackParam, Option
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.research.sources import PRESETS
@@ -31,10 +31,10 @@ def names(module: str, constant: str) -> tuple[str, ...]:
     return tuple(part.value for part in getattr(value, "keys", None) or value.elts)
 
 
-def one_of(values: tuple[str, ...]) -> Callable[[typer.CallbackParam, str], str]:
+def one_of(values: tuple[str, ...]) -> Callable[[CallbackParam, str], str]:
     """Make the check of an option that takes one of these values."""
 
-    def check(parameter: typer.CallbackParam, value: str) -> str:
+    def check(parameter: CallbackParam, value: str) -> str:
         if value is not None and value not in values:
             option = parameter.opts[0]
             raise InputError(f"{option} is '{value}'; expected one of {', '.join(values)}")
@@ -49,44 +49,38 @@ _PROMPTS = (
     f"of {', '.join(PRESETS)}; join several with +. They are split into train, validation and test."
 )
 
-Model = Annotated[str, typer.Option("--model", help="A hub id, a folder, or 'toy'.")]
+Model = Annotated[str, Option("--model", help="A hub id, a folder, or 'toy'.")]
 Device = Annotated[
     str,
-    typer.Option(
+    Option(
         "--device",
         help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one, else the CPU.",
     ),
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
+    Option(
         "--dtype", help=f"{', '.join(_DTYPES)}; auto: the checkpoint's.", callback=one_of(_DTYPES)
     ),
 ]
 Batch = Annotated[
-    int,
-    typer.Option("--batch-size", min=1, help="Prompts at once; fewer take less memory."),
+    int, Option("--batch-size", min=1, help="Prompts at once; fewer take less memory.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the splits and of random directions.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the results here, as JSON.")]
-Harmful = Annotated[str | None, typer.Option("--harmful", help=_PROMPTS)]
-Harmless = Annotated[str | None, typer.Option("--harmless", help="Prompts, as for --harmful.")]
+Seed = Annotated[int, Option("--seed", help="Of the splits and of random directions.")]
+Json = Annotated[Path | None, Option("--json", help="Also write the results here, as JSON.")]
+Harmful = Annotated[str | None, Option("--harmful", help=_PROMPTS)]
+Harmless = Annotated[str | None, Option("--harmless", help="Prompts, as for --harmful.")]
 Filter = Annotated[
     bool,
-    typer.Option(
-        "--filter", help="Keep only harmful prompts that are refused, harmless ones answered."
-    ),
+    Option("--filter", help="Keep only harmful prompts that are refused, harmless ones answered."),
 ]
 System = Annotated[
-    str | None, typer.Option("--system", help="A system prompt; default: the chat template's.")
+    str | None, Option("--system", help="A system prompt; default: the chat template's.")
 ]
 Thinking = Annotated[
-    bool, typer.Option("--thinking", help="Let the model think before it answers, if it can.")
+    bool, Option("--thinking", help="Let the model think before it answers, if it can.")
 ]
-NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")
-]
+NewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Direction = Annotated[
-    Path,
-    typer.Option("--direction", help="A direction's file, from 'select' or in any known format."),
+    Path, Option("--direction", help="A direction's file, from 'select' or in any known format.")
 ]

@@ -6,18 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
-from refusal_kernels.cli import options
-from refusal_kernels.cli.common import (
-    choose_device,
-    console,
-    errors,
-    finish,
-    prepare,
-    progress_bars,
-    read_direction,
-)
+from refusal_kernels.cli import common, options
 from refusal_kernels.errors import InputError
 from refusal_kernels.progress import Step, single_step
 
@@ -28,22 +19,20 @@ if TYPE_CHECKING:
 
 def orthogonalize(
     direction: options.Direction,
-    out: Annotated[Path, typer.Option(help="The folder of the edited model; it must not exist.")],
+    out: Annotated[Path, Option(help="The folder of the edited model; it must not exist.")],
     model: options.Model = "toy",
     lora: Annotated[
-        bool, typer.Option("--lora", help="Write a PEFT adapter instead of a model.")
+        bool, Option("--lora", help="Write a PEFT adapter instead of a model.")
     ] = False,
     text_only: Annotated[
-        bool,
-        typer.Option("--text-only", help="Accept a multimodal model, and edit its text path."),
+        bool, Option("--text-only", help="Accept a multimodal model, and edit its text path.")
     ] = False,
     in_memory: Annotated[
-        bool,
-        typer.Option("--in-memory", help="Load the model, even if it is a local folder."),
+        bool, Option("--in-memory", help="Load the model, even if it is a local folder.")
     ] = False,
     certify: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--certify/--no-certify",
             help="Run both models at the end. Default: if they fit into memory.",
         ),
@@ -61,11 +50,11 @@ def orthogonalize(
     from refusal_kernels.files.atomic import check_new
 
     check_new(out)
-    prepare(out)
-    loaded = read_direction(direction)
-    where = choose_device(device)
+    common.prepare(out)
+    loaded = common.read_direction(direction)
+    where = common.choose_device(device)
     local = model != "toy" and Path(model).is_dir()
-    with progress_bars() as step:
+    with common.progress_bars() as step:
         if local and not lora and not in_memory and dtype == "auto":
             result = _by_shards(Path(model), out, loaded, text_only, certify, where, step)
         else:
@@ -73,11 +62,13 @@ def orthogonalize(
     _print(result, model, out)
     certificate: Certificate | None = result["certificate"]
     document = {"model": str(out), "text_only": text_only, **result}
-    finish(out, json_file, {**document, "certificate": certificate and certificate.to_dict()})
+    common.finish(
+        out, json_file, {**document, "certificate": certificate and certificate.to_dict()}
+    )
     if certificate is not None and certificate.problem:
         message = f"error: {out} is not the ablated model: {certificate.problem}"
-        errors.print(message, style="red", soft_wrap=True)
-        raise typer.Exit(1)
+        common.errors.print(message, style="red", soft_wrap=True)
+        raise Exit(1)
 
 
 def _by_shards(
@@ -161,30 +152,32 @@ def _in_memory(
 
 def _print(result: dict[str, Any], model: str, out: Path) -> None:
     what = "an adapter with the edit of" if result["way"] == "adapter" else "an edited copy of"
-    console.print(f"{out} is {what} {model}, which is unchanged", soft_wrap=True)
-    console.print(f"{len(result['edited'])} tensors edited, {result['way']}")
+    common.console.print(f"{out} is {what} {model}, which is unchanged", soft_wrap=True)
+    common.console.print(f"{len(result['edited'])} tensors edited, {result['way']}")
     if result.get("untied"):
-        console.print(
+        common.console.print(
             "the copy's embedding is edited and its output matrix is not: they are untied"
         )
     if result.get("tied"):
-        console.print("the embedding is tied to the output matrix: untie it before a merge")
+        common.console.print("the embedding is tied to the output matrix: untie it before a merge")
     if result.get("biases"):
-        console.print(f"the adapter replaces {len(result['biases'])} biases")
+        common.console.print(f"the adapter replaces {len(result['biases'])} biases")
     for name, words in (
         ("unproved", "may write from images or audio; they are not edited"),
         ("unread", "belong to no part that is loaded; they are not edited"),
         ("left_out", "hold weights that are not edited; they are not copied"),
     ):
         if result.get(name):
-            console.print(f"{len(result[name])} {words}: {result[name][0]}, ...", soft_wrap=True)
+            common.console.print(
+                f"{len(result[name])} {words}: {result[name][0]}, ...", soft_wrap=True
+            )
     certificate: Certificate | None = result["certificate"]
     if certificate is None:
-        console.print(f"no certificate: {result['no_certificate']}", soft_wrap=True)
+        common.console.print(f"no certificate: {result['no_certificate']}", soft_wrap=True)
         return
-    console.print(f"certificate: {certificate}", soft_wrap=True)
+    common.console.print(f"certificate: {certificate}", soft_wrap=True)
     shares = ", ".join(f"{name} {share:.0e}" for name, share in certificate.layers.items())
-    console.print(f"|r.h| / |h| at most: {shares}", soft_wrap=True)
+    common.console.print(f"|r.h| / |h| at most: {shares}", soft_wrap=True)
 
 
 def _fits(folder: Path, device: str) -> bool:

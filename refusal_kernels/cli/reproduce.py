@@ -6,23 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
+from typer import Exit, Option
 
-from refusal_kernels.cli import options
-from refusal_kernels.cli.common import (
-    console,
-    errors,
-    finish,
-    load_chat,
-    named_sources,
-    prepare,
-    progress_bars,
-    provenance,
-    read_direction,
-)
+from refusal_kernels.cli import common, options
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import replacing, write_json
 from refusal_kernels.research.sources import SEED
@@ -37,48 +26,45 @@ COLUMNS = ("", "measured", "expected", "verdict", "source")
 def reproduce(
     model: options.Model = "toy",
     out: Annotated[
-        Path, typer.Option(help="The folder of the results; a run resumes from what is in it.")
+        Path, Option(help="The folder of the results; a run resumes from what is in it.")
     ] = Path("out/reproduce"),
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
     harmful_test: Annotated[
-        str | None, typer.Option(help="Prompts to test on; default: the paper's, JailbreakBench.")
+        str | None, Option(help="Prompts to test on; default: the paper's, JailbreakBench.")
     ] = None,
     direction: Annotated[
         Path | None,
-        typer.Option(help="Measure this direction (.safetensors, .pt) instead of finding one."),
+        Option(help="Measure this direction (.safetensors, .pt) instead of finding one."),
     ] = None,
     texts: Annotated[
         int | None,
-        typer.Option(min=0, help="Passages of the Pile and of Alpaca; default: 4096, 0: none."),
+        Option(min=0, help="Passages of the Pile and of Alpaca; default: 4096, 0: none."),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]FILE", help="Texts instead of these; repeat for several."),
+        Option(metavar="[NAME=]FILE", help="Texts instead of these; repeat for several."),
     ] = None,
     benchmarks: Annotated[
-        bool, typer.Option("--benchmarks", help="Also run MMLU, ARC, GSM8K and TruthfulQA.")
+        bool, Option("--benchmarks", help="Also run MMLU, ARC, GSM8K and TruthfulQA.")
     ] = False,
     limit: Annotated[
-        float | None,
-        typer.Option(help="The most examples of each benchmark (below 1: this share)."),
+        float | None, Option(help="The most examples of each benchmark (below 1: this share).")
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Also random directions, other layers, the dose.")
+        bool, Option("--controls", help="Also random directions, other layers, the dose.")
     ] = False,
     row: Annotated[
-        str | None, typer.Option(help="The paper's model to compare with; default: by its name.")
+        str | None, Option(help="The paper's model to compare with; default: by its name.")
     ] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Compare with this recorded row instead.")
-    ] = None,
+    against: Annotated[Path | None, Option(help="Compare with this recorded row instead.")] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Write the results as a row to compare with.")
+        Path | None, Option(help="Write the results as a row to compare with.")
     ] = None,
     system: options.System = None,
     thinking: options.Thinking = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer; default: 512, toy: 64.")
+        int | None, Option(min=1, help="The longest answer; default: 512, toy: 64.")
     ] = None,
     seed: options.Seed = SEED,
     batch_size: options.Batch = options.BATCH_SIZE,
@@ -101,25 +87,25 @@ def reproduce(
     from refusal_kernels.research.selection.scoring import paper_refusal_tokens
 
     rows = _rows(model, row, against)
-    given = None if direction is None else read_direction(direction)
+    given = None if direction is None else common.read_direction(direction)
     prompts = paper.read_protocol_prompts(model, harmful, harmless, harmful_test, seed)
-    files = named_sources(text or [], "--text")
+    files = common.named_sources(text or [], "--text")
     suite = None
     if benchmarks:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks
 
         manager = find_tasks([task for task, _, _ in paper.BENCHMARKS.values()])
         suite = paper.Benchmarks(manager, limit, min(batch_size, 16), seed)
-    prepare(out / "reproduction.json", record, json_file)
+    common.prepare(out / "reproduction.json", record, json_file)
 
-    language_model, chat = load_chat(model, device, dtype, system, thinking, given)
+    language_model, chat = common.load_chat(model, device, dtype, system, thinking, given)
     context = context_of(language_model)
     passages = {name: read_passages(Path(file), chat, context) for name, file in files.items()}
     if not passages and model == "toy":
         passages = paper.toy_texts(chat)
     elif not passages and texts != 0:
         passages = paper.read_paper_texts(chat, texts or paper.PASSAGES)
-    about = provenance(model, language_model)
+    about = common.provenance(model, language_model)
     inputs = paper.ProtocolInputs(
         name=about["model"],
         model=language_model,
@@ -139,7 +125,7 @@ def reproduce(
         controls=controls,
         identity=_identity(toy.PATH if model == "toy" else Path(model), language_model),
     )
-    with progress_bars() as step:
+    with common.progress_bars() as step:
         result = run(inputs, out, step)
     comparisons = compare(result.numbers, rows)
     sources = [harmful, harmless, harmful_test, *(text or [])]
@@ -149,9 +135,9 @@ def reproduce(
     if record is not None:
         recorded(result.numbers, f"{inputs.name}, recorded", inputs.name).save(record)
     _print(inputs.name, result, comparisons, rows)
-    finish(out / "reproduction.json", json_file, document)
+    common.finish(out / "reproduction.json", json_file, document)
     if any(c.verdict == "outside" for c in comparisons):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow]:
@@ -247,7 +233,7 @@ def _print(
         for split, part in result.prompts.items()
     )
     place = f"layer {result.selection['layer']}, position {result.selection['position']}"
-    console.print(Text(f"{name}: direction of {place} (prompts: {used})"))
+    common.console.print(Text(f"{name}: direction of {place} (prompts: {used})"))
     sources = {c.source for c in comparisons if c.source}
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS[: 4 + (len(sources) > 1)]:
@@ -256,19 +242,21 @@ def _print(
     for comparison in comparisons:
         cells = _cells(comparison)[: len(table.columns)]
         table.add_row(*map(Text, cells), style=styles.get(comparison.verdict))
-    console.print(table)
+    common.console.print(table)
     if result.reused:
-        console.print(Text(f"used again: {', '.join(result.reused)}"))
+        common.console.print(Text(f"used again: {', '.join(result.reused)}"))
     for note in result.notes:
-        console.print(Text(f"note: {note}"))
+        common.console.print(Text(f"note: {note}"))
     if not rows:
         names = ", ".join(paper()["models"])
-        console.print(Text(f"there is no row of '{name}' to compare with; the paper has {names}"))
+        common.console.print(
+            Text(f"there is no row of '{name}' to compare with; the paper has {names}")
+        )
         return
     outside = [c.quantity for c in comparisons if c.verdict == "outside"]
     within = sum(c.verdict == "within" for c in comparisons)
-    console.print(Text(f"{within} of {within + len(outside)} within tolerance, beside: ") + Text(
-        "; ".join(row.source for row in rows)
-    ))  # fmt: skip
+    beside = "; ".join(row.source for row in rows)
+    count = f"{within} of {within + len(outside)}"
+    common.console.print(Text(f"{count} within tolerance, beside: {beside}"))
     if outside:
-        errors.print(Text(f"outside: {', '.join(outside)}", style="red"))
+        common.errors.print(Text(f"outside: {', '.join(outside)}", style="red"))

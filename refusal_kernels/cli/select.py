@@ -6,18 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
+from typer import Option
 
-from refusal_kernels.cli import options
-from refusal_kernels.cli.common import (
-    console,
-    finish,
-    load_chat,
-    prepare,
-    progress_bars,
-    unfinished,
-)
+from refusal_kernels.cli import common, options
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
 from refusal_kernels.research.sources import SEED
@@ -27,28 +19,26 @@ if TYPE_CHECKING:
 
 
 def select(
-    candidates: Annotated[Path, typer.Option(help="A file made by 'extract'.")] = Path(
+    candidates: Annotated[Path, Option(help="A file made by 'extract'.")] = Path(
         "out/candidates.safetensors"
     ),
     model: options.Model = "toy",
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
-    out: Annotated[Path, typer.Option(help="The direction's file.")] = Path(
-        "out/direction.safetensors"
-    ),
+    out: Annotated[Path, Option(help="The direction's file.")] = Path("out/direction.safetensors"),
     plot: Annotated[
-        Path | None, typer.Option(help="The heat map of all scores. Default: beside the direction.")
+        Path | None, Option(help="The heat map of all scores. Default: beside the direction.")
     ] = None,
     refusal_tokens: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Tokens that begin a refusal: 'auto' (found in the model's refusals), "
             "'paper' (the paper's table, for its model families), or token ids: 40,2121."
         ),
     ] = "auto",
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="The scores so far, from which an interrupted run resumes; removed at the end. "
             "Default: beside the direction, with '.part' in its name."
         ),
@@ -65,7 +55,7 @@ def select(
     """Select the direction by the paper's three scores, on validation prompts."""
     tokens = _tokens(refusal_tokens)
     picture = plot or out.with_suffix(".png")
-    state = checkpoint or unfinished(out)
+    state = checkpoint or common.unfinished(out)
     written = [out, picture, state, *([json_file] if json_file else [])]
     names = [candidates, *written]
     if len({path.resolve() for path in names}) < len(names):
@@ -78,11 +68,11 @@ def select(
 
     prompts = prompts_for(model, "validation", harmful, harmless, seed)
     loaded = Candidates.load(candidates)
-    prepare(*written)
-    language_model, chat = load_chat(model, device, dtype, system, thinking)
+    common.prepare(*written)
+    language_model, chat = common.load_chat(model, device, dtype, system, thinking)
     if filter_prompts:
         prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
-    with progress_bars() as step:
+    with common.progress_bars() as step:
         selection = algorithm.select(
             language_model,
             chat,
@@ -98,10 +88,10 @@ def select(
         sweep(path)
     plots.plot_candidates(picture, selection.candidates, (selection.position, selection.layer))
     selection.direction.save(out)
-    console.print(_table(selection, model))
-    console.print(f"written: {picture}", soft_wrap=True)
+    common.console.print(_table(selection, model))
+    common.console.print(f"written: {picture}", soft_wrap=True)
     document = {**selection.to_dict(), "model": model, "method": selection.direction.method}
-    finish(out, json_file, document)
+    common.finish(out, json_file, document)
     state.unlink(missing_ok=True)  # now that everything is written
 
 

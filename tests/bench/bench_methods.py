@@ -12,12 +12,10 @@ def steer(model, task):
     yield model
 '''
 
-
 RAISES = '''"""Fails."""
 def steer(model, task):
     raise ValueError("not today")
 '''
-
 
 SLEEPS = '''"""Takes its time."""
 import time
@@ -28,13 +26,11 @@ def steer(model, task):
     yield model
 '''
 
-
 DIES = '''"""Ends the process."""
 import os
 def steer(model, task):
     os._exit(7)
 '''
-
 
 DIES_OF_FLOAT32 = HALF.replace(
     "def steer(model, task):\n",
@@ -42,17 +38,7 @@ DIES_OF_FLOAT32 = HALF.replace(
     "    if model.dtype == torch.float32:\n        os._exit(7)\n",
 )
 
-
-SLOW = '''"""Takes its time."""
-import time
-from contextlib import contextmanager
-@contextmanager
-def steer(model, task):
-    def wait(module, args):
-        time.sleep(2)
-    model.model.layers[0].register_forward_pre_hook(wait)
-    yield model
-'''
+SLOW = SLEEPS.replace("0.2", "2")
 
 
 def by_method(document):

@@ -11,21 +11,10 @@ from refusal_kernels.cli import app
 def bench(tmp_path):
     """Run the command with the smoke profile; return its result and what it wrote."""
 
-    def go(*arguments: str, out: str = "out"):
-        folder = tmp_path / out
-        given = (
-            "bench",
-            "--profile",
-            "smoke",
-            "--threads",
-            "1",
-            "--device",
-            "cpu",
-            "--minutes",
-            "10",
-        )
-        result = CliRunner().invoke(app, [*given, "--out", str(folder), *arguments])
-        file = folder / "overhead-cpu.jsonl"
+    def go(*arguments: str):
+        given = "bench --profile smoke --threads 1 --device cpu --minutes 10 --out".split()
+        result = CliRunner().invoke(app, [*given, str(tmp_path / "out"), *arguments])
+        file = tmp_path / "out" / "overhead-cpu.jsonl"
         there = file.is_file() and file.stat().st_size > 2
         return result, results.read_results(file) if there else None
 

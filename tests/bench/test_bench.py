@@ -9,10 +9,10 @@ import time
 
 import pytest
 from bench_methods import DIES, DIES_OF_FLOAT32, HALF, RAISES, SLEEPS, SLOW, by_method, script
+from tiny import run_command
 
 from refusal_kernels import environment
 from refusal_kernels.bench import results, run, settings
-from refusal_kernels.cli import main
 from refusal_kernels.errors import InputError
 
 
@@ -168,11 +168,8 @@ def test_a_cell_that_was_cut_in_its_rounds_is_measured_again(bench, monkeypatch)
     statuses = {row["work"]: row["status"] for row in stopped["rows"]}
     assert statuses == {"decode": "ok", "prefill": "not measured: the run was stopped"}
     _, resumed = bench(*given, "--resume")
-    assert (
-        resumed["complete"]
-        and len(resumed["rows"]) == 4
-        and all(map(results.timed, resumed["rows"]))
-    )
+    assert resumed["complete"] and len(resumed["rows"]) == 4
+    assert all(map(results.timed, resumed["rows"]))
     assert [row for row in stopped["rows"] if row["work"] == "decode"] == resumed["rows"][:2]
 
 
@@ -190,17 +187,8 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
         ),
     )
     given = ["--methods", slow, "--phases", "decode,prefill"]
-    command = [
-        sys.executable,
-        "-m",
-        "refusal_kernels",
-        "bench",
-        "--profile",
-        "smoke",
-        "--device",
-        "cpu",
-    ]
-    command += ["--threads", "1", "--out", str(tmp_path / "out"), *given]
+    options = "-m refusal_kernels bench --profile smoke --device cpu --threads 1 --out".split()
+    command = [sys.executable, *options, str(tmp_path / "out"), *given]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     # a job in the background has SIGINT ignored, and its children inherit that
@@ -236,23 +224,18 @@ def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench,
     assert all(row["status"] == "ok" for row in document["rows"]) and len(document["rows"]) == 4
 
 
-def test_cells_beyond_the_limit_are_rows(bench):
-    result, document = bench("--methods", "hooks", "--minutes", "0.0001", "--phases", "decode")
-    assert result.exit_code == 0
-    for row in document["rows"]:
-        assert row["status"] == "not measured: the limit of 0.0001 minutes was reached"
-        assert row["ratio"] is None
-
-
-@pytest.mark.full
-def test_a_cell_that_can_not_end_in_time_is_given_up(bench, method):
-    # two steps a round: seven rounds take 28 s, beyond the limit however fast the rest is
+# of SLOW, two steps a round: seven rounds take 28 s, beyond the limit however fast the rest is
+@pytest.mark.parametrize(
+    ("name", "minutes"), [("hooks", 0.0001), pytest.param("slow", 0.4, marks=pytest.mark.full)]
+)
+def test_cells_beyond_the_limit_are_rows(bench, method, name, minutes):
+    chosen = method("slow", SLOW) if name == "slow" else name
     result, document = bench(
-        "--methods", method("slow", SLOW), "--minutes", "0.4", "--phases", "decode"
+        *("--methods", chosen, "--phases", "decode", "--minutes", str(minutes))
     )
     assert result.exit_code == 0 and document["complete"]
     for row in document["rows"]:
-        assert row["status"] == "not measured: the limit of 0.4 minutes was reached"
+        assert row["status"] == f"not measured: the limit of {minutes:g} minutes was reached"
         assert row["ratio"] is None
 
 
@@ -266,35 +249,30 @@ def test_a_method_that_takes_all_the_time_leaves_the_rounds_to_the_others(
     assert rounds == {"unmodified": 11, "hooks": 11, "sleeps": 7}
 
 
-BAD = {
-    "--profile": ("huge", "expected one of smoke, quick, models, full"),
-    "--methods": ("nonsense", "no method 'nonsense'"),
-    "--models": ("/no/such/folder", "/no/such/folder"),
-    "--phases": ("dreaming", "expected one of decode, prefill"),
-    "--batch": ("0", "expected 1 to 4096"),
-    "--dtypes": ("int8", "expected one of float32"),
-    "--modes": ("graph", "expected one of eager, compile"),
-    "--steered-layers": ("x", "expected whole numbers"),
-    "--programs": ("9", "need a batch as large"),
-    "--rounds": ("3", "expected 7 to 10000"),
-    "--threads": ("0", "expected 1 to 1024"),
-    "--device": ("nowhere", "device 'nowhere'"),
-    "--compare": ("/no/such.json", "is not there"),
-}
+BAD = [
+    ("--profile", "huge", "expected one of smoke, quick, models, full"),
+    ("--methods", "nonsense", "no method 'nonsense'"),
+    ("--models", "/no/such/folder", "/no/such/folder"),
+    ("--phases", "dreaming", "expected one of decode, prefill"),
+    ("--batch", "0", "expected 1 to 4096"),
+    ("--dtypes", "int8", "expected one of float32"),
+    ("--modes", "graph", "expected one of eager, compile"),
+    ("--steered-layers", "x", "expected whole numbers"),
+    ("--programs", "9", "need a batch as large"),
+    ("--rounds", "3", "expected 7 to 10000"),
+    ("--threads", "0", "expected 1 to 1024"),
+    ("--device", "nowhere", "device 'nowhere'"),
+    ("--compare", "/no/such.json", "is not there"),
+]
 
 
-@pytest.mark.parametrize("option", BAD)
-def test_bad_options_give_one_line(bench, option, tmp_path):
-    value, message = BAD[option]
+@pytest.mark.parametrize(("option", "value", "message"), BAD)
+def test_bad_options_give_one_line(bench, option, value, message):
     result, document = bench(option, value)
     assert isinstance(result.exception, InputError) and document is None
     assert message in str(result.exception) and "\n" not in str(result.exception)
 
 
-def test_the_exit_code_of_bad_input_is_two(monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["refusal-kernels", "bench", "--device", "cpu", "--rounds", "1"]
-    )
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+def test_the_exit_code_of_bad_input_is_two(capsys):
+    assert run_command("bench", "--device", "cpu", "--rounds", "1") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -20,14 +20,15 @@ def test_what_edits_elsewhere_is_never_quite_right():
 
 def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):
     _, document = bench("--methods", "hooks")
+
+    def at(ratio):
+        copy = json.loads(json.dumps(document))
+        row = next(row for row in copy["rows"] if row["method"] == "hooks")
+        row |= {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
+        return copy
+
     assert results.compare(document, document) == ([], 2)
-    for row in document["rows"]:
-        if row["method"] == "hooks":
-            row |= {"ratio": 0.9, "ratio_low": 0.89, "ratio_high": 0.91}
-    slower = json.loads(json.dumps(document))
-    for row in slower["rows"]:
-        if row["method"] == "hooks":
-            row |= {"ratio": 0.85, "ratio_low": 0.84, "ratio_high": 0.86}
+    document, slower = at(0.9), at(0.85)
     worse, compared = results.compare(slower, document)
     assert compared == 2 and len(worse) == 1 and "0.900" in worse[0] and "hooks" in worse[0]
     assert results.compare(document, slower) == ([], 2)  # faster is no regression
@@ -35,11 +36,8 @@ def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path
     wrong["rows"][1]["verdict"] = "no"
     assert len(results.compare(wrong, document)[0]) == 1
 
-    for row in document["rows"]:  # no machine is as fast as that
-        if row["method"] == "hooks":
-            row |= {"ratio": 90.0, "ratio_low": 89.0, "ratio_high": 91.0}
     old = tmp_path / "old.json"
-    results.write_results(old, document)
+    results.write_results(old, at(90.0))  # no machine is as fast as that
     result, _ = bench("--methods", "hooks", "--resume", "--compare", str(old))
     assert result.exit_code == 1 and "slower: hooks" in result.output
 

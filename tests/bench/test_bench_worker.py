@@ -11,8 +11,8 @@ from bench_methods import script
 
 from refusal_kernels import Ablate, Direction, patch
 from refusal_kernels.bench import shapes
+from refusal_kernels.bench.checks import reference_logits
 from refusal_kernels.bench.process import Process, WorkerError
-from refusal_kernels.bench.reference import reference_logits
 from refusal_kernels.bench.worker import SITES, serve
 from refusal_kernels.bench.worker.models import input_ids
 from refusal_kernels.bench.worker.step import TimedStep, with_code_of_its_own

@@ -23,7 +23,7 @@ import torch
 
 from . import BASE, SITES
 from .models import input_ids
-from .serve import reason, shuffled
+from .serve import reason, shuffled, versions
 
 PLUGIN, HOOKS = "vllm:plugin", "vllm:hooks"
 ABOUT = {
@@ -132,7 +132,7 @@ class EngineServer:
             except Exception as error:
                 self.engines.pop(name, None)
                 opened[name] = {"status": reason(error)}
-        return {"methods": opened, "versions": _versions()}
+        return {"methods": opened, "versions": versions()}
 
     def _generate(self, engine: Any, extra: Any, ids: list[list[int]], **wanted: Any) -> Any:
         from vllm import SamplingParams
@@ -161,20 +161,3 @@ class EngineServer:
         self.engines.clear()
         gc.collect()
         return {}
-
-    def answer(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Do what a line says."""
-        if order["do"] == "open":
-            return self.open(order)
-        return self.round(order["number"]) if order["do"] == "round" else self.close()
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-    import vllm
-
-    return {
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "vllm": vllm.__version__,
-    }

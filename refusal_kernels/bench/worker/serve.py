@@ -9,7 +9,6 @@ import random
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,38 +53,15 @@ def shuffled(names: Iterable[str], number: int) -> list[str]:
     return order
 
 
-@dataclass
-class OpenCell:
-    """A cell whose methods are ready to be timed."""
-
-    steps: dict[str, TimedStep]
-    stack: ExitStack
-    errors: dict[str, str] = field(default_factory=dict)
-
-    def round(self, number: int) -> dict[str, Any]:
-        """Time every method once, in an order that is another in every round."""
-        seconds: dict[str, float] = {}
-        names = shuffled(self.steps, number)
-        with torch.inference_mode():
-            for name in names:
-                try:
-                    if not seconds:  # what others left is no cost of the first
-                        self.steps[name].once()
-                        self.steps[name].rewind()
-                    seconds[name] = self.steps[name].timed()
-                except Exception as error:
-                    self.errors[name] = reason(error)
-                    del self.steps[name]
-        return {"seconds": seconds, "errors": self.errors}
-
-
 class MethodServer:
     """Opens methods on copies of one model and times them."""
 
     def __init__(self) -> None:
         self.loaded: tuple[Any, ...] = ()
         self.model: Any = None
-        self.open_cell: OpenCell | None = None
+        self.steps: dict[str, TimedStep] = {}
+        self.errors: dict[str, str] = {}
+        self.stack = ExitStack()
 
     def open(self, order: dict[str, Any]) -> dict[str, Any]:
         """Make every method's copy, check it, and prepare what is timed."""
@@ -98,11 +74,10 @@ class MethodServer:
             self.model, self.loaded = None, ()
             gc.collect()
             self.model, self.loaded = load(*wanted), wanted
-        opened_cell = self.open_cell = OpenCell({}, ExitStack())
         if cell["mode"] == "compile":  # which takes seconds to import
             torch._dynamo.reset()
             config: Any = torch._dynamo.config
-            opened_cell.stack.enter_context(config.patch(recompile_limit=64))
+            self.stack.enter_context(config.patch(recompile_limit=64))
         opened: dict[str, Any] = {}
         with torch.inference_mode():  # what a process does once is no method's memory
             TimedStep(self.model, self.model, cell, nullcontext).once()
@@ -113,20 +88,19 @@ class MethodServer:
                 if os.environ.get("REFUSAL_KERNELS_BENCH_TRACE"):
                     sys.excepthook(*sys.exc_info())
                 opened[name] = {"status": reason(error)}
-        if BASE in opened_cell.steps:
+        if BASE in self.steps:
             with torch.inference_mode():
-                seconds = opened_cell.steps[BASE].timed()
+                seconds = self.steps[BASE].timed()
             least = LEAST[cell["work"]] if seconds < order["measure_s"] else 1
-            for step in opened_cell.steps.values():
+            for step in self.steps.values():
                 step.repeats = max(least, min(MOST, round(order["measure_s"] / max(seconds, 1e-9))))
-        return {"methods": opened, "versions": _versions()}
+        return {"methods": opened, "versions": versions()}
 
     def _method(
         self, name: str, path: str, variant: str | None, order: dict[str, Any]
     ) -> dict[str, Any]:
         from safetensors.torch import load_file, save_file
 
-        assert self.open_cell is not None
         cell, device = order["cell"], order["device"]
         task = SteeringTask(
             load_file(order["directions"], device=device)["directions"],
@@ -155,8 +129,8 @@ class MethodServer:
         except BaseException:
             stack.close()
             raise
-        self.open_cell.stack.push(stack)
-        self.open_cell.steps[name] = step
+        self.stack.push(stack)
+        self.steps[name] = step
         return {
             "status": "ok",
             "about": (module.__doc__ or "").split("\n")[0],
@@ -166,25 +140,31 @@ class MethodServer:
             "launches": count,
         }
 
+    def round(self, number: int) -> dict[str, Any]:
+        """Time every method once, in an order that is another in every round."""
+        seconds: dict[str, float] = {}
+        with torch.inference_mode():
+            for name in shuffled(self.steps, number):
+                try:
+                    if not seconds:  # what others left is no cost of the first
+                        self.steps[name].once()
+                        self.steps[name].rewind()
+                    seconds[name] = self.steps[name].timed()
+                except Exception as error:
+                    self.errors[name] = reason(error)
+                    del self.steps[name]
+        return {"seconds": seconds, "errors": self.errors}
+
     def close(self) -> dict[str, Any]:
         """Undo every method."""
-        if self.open_cell is not None:
-            self.open_cell.stack.close()
-            self.open_cell = None
-            gc.collect()
+        self.steps, self.errors = {}, {}
+        self.stack.close()
+        gc.collect()
         return {}
 
-    def answer(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Do what a line says."""
-        if order["do"] == "open":
-            return self.open(order)
-        if order["do"] == "round":
-            assert self.open_cell is not None
-            return self.open_cell.round(order["number"])
-        return self.close()
 
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that the methods of this environment use."""
     from importlib.metadata import PackageNotFoundError, version
 
     installed = {}
@@ -201,7 +181,11 @@ def main(server: Any) -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
-            answer = server.answer(json.loads(line))
+            order = json.loads(line)
+            if order["do"] == "open":
+                answer = server.open(order)
+            else:
+                answer = server.round(order["number"]) if order["do"] == "round" else server.close()
         except Exception as error:
             answer = {"error": reason(error)}
         answers.write(json.dumps(answer) + "\n")

@@ -8,33 +8,15 @@ from torch import Tensor
 
 @dataclass
 class SteeringTask:
-    """What a method is to do.
+    """What a method is to do."""
 
-    Attributes
-    ----------
-    directions
-        Unit vectors, float32 [programs, hidden].
-    rows
-        The program of every row of the batch.
-    layers
-        The blocks to steer, by number; None: all, and so the whole stream.
-    mode
-        "eager", "compile" or "graph": what is done around the method afterwards.
-    variant
-        What follows the colon in the name of a method.
-    folder
-        Holds the model's configuration and weights.
-    work
-        "decode" or "prefill".
-    """
-
-    directions: Tensor
-    rows: list[int]
-    layers: list[int] | None
-    mode: str
-    variant: str | None
-    folder: str
-    work: str
+    directions: Tensor  # unit vectors, float32 [programs, hidden]
+    rows: list[int]  # the program of every row of the batch
+    layers: list[int] | None  # the blocks to steer; None: all, and so the whole stream
+    mode: str  # "eager", "compile" or "graph": what is done around the method afterwards
+    variant: str | None  # what follows the colon in the name of the method
+    folder: str  # of the model's configuration and weights
+    work: str  # "decode" or "prefill"
 
     def per_row(self, dtype: torch.dtype) -> Tensor:
         """The direction of each row, [1 or batch, 1, hidden], in the dtype of the stream."""
