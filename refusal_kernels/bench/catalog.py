@@ -75,24 +75,21 @@ def _one(name: str, peers: Path) -> BenchMethod:
         runs = Path(python).absolute() if at else Path(sys.executable)
         # an environment for this file alone, so that its failure does not end other methods
         return BenchMethod(file.stem, file.absolute(), None, name, file.stem, runs)
-    if name in ENGINES:
-        there = (ENGINE_ENVIRONMENT / ".ready").is_file()
-        missing = None if there else f"not installed: {ENGINE_ENVIRONMENT.name} is not set up"
-        runs = ENGINE_ENVIRONMENT / "bin" / "python"
-        return BenchMethod(name, Path(), None, name, "vllm", runs, missing, engine=True)
     stem, _, variant = name.partition(":")
     if (METHODS / f"{stem}.py").is_file() and not stem.startswith("_"):
         file = METHODS / f"{stem}.py"
         return BenchMethod(name, file, variant or None, name, HERE, Path(sys.executable))
-    if (peers / f"{name}.py").is_file():
-        runs = ENVIRONMENTS / name / "bin" / "python"
-        ready = ENVIRONMENTS / name / ".ready"
-        missing = (
-            None if ready.is_file() else f"not installed: {ENVIRONMENTS.name}/{name} is not set up"
+    if name in ENGINES:
+        file, environment, folder = Path(), "vllm", ENGINE_ENVIRONMENT
+    elif (file := peers / f"{name}.py").is_file():
+        environment, folder = name, ENVIRONMENTS / name
+    else:
+        known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
+        raise InputError(
+            f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "
+            "own, peers, engines, and any file FILE.py[@PYTHON]"
         )
-        return BenchMethod(name, peers / f"{name}.py", None, name, name, runs, missing)
-    known = [path.stem for folder in (METHODS, peers) for path in folder.glob("[a-z]*.py")]
-    raise InputError(
-        f"--methods: no method '{name}'; there are {', '.join(sorted(known))}, "
-        "own, peers, engines, and any file FILE.py[@PYTHON]"
-    )
+    ready = (folder / ".ready").is_file()
+    missing = None if ready else f"not installed: {folder.relative_to(CHECKOUT)} is not set up"
+    runs = folder / "bin" / "python"
+    return BenchMethod(name, file, None, name, environment, runs, missing, name in ENGINES)

@@ -5,9 +5,10 @@ model is the one that is timed, its weights turned to float64 a module at a time
 that fits in memory still does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def reference_logits(
     directions: Tensor,
     rows: Sequence[int],
     layers: Sequence[int] | None,
-    sites: Sequence[str],
+    sites: Collection[str],
     noise: float = 0.0,
 ) -> Tensor:
     """Return float64 logits of the last position of every row, with the directions projected out.
@@ -144,24 +145,22 @@ def compare(
     hidden]; ``rows`` are by method, and ``opened`` has the methods that are ready, by environment.
     """
     ids = input_ids(asdict(cell), model.config.get_text_config(decoder=True).vocab_size)
-    truths: dict[tuple[tuple[str, ...], float], Tensor] = {}
 
-    def truth(sites: Sequence[str], noise: float = 0.0) -> Tensor:
-        key = tuple(sorted(sites)), noise
-        if key not in truths:
-            where = cell.rows, cell.steered_blocks, key[0], noise
-            truths[key] = reference_logits(model, ids, directions, *where)
-        return truths[key]
+    @cache
+    def truth(sites: frozenset[str], noise: float = 0.0) -> Tensor:
+        where = cell.rows, cell.steered_blocks, sites, noise
+        return reference_logits(model, ids, directions, *where)
 
     def off(environment: str, method: str, sites: Sequence[str]) -> float:
         name = f"{environment.replace(' ', '-')}-{method.replace('/', '-')}.logits"
-        saved, wanted = load_file(str(folder / name)), truth(sites)
+        saved, wanted = load_file(str(folder / name)), truth(frozenset(sites))
         if "logprobs" in saved:  # what engines give
             return _difference(saved["logprobs"], wanted.log_softmax(-1))
         return _difference(saved["logits"], wanted)
 
     def sensitivity(sites: Sequence[str]) -> float:
-        return _difference(truth(sites, NOISE), truth(sites))
+        places = frozenset(sites)
+        return _difference(truth(places, NOISE), truth(places))
 
     for environment, methods in opened.items():
         base = off(environment, BASE, ())

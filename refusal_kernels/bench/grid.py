@@ -57,11 +57,6 @@ class BenchCell:
         """The program of every row."""
         return [row % self.programs for row in range(self.batch)]
 
-    @property
-    def tokens_a_step(self) -> int:
-        """How many tokens a step is counted as."""
-        return self.batch * (1 if self.work == "decode" else self.tokens)
-
 
 @dataclass(frozen=True)
 class Grid:

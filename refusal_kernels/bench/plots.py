@@ -66,19 +66,15 @@ def plot_cells(path: Target, document: Mapping[str, Any], methods: Sequence[str]
         axes.set_xlim(low - 0.02, high + 0.02)
         axes.grid(axis="both", color=GRAY, alpha=0.2, linewidth=0.6)
         axes.set_xlabel("tokens/s over the unmodified model's, with 95 % intervals")
-        _legend(figure, look)
+        handles = [
+            plt.Line2D([], [], color=color, ls="", marker=marker, markersize=5, label=name)
+            for name, (color, marker) in look.items()
+        ]
+        figure.legend(
+            handles=handles, frameon=False, fontsize=8.5, loc="outside upper center",
+            ncols=min(5, len(handles)),
+        )  # fmt: skip
         save_figure(figure, path)
-
-
-def _legend(figure: Any, look: Mapping[str, tuple[str, str]]) -> None:
-    handles = [
-        plt.Line2D([], [], color=color, ls="", marker=marker, markersize=5, label=name)
-        for name, (color, marker) in look.items()
-    ]
-    figure.legend(
-        handles=handles, frameon=False, fontsize=8.5, loc="outside upper center",
-        ncols=min(5, len(handles)),
-    )  # fmt: skip
 
 
 def plot_memory(path: Target, document: Mapping[str, Any]) -> None:

@@ -57,16 +57,16 @@ class Process:
                 )
         except OSError as error:
             raise WorkerError(f"failed: {python} does not start: {error.strerror}") from None
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self.stdout.fileno(), False)
         self._rest = b""
 
     def ask(self, order: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Send an order and return the answer; without one in time the process is killed."""
         try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(order).encode() + b"\n")
-            self.process.stdin.flush()
+            self.stdin.write(json.dumps(order).encode() + b"\n")
+            self.stdin.flush()
             line = self._line(limit_s)
             try:
                 answer = json.loads(line)
@@ -87,15 +87,14 @@ class Process:
 
     def _line(self, limit_s: float) -> bytes:
         """Read up to the end of a line."""
-        assert self.process.stdout is not None
         end = time.monotonic() + limit_s
         with selectors.DefaultSelector() as ready:
-            ready.register(self.process.stdout, selectors.EVENT_READ)
+            ready.register(self.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 left = end - time.monotonic()
                 if left <= 0 or not ready.select(left):
                     raise WorkerError(f"failed: no answer in {limit_s:.0f} s")
-                part = os.read(self.process.stdout.fileno(), 1 << 16)
+                part = os.read(self.stdout.fileno(), 1 << 16)
                 if not part:
                     raise WorkerError(self._last_words())
                 self._rest += part
@@ -118,7 +117,6 @@ class Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self.stdin, self.stdout):
             with contextlib.suppress(OSError):
-                if stream is not None:
-                    stream.close()
+                stream.close()

@@ -137,7 +137,8 @@ class Run:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _weights(self, cell: BenchCell, config: Any, folder: Path) -> Any:
-        shapes.write(shapes.build(cell.model, config, cell.dtype), folder)
+        model = shapes.build(cell.model, config, cell.dtype)
+        model.save_pretrained(folder, max_shard_size="10000GB")  # one file, which workers load
         # from the file, as the workers load it; a GPU is faster, also in float64
         return load(str(folder), cell.dtype, self.settings.device if self._on_gpu() else "cpu")
 
@@ -189,7 +190,8 @@ class Run:
         for name, (seconds, base) in rounds.items():
             row = rows[name]
             if len(seconds) >= LEAST_ROUNDS - 1:
-                results.rated(row, seconds, base, cell.tokens_a_step)
+                tokens = cell.batch * (1 if cell.work == "decode" else cell.tokens)
+                results.rated(row, seconds, base, tokens)
             elif row["status"] == results.OK:
                 row["status"] = "failed: too few rounds ended"
         for row in rows.values():

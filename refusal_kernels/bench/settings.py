@@ -63,17 +63,12 @@ def earlier_rows(path: Path, comparable: dict[str, Any]) -> list[dict[str, Any]]
     if not path.is_file():
         return []
     document = read_results(path)
-    now = _flat(comparable)
-    was = _flat({name: document.get(name) for name in comparable})
-    for name in (name for name in was | now if was.get(name) != now.get(name)):
+    now = {**comparable, **comparable["versions"]}  # each version by the name of its package
+    was = {**{name: document.get(name) for name in comparable}, **document["versions"]}
+    differ = [name for name in was | now if was.get(name) != now.get(name)]
+    for name in (name for name in differ if name != "versions"):
         raise InputError(
             f"--resume: {path} was measured with {name} {was.get(name)}; expected "
             f"{now.get(name)}, as now. Leave --resume out to begin anew, or give another --out"
         )
     return document["rows"]
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same, each version under the name of its package."""
-    rest = {name: value for name, value in settings.items() if name != "versions"}
-    return {**rest, **settings["versions"]}

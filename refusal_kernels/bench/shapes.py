@@ -109,12 +109,6 @@ def build(name: str, config: Any, dtype: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def write(model: Any, folder: Path) -> None:
-    """Write what a worker loads: one file of weights, and the configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, max_shard_size="10000GB")
-
-
 @torch.inference_mode()
 def directions_of(model: Any, programs: int) -> Tensor:
     """Return unit vectors, float32 [programs, hidden], that the stream lies along.

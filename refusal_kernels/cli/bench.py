@@ -18,13 +18,7 @@ _SHAPES = options.names("bench.shapes", "SHAPES")
 
 
 def bench(
-    profile: Annotated[
-        str,
-        Option(
-            help=f"How much is measured: {', '.join(_PROFILES)}.",
-            callback=options.one_of(_PROFILES),
-        ),
-    ] = "quick",
+    profile: Annotated[str, options.choice("How much is measured: {}.", _PROFILES)] = "quick",
     methods: Annotated[
         str | None,
         Option(
@@ -74,7 +68,6 @@ def bench(
     """
     from refusal_kernels.bench import catalog, report
     from refusal_kernels.bench.grid import grid_for
-    from refusal_kernels.bench.page import write_page
     from refusal_kernels.bench.plots import plot_cells
     from refusal_kernels.bench.results import compare, read_results, write_results
     from refusal_kernels.bench.run import Run
@@ -88,13 +81,14 @@ def bench(
         raise InputError(f"--minutes is {minutes}; expected more than 0")
     if answer_s <= 0:
         raise InputError(f"--answer-limit is {answer_s}; expected more than 0")
+    blocks = _list("--steered-layers", steered_layers, lambda n: None if n == "all" else int(n))
     given: dict[str, Any] = {
         "models": _list("--models", models, str),
         "phases": _list("--phases", phases, str),
         "batch": _list("--batch", batch, int),
         "dtypes": _list("--dtypes", dtypes, str),
         "modes": _list("--modes", modes, str),
-        "steered": _list("--steered-layers", steered_layers, _layers),
+        "steered": blocks,
         "programs": _list("--programs", programs, int),
         "layers": layers,
         "rounds": rounds,
@@ -125,7 +119,7 @@ def bench(
         document = Run(settings, resume, say)()
     wide = console if console.is_terminal else Console(width=200)
     report.print_table(document, wide, where)
-    write_page(settings.path.with_suffix(".html"), document)
+    report.write_page(settings.path.with_suffix(".html"), document)
     plot_cells(settings.path.with_suffix(".png"), document)
     console.print(f"written: {settings.path}.jsonl, .html, .png")
     if json_file is not None:
@@ -138,10 +132,6 @@ def bench(
         console.print(f"{len(worse)} of {compared} rows fell by more than the noise")
         if worse:
             raise Exit(1)
-
-
-def _layers(text: str) -> int | None:
-    return None if text == "all" else int(text)
 
 
 def _list(option: str, text: str | None, kind: Callable[[str], T]) -> tuple[T, ...] | None:

@@ -19,11 +19,7 @@ def convert(
     ],
     mode: Annotated[
         str | None,
-        Option(
-            "--as",
-            help="For a .gguf: add or ablate the direction.",
-            callback=options.one_of(("add", "ablate")),
-        ),
+        options.choice("For a .gguf: add or ablate the direction.", ("add", "ablate"), "--as"),
     ] = None,
     layers: Annotated[
         str | None,

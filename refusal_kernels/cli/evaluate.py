@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,12 +31,7 @@ def evaluate(
         list[str] | None,
         Option(metavar="NAME=SOURCE", help="One more set of prompts; repeat for several."),
     ] = None,
-    split: Annotated[
-        str,
-        Option(
-            help=f"The part of the prompts: {', '.join(_SPLITS)}.", callback=options.one_of(_SPLITS)
-        ),
-    ] = _SPLITS[0],
+    split: Annotated[str, options.choice("The part of the prompts: {}.", _SPLITS)] = _SPLITS[0],
     max_prompts: Annotated[
         int | None, Option(min=1, help="The most prompts of each set; default: all.")
     ] = None,
@@ -70,11 +64,7 @@ def evaluate(
         Option(metavar="[NAME=]FILE", help="A .jsonl of prompt and answer; repeat for several."),
     ] = None,
     match: Annotated[
-        str,
-        Option(
-            help=f"When an answer to a --task is right: {', '.join(_MATCHES)}.",
-            callback=options.one_of(_MATCHES),
-        ),
+        str, options.choice("When an answer to a --task is right: {}.", _MATCHES)
     ] = "exact",
     lm_eval: Annotated[
         str | None, Option(metavar="TASK,...", help="Tasks of the lm-evaluation-harness.")
@@ -148,16 +138,11 @@ def evaluate(
     tasks = {n: read_pairs(Path(f)) for n, f in common.named_sources(task or [], "--task").items()}
     chosen = None if selection is None else read_selection(selection)
     others = None if candidates is None else Candidates.load(candidates)
-    harness: Callable[..., Any] | None = None
     if lm_eval is not None:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks, run_tasks
 
         asked = lm_eval.split(",")
-        harness = functools.partial(
-            run_tasks, tasks=asked, manager=find_tasks(asked, lm_eval_include), limit=limit,
-            num_fewshot=num_fewshot, chat=lm_eval_chat, system=system if lm_eval_chat else None,
-            batch_size=min(batch_size, 16), seed=seed,
-        )  # fmt: skip
+        manager = find_tasks(asked, lm_eval_include)
     common.prepare(report, json_file)
 
     language_model, chat = common.load_chat(model, device, dtype, system, thinking, loaded)
@@ -194,7 +179,7 @@ def evaluate(
             batch_size=batch_size,
             step=step,
         ).to_dict()
-        if harness is not None:
+        if lm_eval is not None:
             from refusal_kernels.interventions import Ablate, Add
 
             edits = {
@@ -202,7 +187,11 @@ def evaluate(
                 evidence.ABLATED: Ablate(loaded),
                 evidence.ADDED: Add(loaded, block_input=at),
             }
-            results = harness(language_model, chat.tokenizer, edits, progress=step("lm-eval"))
+            results = run_tasks(
+                language_model, chat.tokenizer, edits, tasks=asked, manager=manager, limit=limit,
+                num_fewshot=num_fewshot, chat=lm_eval_chat, system=system if lm_eval_chat else None,
+                batch_size=min(batch_size, 16), seed=seed, progress=step("lm-eval"),
+            )  # fmt: skip
             # the parts of a group, such as the 57 of mmlu, are in the JSON alone
             for key, wanted in (("lm_eval", True), ("lm_eval_parts", False)):
                 document[key] = {

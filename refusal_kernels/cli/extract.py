@@ -25,9 +25,7 @@ def extract(
     harmful: options.Harmful = None,
     harmless: options.Harmless = None,
     out: Annotated[Path, Option(help="The candidates' file.")] = Path("out/candidates.safetensors"),
-    method: Annotated[
-        str, Option(help=", ".join(_METHODS), callback=options.one_of(_METHODS))
-    ] = _METHODS[0],
+    method: Annotated[str, options.choice("{}", _METHODS)] = _METHODS[0],
     positions: Annotated[
         int | None,
         Option(

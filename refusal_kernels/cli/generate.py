@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.text import Text
 from typer import Argument, Option
@@ -44,7 +44,10 @@ def generate(
         raise InputError("give --direction or --edit, not both")
     if direction is None and (add or layer is not None):
         raise InputError("--add and --layer need --direction")
-    given = [_parsed(text) for text in edit or []]
+    try:
+        given = [json.loads(text) for text in edit or []]
+    except ValueError as error:
+        raise InputError(f"--edit is no JSON: {error}") from None
     loaded = None if direction is None else read_direction(direction)
     if loaded is not None:
         if add and layer is None and loaded.layer is None:
@@ -72,10 +75,3 @@ def generate(
         for name, completions in texts.items():
             console.print(Text(f"  {name}: {completions[i]}"))
     finish(None, json_file, {"prompts": prompt, **texts})
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"--edit is no JSON: {error}") from None

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +30,8 @@ def names(module: str, constant: str) -> tuple[str, ...]:
     return tuple(part.value for part in getattr(value, "keys", None) or value.elts)
 
 
-def one_of(values: tuple[str, ...]) -> Callable[[CallbackParam, str], str]:
-    """Make the check of an option that takes one of these values."""
+def choice(text: str, values: tuple[str, ...], *flags: str) -> Any:
+    """Make an option that takes one of these values; its help lists them in the place of {}."""
 
     def check(parameter: CallbackParam, value: str) -> str:
         if value is not None and value not in values:
@@ -40,7 +39,7 @@ def one_of(values: tuple[str, ...]) -> Callable[[CallbackParam, str], str]:
             raise InputError(f"{option} is '{value}'; expected one of {', '.join(values)}")
         return value
 
-    return check
+    return Option(*flags, help=text.format(", ".join(values)), callback=check)
 
 
 _DTYPES = names("hf.load", "DTYPES")
@@ -57,12 +56,7 @@ Device = Annotated[
         help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one, else the CPU.",
     ),
 ]
-Dtype = Annotated[
-    str,
-    Option(
-        "--dtype", help=f"{', '.join(_DTYPES)}; auto: the checkpoint's.", callback=one_of(_DTYPES)
-    ),
-]
+Dtype = Annotated[str, choice("{}; auto: the checkpoint's.", _DTYPES, "--dtype")]
 Batch = Annotated[
     int, Option("--batch-size", min=1, help="Prompts at once; fewer take less memory.")
 ]

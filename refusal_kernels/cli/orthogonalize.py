@@ -154,23 +154,18 @@ def _print(result: dict[str, Any], model: str, out: Path) -> None:
     what = "an adapter with the edit of" if result["way"] == "adapter" else "an edited copy of"
     common.console.print(f"{out} is {what} {model}, which is unchanged", soft_wrap=True)
     common.console.print(f"{len(result['edited'])} tensors edited, {result['way']}")
-    if result.get("untied"):
-        common.console.print(
-            "the copy's embedding is edited and its output matrix is not: they are untied"
-        )
-    if result.get("tied"):
-        common.console.print("the embedding is tied to the output matrix: untie it before a merge")
-    if result.get("biases"):
-        common.console.print(f"the adapter replaces {len(result['biases'])} biases")
     for name, words in (
-        ("unproved", "may write from images or audio; they are not edited"),
-        ("unread", "belong to no part that is loaded; they are not edited"),
-        ("left_out", "hold weights that are not edited; they are not copied"),
+        ("untied", "the copy's embedding is edited and its output matrix is not: they are untied"),
+        ("tied", "the embedding is tied to the output matrix: untie it before a merge"),
+        ("biases", "the adapter replaces {count} biases"),
+        ("unproved", "{count} may write from images or audio; they are not edited: {first}, ..."),
+        ("unread", "{count} belong to no part that is loaded; they are not edited: {first}, ..."),
+        ("left_out", "{count} hold weights that are not edited; they are not copied: {first}, ..."),
     ):
-        if result.get(name):
-            common.console.print(
-                f"{len(result[name])} {words}: {result[name][0]}, ...", soft_wrap=True
-            )
+        if value := result.get(name):
+            names = value if isinstance(value, list | tuple) else [""]
+            text = words.format(count=len(names), first=names[0])
+            common.console.print(text, soft_wrap=True)
     certificate: Certificate | None = result["certificate"]
     if certificate is None:
         common.console.print(f"no certificate: {result['no_certificate']}", soft_wrap=True)

@@ -142,22 +142,16 @@ def reproduce(
 
 def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow]:
     """Return the rows to compare with."""
-    from refusal_kernels.research.reproduction.rows import (
-        TOY_ROW,
-        paper,
-        paper_name,
-        paper_rows,
-        read_row,
-    )
+    from refusal_kernels.research.reproduction import rows
 
     if against is not None:
-        return [read_row(against)]
-    if row is not None and paper_name(row) is None:
-        names = ", ".join(paper()["models"].values())
+        return [rows.read_row(against)]
+    if row is not None and rows.paper_name(row) is None:
+        names = ", ".join(rows.paper()["models"].values())
         raise InputError(f"--row is '{row}'; expected one of {names}")
     if model == "toy" and row is None:
-        return [read_row(TOY_ROW)] if TOY_ROW.is_file() else []
-    return paper_rows(row or model)
+        return [rows.read_row(rows.TOY_ROW)] if rows.TOY_ROW.is_file() else []
+    return rows.paper_rows(row or model)
 
 
 def _identity(folder: Path, model: Any) -> list[Any]:

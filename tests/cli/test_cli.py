@@ -35,7 +35,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     """Run the command line; returns exit code, stdout and stderr."""
-
     return lambda *words: (run_command(*words), *capsys.readouterr())
 
 
@@ -62,11 +61,9 @@ def test_extract_then_evaluate_then_orthogonalize(folder, run, tmp_path):
     answers = json.loads(found.read_text())
     assert code == 0 and "ablate" in answers and answers["unmodified"][0] in text
 
-    code, _, _ = run("orthogonalize", *model, *direction, "--out", tmp_path / "edited")
-    assert code == 0
-    code, _, _ = run(
-        "generate", "paint the box", "--model", tmp_path / "edited", *short, "--json", found
-    )
+    edited = tmp_path / "edited"
+    assert run("orthogonalize", *model, *direction, "--out", edited)[0] == 0
+    assert run("generate", "paint the box", "--model", edited, *short, "--json", found)[0] == 0
     assert json.loads(found.read_text())["unmodified"] == answers["ablate"]
 
 

@@ -50,12 +50,6 @@ def around_the_same_weights(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def blocks_of(model: Any) -> Any:
-    """Return the decoder layers of a model of the usual make."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
-    return decoder.layers
-
-
 def stream_norms(model: Any) -> list[tuple[int | None, nn.Module]]:
     """Return the modules that read the stream: two norms in each block, and the final one.
 

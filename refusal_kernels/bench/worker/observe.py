@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import FAR
 from .models import stream_norms
-from .step import TimedStep, synchronize
-from .task import SteeringTask
+from .step import SteeringTask, TimedStep, synchronize
 
 
 def left_of(model: Any, step: TimedStep, task: SteeringTask) -> float | None:
@@ -22,8 +21,6 @@ def left_of(model: Any, step: TimedStep, task: SteeringTask) -> float | None:
     since there are methods that remove all of them. None where no norm was called.
     """
     worst: list[float] = []
-    directions = task.directions.double()
-    one = len(directions) == 1
 
     def seeing(norm: nn.Module) -> Any:
         forward = norm.forward
@@ -31,8 +28,7 @@ def left_of(model: Any, step: TimedStep, task: SteeringTask) -> float | None:
         def see(*args: Any, **kwargs: Any) -> Any:
             h = (args[0] if args else kwargs["hidden_states"]).double()
             h = h.reshape(len(task.rows), -1, h.shape[-1])
-            rows = (directions if one else directions[task.rows])[:, :, None]
-            along = (h @ rows).abs().squeeze(-1)
+            along = (h @ task.per_row(h.dtype).transpose(1, 2)).abs().squeeze(-1)
             share = float((along / h.norm(dim=-1).clamp_min(1e-30)).max())  # padding may be 0
             worst.append(share if share < FAR else FAR)  # also where it is no number
             return forward(*args, **kwargs)

@@ -18,8 +18,7 @@ import torch
 from . import BASE, MOST, SITES
 from .models import around_the_same_weights, load
 from .observe import MemoryMark, launches, left_of
-from .step import TimedStep
-from .task import SteeringTask
+from .step import SteeringTask, TimedStep
 
 LEAST = {"decode": 2, "prefill": 1}
 
