@@ -178,7 +178,6 @@ PROFILES = {
 # last cell within two hours. The largest model comes first, since the cells that follow share the
 # rest of the time, and small models need less of it.
 ON_CPU: dict[str, dict[str, Any]] = {
-    "smoke": {},
     "quick": {"shape_layers": 4, "shared": True},
     "models": {"shape_layers": 6, "shared": True},
     "full": {
@@ -195,7 +194,7 @@ def grid_for(profile: str, device: str, given: dict[str, Any]) -> Grid:
     kind = device.split(":")[0]
     grid = PROFILES[profile]
     if kind == "cpu":
-        grid = replace(grid, **ON_CPU[profile])
+        grid = replace(grid, **ON_CPU.get(profile, {}))
     elif profile != "smoke":
         grid = replace(grid, dtypes=("bfloat16", "float16"), modes=MODES["cuda"])
     chosen = {name: value for name, value in given.items() if value is not None}

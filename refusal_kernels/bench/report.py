@@ -49,12 +49,11 @@ def columns(row: Mapping[str, Any]) -> list[str]:
     memory = number(row["memory_mib"], "{:.0f}")
     if row["method"] != BASE:
         memory += number(row["base_memory_mib"], " of {:.0f}")
-    launches = number(row["launches"], "{}")
     return [
         number(row["tokens_per_second"], "{:.4g}"),
         ratio_text(row),
         memory,
-        launches,
+        number(row["launches"], "{}"),
         number(row["residual"], "{:.0e}"),
         number(row["logits_error"], "{:.0e}") + number(row["base_logits_error"], " / {:.0e}"),
         VERDICTS[row["verdict"]],

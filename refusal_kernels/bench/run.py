@@ -62,8 +62,6 @@ class Run:
         self.done, self.total = 0, 0
         self.folder = Path()
 
-    # --- the whole
-
     def __call__(self) -> dict[str, Any]:
         """Measure everything. Ctrl-C writes what was measured and is raised again."""
         complete, plan = False, self._plan()
@@ -137,8 +135,9 @@ class Run:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _weights(self, cell: BenchCell, config: Any, folder: Path) -> Any:
-        model = shapes.build(cell.model, config, cell.dtype)
-        model.save_pretrained(folder, max_shard_size="10000GB")  # one file, which workers load
+        built = shapes.build(cell.model, config, cell.dtype)
+        built.save_pretrained(folder, max_shard_size="10000GB")  # one file
+        del built
         # from the file, as the workers load it; a GPU is faster, also in float64
         return load(str(folder), cell.dtype, self.settings.device if self._on_gpu() else "cpu")
 
@@ -168,8 +167,6 @@ class Run:
 
     def _all(self, cell: BenchCell, status: str) -> None:
         self.rows += [self._row(cell, method.name, status) for method in self.settings.methods]
-
-    # --- a cell
 
     def _cell(self, cell: BenchCell, model: Any, folder: Path) -> None:
         start = time.monotonic()
@@ -329,8 +326,6 @@ class Run:
                 self._ask(name, {"do": "close"})
         bad = [name for name in times if rows[name]["status"] != results.OK]
         return {name: both for name, both in times.items() if name not in bad}, per_round
-
-    # --- the document
 
     def write(self, complete: bool) -> dict[str, Any]:
         """Write the document, and return it."""

@@ -55,9 +55,7 @@ def convert(
     )
     facts: dict[str, Any]
     if isinstance(content, ControlVector):
-        facts = {
-            "as": content.mode, "layers": content.layers, "strengths": list(content.strengths)
-        }  # fmt: skip
+        facts = {"as": content.mode, "layers": content.layers, "strengths": [*content.strengths]}
     elif isinstance(content, Direction):
         names = ("layer", "position", "norm", "hidden", "model")
         facts = {name: getattr(content, name) for name in names}

@@ -147,10 +147,8 @@ def evaluate(
 
     language_model, chat = common.load_chat(model, device, dtype, system, thinking, loaded)
     context = context_of(language_model)
-    passages = {
-        name: read_passages(Path(file), chat, context)
-        for name, file in common.named_sources(text or [], "--text").items()
-    }
+    files = common.named_sources(text or [], "--text")
+    passages = {name: read_passages(Path(file), chat, context) for name, file in files.items()}
     if model == "toy":
         plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
         tasks = {**toy.skills(), **tasks}

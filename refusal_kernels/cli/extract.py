@@ -101,10 +101,8 @@ def extract(
         candidates.save(out)
         norms = candidates.vectors.norm(dim=-1)  # [position, layer]
         common.console.print(_table(norms, model, method))
-        document = {
-            "candidates": str(out), "norm": norms.tolist(), "model": model, "method": method
-        }  # fmt: skip
-        common.finish(out, json_file, document)
+        document = {"norm": norms.tolist(), "model": model, "method": method}
+        common.finish(out, json_file, {"candidates": str(out), **document})
         if method == MEAN_DIFFERENCE:
             state.unlink(missing_ok=True)
 

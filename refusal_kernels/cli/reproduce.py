@@ -105,7 +105,7 @@ def reproduce(
         passages = paper.toy_texts(chat)
     elif not passages and texts != 0:
         passages = paper.read_paper_texts(chat, texts or paper.PASSAGES)
-    about = common.provenance(model, language_model)
+    about, of_paper = common.provenance(model, language_model), paper_name(row or model)
     inputs = paper.ProtocolInputs(
         name=about["model"],
         model=language_model,
@@ -114,9 +114,7 @@ def reproduce(
         texts=passages,
         skills=toy.skills() if model == "toy" else {},
         # the paper's table for the models of the paper; None: found in the model's refusals
-        refusal_tokens=paper_refusal_tokens(language_model, chat)
-        if paper_name(row or model)
-        else None,
+        refusal_tokens=paper_refusal_tokens(language_model, chat) if of_paper else None,
         direction=given,
         benchmarks=suite,
         max_new_tokens=max_new_tokens or (64 if model == "toy" else 512),

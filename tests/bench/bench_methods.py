@@ -33,9 +33,7 @@ def steer(model, task):
 '''
 
 DIES_OF_FLOAT32 = HALF.replace(
-    "def steer(model, task):\n",
-    "def steer(model, task):\n    import os, torch\n"
-    "    if model.dtype == torch.float32:\n        os._exit(7)\n",
+    "    r =", "    if str(model.dtype) == 'torch.float32': __import__('os')._exit(7)\n    r ="
 )
 
 SLOW = SLEEPS.replace("0.2", "2")

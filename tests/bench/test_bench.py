@@ -178,14 +178,11 @@ def test_a_cell_that_was_cut_in_its_rounds_is_measured_again(bench, monkeypatch)
 def test_interrupted_it_keeps_what_is_there_and_resume_finishes(tmp_path, bench, method, by):
     """Ctrl-C, or the end of a job, while the second cell is prepared."""
     mark = tmp_path / "mark"
-    slow = method(
-        "slow",
-        HALF.replace(
-            "    yield",
-            f"    if task.work == 'prefill' and not __import__('os').path.exists({str(mark)!r}):\n"
-            f"        open({str(mark)!r}, 'w').close(); __import__('time').sleep(600)\n    yield",
-        ),
+    waits = (
+        f"    if task.work == 'prefill' and not __import__('os').path.exists({str(mark)!r}):\n"
+        f"        open({str(mark)!r}, 'w').close(); __import__('time').sleep(600)\n    yield"
     )
+    slow = method("slow", HALF.replace("    yield", waits))
     given = ["--methods", slow, "--phases", "decode,prefill"]
     options = "-m refusal_kernels bench --profile smoke --device cpu --threads 1 --out".split()
     command = [sys.executable, *options, str(tmp_path / "out"), *given]
