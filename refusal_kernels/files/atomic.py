@@ -62,20 +62,12 @@ def sweep(path: Path) -> None:
     """Remove the temporary files that killed processes left beside a file (see `replacing`)."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if not pid.isdigit() or _alive(int(pid)):
-            continue
-        with suppress(OSError):  # gone already, or not ours to remove
-            temporary.unlink()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # someone else's
-        pass
-    return True
+        with suppress(OSError, OverflowError):  # someone else's, or gone already
+            try:
+                if pid.isdigit():
+                    os.kill(int(pid), 0)
+            except ProcessLookupError:
+                temporary.unlink()
 
 
 def write_json(path: Path, document: Any) -> None:

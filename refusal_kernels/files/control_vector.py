@@ -227,6 +227,8 @@ class ControlVector:
                 f"the architecture is {metadata.get('general.architecture')!r}; "
                 f"expected a control vector ({ARCHITECTURE!r})"
             )
+        if any(key.startswith("dspark.") for key in metadata) and "glp.mode" not in metadata:
+            raise InputError("its keys are those from before GLP (dspark.*); expected glp.mode")
         rows: dict[tuple[int, int], Tensor] = {}
         for name, row in tensors.items():
             match = _NAME.fullmatch(name)
@@ -234,10 +236,13 @@ class ControlVector:
                 raise InputError(f"a tensor is named {name!r}; expected direction.N with N from 1")
             rows[int(match[1]), int(match[2] or 0)] = row
         rows = dict(sorted(rows.items()))
-        mode, alpha = _glp(metadata, rows) if _is_glp(metadata) else ("add", lambda block, j: 1.0)
-        if mode == "add" and any(j for _, j in rows):
-            raise InputError("several directions per layer to add; expected one")
-        if mode == "add":  # adding nothing is a way to leave a layer out
+        mode, alpha = "add", lambda block, j: 1.0
+        if any(key.startswith("glp.") for key in metadata):
+            mode, alpha = _glp(metadata, rows)
+        if mode == "add":
+            if any(j for _, j in rows):
+                raise InputError("several directions per layer to add; expected one")
+            # adding nothing is a way to leave a layer out
             rows = {key: row for key, row in rows.items() if row.any()}
         # where it was read, if that is not where it acts: legal, and worth a warning
         derived = _text(metadata, "glp.derived_at") or SITE
@@ -266,12 +271,6 @@ def _digest(rows: list[Tensor]) -> str:
 def _text(metadata: Mapping[str, Any], key: str) -> str | None:
     value = metadata.get(key)
     return value if isinstance(value, str) and value else None
-
-
-def _is_glp(metadata: Mapping[str, Any]) -> bool:
-    if any(key.startswith("dspark.") for key in metadata) and "glp.mode" not in metadata:
-        raise InputError("its keys are those from before GLP (dspark.*); expected glp.mode")
-    return any(key.startswith("glp.") for key in metadata)
 
 
 def _glp(metadata: Mapping[str, Any], rows: Mapping[tuple[int, int], Tensor]) -> tuple[str, Any]:

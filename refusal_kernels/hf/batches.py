@@ -1,8 +1,8 @@
 """Prompts as tokens, in batches of similar length."""
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,11 @@ class Batch(NamedTuple):
     attention_mask: Tensor  # int64 [batch, tokens]
 
 
-class Batches(Sequence[Batch]):
+class Batches:
     """Prompts in batches of similar length, the longest first, each made on access.
 
     This needs little padding, and a batch that is too large runs out of memory at the start. It
     keeps four bytes a token, less than the text of the prompts.
-
-    Attributes
-    ----------
-    tokens : Tensor
-        int32, the tokens of all prompts, concatenated.
-    ends : Tensor
-        int64 [prompts + 1]: prompt i is ``tokens[ends[i]:ends[i + 1]]``.
-    order : Tensor
-        int64 [prompts]: the order of the prompts in the batches.
     """
 
     def __init__(self, encoded: Iterable[Sequence[int]], pad_id: int, batch_size: int) -> None:
@@ -37,10 +28,11 @@ class Batches(Sequence[Batch]):
         for ids in encoded:
             tokens.extend(ids)
             lengths.append(len(ids))
-        self.tokens = torch.frombuffer(tokens, dtype=torch.int32)
+        self.tokens = torch.frombuffer(tokens, dtype=torch.int32)  # of all prompts, in a row
         counts = torch.frombuffer(lengths, dtype=torch.int64)
+        # int64 [prompts + 1]: prompt i is tokens[ends[i]:ends[i + 1]]
         self.ends = torch.cat([counts.new_zeros(1), counts.cumsum(dim=0)])
-        self.order = counts.argsort(descending=True, stable=True)
+        self.order = counts.argsort(descending=True, stable=True)  # of the prompts in the batches
         self.pad_id, self.batch_size = pad_id, batch_size
 
     @property
@@ -51,13 +43,10 @@ class Batches(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-self.prompts // self.batch_size)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
         start = range(len(self))[index] * self.batch_size
         rows = self.order[start : start + self.batch_size]
         begin, end = self.ends[rows].unsqueeze(-1), self.ends[rows + 1].unsqueeze(-1)

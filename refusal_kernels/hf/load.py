@@ -52,7 +52,10 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
     where = find_device(device)
-    if name != "toy" and not os.path.isdir(name) and _means_a_folder(name):
+    parent = os.path.dirname(name)
+    # no hub id, or inside a folder that is there
+    folder = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isdir(parent)
+    if folder and not os.path.isdir(name):
         raise InputError(f"model '{name}': there is no such folder")
     path = str(toy.PATH) if name == "toy" else name
     from huggingface_hub.utils import logging as hub_logging
@@ -75,9 +78,3 @@ def load(
             f"the model '{name}' has {hidden_size(model)}"
         )
     return model.to(where).eval(), tokenizer
-
-
-def _means_a_folder(name: str) -> bool:
-    """Whether a name can not be a hub id, or lies inside a folder that is there."""
-    parent = os.path.dirname(name)
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isdir(parent)

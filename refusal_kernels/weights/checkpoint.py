@@ -118,7 +118,10 @@ def orthogonalize_checkpoint(
         partial.mkdir(exist_ok=True)
         with _locked(partial):
             resumed = _write_all(partial, source, shards, plan, direction, key, along, progress)
-            _finish(partial, target)
+            (partial / STATE).unlink()
+            _sync(partial)
+            partial.rename(target)
+            _sync(target.parent)
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error.strerror or error}") from error
     return OrthogonalizedCheckpoint(
@@ -259,14 +262,6 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _finish(partial: Path, target: Path) -> None:
-    """Remove the state file and give the folder its name."""
-    (partial / STATE).unlink()
-    _sync(partial)
-    partial.rename(target)
-    _sync(target.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -23,6 +23,7 @@ from refusal_kernels.weights.shards import DTYPES, Shard, ShardTensor, inside
 from refusal_kernels.weights.writers import find_writers
 
 LIMIT_BUFFER = 64 << 20  # bytes: tables of positions and masks; a larger one stays on meta
+LOAD = "; load the model and use rk.orthogonalize, then save it"
 LIMIT_COUNT = 1 << 16  # of layers, heads or experts: each may be an object
 
 
@@ -63,12 +64,12 @@ def make_plan(
             axes[name] = axis
             parts[target] = parts.get(target, 0) + 1
     for target in writers.axes:
-        merged = names.merged(target, parts)
-        expected = parameters[target].shape[0] if merged else 1
-        if parts.get(target, 0) != expected:
+        there = parts.get(target, 0)
+        expected = parameters[target].shape[0] if there and target in names.merged else 1
+        if there != expected:
             raise InputError(
-                f"the checkpoint has {parts.get(target, 0)} tensors for {target}; the model of its "
-                f"configuration has {expected}"
+                f"the checkpoint has {there} tensors for {target}; the model of its configuration "
+                f"has {expected}"
             )
     return CheckpointPlan(
         axes, _head(model, names, entries, axes), sorted(unread), writers.unproved
@@ -160,16 +161,12 @@ def _as_known() -> Iterator[None]:
 
         raise InputError(
             f"transformers {transformers.__version__} names the tensors of a checkpoint in a way "
-            f"that is not known here ({first_line(error)}); load the model and use "
-            "rk.orthogonalize, then save it"
+            f"that is not known here ({first_line(error)}){LOAD}"
         ) from error
 
 
 class _TensorNames:
-    """Maps the tensors of a checkpoint to parameters, as transformers loads them.
-
-    It has no public function for it. This uses what PEFT uses, and reports a version that lacks it.
-    """
+    """Maps a checkpoint's tensors to parameters as transformers does, by what PEFT uses."""
 
     def __init__(self, model: Any) -> None:
         with _as_known():
@@ -182,7 +179,7 @@ class _TensorNames:
         self._model = model
         self._prefix = model.base_model_prefix
         self._there = model.state_dict()
-        self._merged: set[str] = set()
+        self.merged: set[str] = set()  # parameters that were merged of several tensors
 
     def target(self, name: str) -> tuple[str, Any]:
         """Return the parameter's name, and the converter that makes it, or None."""
@@ -196,7 +193,7 @@ class _TensorNames:
                 return target, None
             converter = next(c for c in self._converters if pattern in c.source_patterns)
             if any(type(op).__name__ == "MergeModulelist" for op in converter.operations):
-                self._merged.add(target)
+                self.merged.add(target)
         return target, converter
 
     def in_files(self, parameter: str, tensor: Tensor) -> str:
@@ -206,10 +203,6 @@ class _TensorNames:
 
             (name,) = revert_weight_conversion(self._model, {parameter: tensor})
         return str(name)
-
-    def merged(self, target: str, parts: dict[str, int]) -> bool:
-        """Whether a parameter was merged of several tensors."""
-        return target in self._merged and target in parts
 
 
 def _placed(
@@ -227,8 +220,7 @@ def _placed(
             axis = {a: b, b: a}.get(axis, axis)
         else:
             raise InputError(
-                f"{target} is put together by {kind} when the checkpoint is loaded; load the model "
-                "and use rk.orthogonalize, then save it"
+                f"{target} is put together by {kind} when the checkpoint is loaded{LOAD}"
             )
     return tuple(shape), axis
 
@@ -239,10 +231,7 @@ def _check(entry: ShardTensor, shape: tuple[int, ...], axis: int, hidden: int) -
             f"{entry.name} is {entry.dtype}; expected one of {', '.join(DTYPES)}, not quantized"
         )
     if axis < len(shape) - 2:
-        raise InputError(
-            f"{entry.name} has the stream along axis {axis} of {len(shape)}; load the model and "
-            "use rk.orthogonalize, then save it"
-        )
+        raise InputError(f"{entry.name} has the stream along axis {axis} of {len(shape)}{LOAD}")
     if entry.shape != shape or shape[axis] != hidden or not math.prod(shape):
         raise InputError(
             f"{entry.name} is {list(entry.shape)}; the model of its configuration has {list(shape)}"
@@ -263,10 +252,7 @@ def _head(
     there = [name for name in entries if names.target(name)[0] == head and name not in edited]
     name = there[0] if there else names.in_files(head, output.weight)
     if len(edited) != 1 or names.target(name)[0] != head or len(there) > 1:
-        raise InputError(
-            f"{head} is tied to the embedding and cannot be untied in the files; load the model "
-            "and use rk.orthogonalize, then save it"
-        )
+        raise InputError(f"{head} is tied to the embedding and cannot be untied in the files{LOAD}")
     return name, edited[0]
 
 

@@ -60,7 +60,9 @@ class StreamFlow(TorchDispatchMode):
 
     def __enter__(self) -> "StreamFlow":
         for name, module in self._model.named_modules():
-            enter = module.register_forward_pre_hook(self._entering(name), prepend=True)
+            enter = module.register_forward_pre_hook(
+                lambda module, args, name=name: self._where.append((name, module)), prepend=True
+            )
             leave = module.register_forward_hook(self._leaving, always_call=True)
             self._hooks += [enter, leave]
         super().__enter__()
@@ -71,9 +73,6 @@ class StreamFlow(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         self.lineages.clear()
-
-    def _entering(self, name: str) -> Callable[..., None]:
-        return lambda module, args: self._where.append((name, module))
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._where and self._where[-1][1] is module:

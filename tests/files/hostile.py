@@ -73,7 +73,6 @@ def tensor_info(name: str, hidden: int, kind: int = 0, offset: int = 0, rank: in
 
 
 HUGE = 1 << 60
-NONE = [("Q", 0)]
 
 
 def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -95,8 +94,8 @@ def groups_of(count: int) -> dict[str, Any]:
     header["__metadata__"]["groups"] = json.dumps([str(i) for i in range(count)])
     header["__metadata__"]["metadata"] = "{}"
     shape = [200, 1, 8, 1]
-    for name, dtype, end in (("count", "I64", 0), ("mean", "F64", 0), ("m2", "F64", 0)):
-        header[name] = {"dtype": dtype, "shape": [0], "data_offsets": [0, end]}
+    for name, dtype in (("count", "I64"), ("m2", "F64")):
+        header[name] = {"dtype": dtype, "shape": [0], "data_offsets": [0, 0]}
     header["mean"] = {"dtype": "F64", "shape": shape, "data_offsets": [0, 12800]}
     return header
 

@@ -19,7 +19,7 @@ from refusal_kernels.files.control_vector import SITE, ControlVector
 from refusal_kernels.files.convert import convert, read
 from refusal_kernels.files.tensors import write_tensors
 
-LAYERS = 5
+LAYERS, IDS = 5, torch.arange(12).view(2, 6)
 
 
 def refused(match: str, call: Any, *arguments: Any, **options: Any) -> None:
@@ -31,7 +31,7 @@ def refused(match: str, call: Any, *arguments: Any, **options: Any) -> None:
 # What a runtime does, as hooks at the place where llama.cpp has build_cvec: the block's output.
 
 
-def logits_as_llama_cpp(model: Any, rows: dict[int, Any], ids: torch.Tensor) -> torch.Tensor:
+def logits_as_llama_cpp(model: Any, rows: dict[int, Any]) -> torch.Tensor:
     """Run with ``direction.N`` as rows[N] = function of the stream, after block N."""
     hooks = [
         model.get_decoder()
@@ -44,54 +44,50 @@ def logits_as_llama_cpp(model: Any, rows: dict[int, Any], ids: torch.Tensor) -> 
         for block, edit in rows.items()
     ]
     try:
-        return model(ids).logits
+        return model(IDS).logits
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def check_patched(model: Any, edits: list[Any], expected: torch.Tensor) -> None:
+    """Compare the logits of a patched model, which are not those of the unmodified one."""
+    with rk.patch(model, *edits):
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - model(IDS).logits).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_an_addition_acts_where_llama_cpp_has_it(tmp_path: Path, family: str) -> None:
     model = tiny_model(family, num_hidden_layers=LAYERS)
-    ids = torch.arange(12).view(2, 6)
     rows = {n: random_direction(seed=n, scale=0.3).vector for n in (1, 3, LAYERS - 1)}
-    path = write(
-        tmp_path / "a.gguf",
-        numpy(rows),
-        controlvector__model_hint=family,
-        controlvector__layer_count=3,
-    )
-    expected = logits_as_llama_cpp(model, {n: lambda h, v=v: h + v for n, v in rows.items()}, ids)
-    plain = model(ids).logits
+    keys = {"controlvector__model_hint": family, "controlvector__layer_count": 3}
+    path = write(tmp_path / "a.gguf", numpy(rows), **keys)
+    expected = logits_as_llama_cpp(model, {n: lambda h, v=v: h + v for n, v in rows.items()})
     vector = ControlVector.load(path)
     assert vector.layers == [2, 4, 5] and vector.model_hint == family
-    with rk.patch(model, *vector.interventions(LAYERS)):
-        found = model(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (expected - plain).abs().max() > 0.1
+    check_patched(model, vector.interventions(LAYERS), expected)
     # one layer earlier or later is another edit
     for shift in (-1, 1):
         moved = {n + shift: lambda h, v=v: h + v for n, v in rows.items() if n + shift < LAYERS}
-        assert (logits_as_llama_cpp(model, moved, ids) - found).abs().max() > 0.1
+        assert (logits_as_llama_cpp(model, moved) - expected).abs().max() > 0.1
 
 
 def test_what_is_written_acts_as_the_addition_it_was_made_from(tmp_path: Path) -> None:
-    model, ids = tiny_model(num_hidden_layers=LAYERS), torch.arange(12).view(2, 6)
+    model = tiny_model(num_hidden_layers=LAYERS)
     direction = random_direction(layer=3)
     direction.save(tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", mode="add", scale=-0.5)
     (tensor,) = gguf.GGUFReader(tmp_path / "a.gguf").tensors
     assert tensor.name == "direction.2"  # the output of block 2 is the input of block 3
     vector = torch.tensor(tensor.data)
-    with rk.patch(model, rk.Add(direction, coefficient=-0.5, block_input=3)):
-        expected = model(ids).logits
-    found = logits_as_llama_cpp(model, {2: lambda h: h + vector}, ids)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected = logits_as_llama_cpp(model, {2: lambda h: h + vector})
+    check_patched(model, [rk.Add(direction, coefficient=-0.5, block_input=3)], expected)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0])
 def test_a_projection_acts_where_glp_has_it(tmp_path: Path, alpha: float) -> None:
-    model, ids = tiny_model(num_hidden_layers=LAYERS), torch.arange(12).view(2, 6)
+    model = tiny_model(num_hidden_layers=LAYERS)
     direction = random_direction(layer=None)
     direction.save(tmp_path / "a.safetensors")
     target = tmp_path / "a.glp.gguf"
@@ -104,13 +100,10 @@ def test_a_projection_acts_where_glp_has_it(tmp_path: Path, alpha: float) -> Non
     def project(h: torch.Tensor) -> torch.Tensor:
         return h - alpha * (h @ d).unsqueeze(-1) * d
 
-    expected = logits_as_llama_cpp(model, dict.fromkeys((1, 3, 4), project), ids)
+    expected = logits_as_llama_cpp(model, dict.fromkeys((1, 3, 4), project))
     vector = ControlVector.load(target)
     assert vector.mode == "ablate" and vector.strengths == (alpha,) * 3
-    with rk.patch(model, *vector.interventions(LAYERS)):
-        found = model(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (expected - model(ids).logits).abs().max() > 0.1
+    check_patched(model, vector.interventions(LAYERS), expected)
 
 
 def test_a_basis_with_its_own_strengths(tmp_path: Path) -> None:
@@ -126,16 +119,14 @@ def test_a_basis_with_its_own_strengths(tmp_path: Path) -> None:
     )
     vector = ControlVector.load(path)
     assert vector.layers == [2, 3] and vector.strengths == (2.0, 1.0, 6.0, 3.0)
-    model, ids = tiny_model(num_hidden_layers=LAYERS), torch.arange(12).view(2, 6)
+    model = tiny_model(num_hidden_layers=LAYERS)
 
     def project(one: int, other: int, a: float, b: float) -> Any:
         u, v = basis[one], basis[other]
         return lambda h: h - a * (h @ u).unsqueeze(-1) * u - b * (h @ v).unsqueeze(-1) * v
 
     edits = {1: project(0, 1, 2.0, 1.0), 2: project(1, 0, 6.0, 3.0)}
-    expected = logits_as_llama_cpp(model, edits, ids)
-    with rk.patch(model, *vector.interventions(LAYERS)):
-        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    check_patched(model, vector.interventions(LAYERS), logits_as_llama_cpp(model, edits))
     refused("not written", vector.save, tmp_path / "b.glp.gguf", glp=True)
     refused("2 directions at layers", convert, path, tmp_path / "b.safetensors", layers=(2,))
 
@@ -221,6 +212,11 @@ def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
     assert not target.exists() and not (tmp_path / "b.safetensors").exists()
 
 
+ONE = {"direction.1": UNIT[0]}
+TWO = {"direction.1": UNIT[0], "direction.1.1": UNIT[1]}
+RANK_2 = {"glp__rank": 2, "glp__spec_version": 2}
+
+
 @pytest.mark.parametrize(
     ("tensors", "keys", "message"),
     [
@@ -229,39 +225,33 @@ def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
         ({"direction.01": UNIT[0]}, {}, r"direction\.01"),
         ({"direction.-1": UNIT[0]}, {}, "direction.-1"),
         ({"blk.1.weight": UNIT[0]}, {}, "blk.1.weight"),
-        ({"direction.1": UNIT[0], "direction.1.1": UNIT[1]}, {}, "several directions per layer"),
+        (TWO, {}, "several directions per layer"),
         ({"direction.1": UNIT[0], "direction.2": UNIT[1][:8]}, {}, "different hidden sizes"),
         ({"direction.1": torch.zeros(8)}, {}, "one at least"),
         ({"direction.1": torch.full((8,), torch.nan)}, {}, "NaN"),
         ({"direction.1": np.ones(8, dtype=np.float16)}, {}, "expected float32"),
         ({"direction.1": torch.ones(2, 4)}, {}, "2 dimensions"),
-        ({"direction.1": UNIT[0]}, {"architecture": "llama"}, "architecture is 'llama'"),
-        ({"direction.1": UNIT[0]}, {"dspark__mode": "project"}, "before GLP"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__mode": "ablate"}, "glp.mode is 'ablate'"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__mode": 1}, "glp.mode is 1"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__spec_version": 3}, "spec_version is 3"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__hook_point": "ffn_out_pre_residual"},
-         "ffn_out_pre_residual"),
+        (ONE, {"architecture": "llama"}, "architecture is 'llama'"),
+        (ONE, {"dspark__mode": "project"}, "before GLP"),
+        (ONE, {**PROJECT, "glp__mode": "ablate"}, "glp.mode is 'ablate'"),
+        (ONE, {**PROJECT, "glp__mode": 1}, "glp.mode is 1"),
+        (ONE, {**PROJECT, "glp__spec_version": 3}, "spec_version is 3"),
+        (ONE, {**PROJECT, "glp__hook_point": "ffn_out_pre_residual"}, "ffn_out_pre_residual"),
         ({"direction.1": 2 * UNIT[0]}, PROJECT, "not orthonormal"),
         ({"direction.1": torch.zeros(8)}, PROJECT, "not orthonormal"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__alpha_default": float("inf")}, "finite"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__layer_ids_zero_based": "2"}, "zero_based"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__content_sha256": "0" * 64}, "damaged"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__rank": 2}, "glp.rank is 2"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__rank": 4_000_000_000}, "glp.rank is 4"),
-        ({"direction.1": UNIT[0]}, {**PROJECT, "glp__dir_scales": "1"}, "spec_version 2"),
-        ({"direction.1": UNIT[0], "direction.1.1": UNIT[1]}, {**PROJECT, "glp__rank": 2},
-         "spec_version 2"),
-        ({"direction.1": UNIT[0], "direction.1.1": UNIT[1]},
-         {**PROJECT, "glp__rank": 2, "glp__spec_version": 2}, "without glp.orthonormal"),
+        (ONE, {**PROJECT, "glp__alpha_default": float("inf")}, "finite"),
+        (ONE, {**PROJECT, "glp__layer_ids_zero_based": "2"}, "zero_based"),
+        (ONE, {**PROJECT, "glp__content_sha256": "0" * 64}, "damaged"),
+        (ONE, {**PROJECT, "glp__rank": 2}, "glp.rank is 2"),
+        (ONE, {**PROJECT, "glp__rank": 4_000_000_000}, "glp.rank is 4"),
+        (ONE, {**PROJECT, "glp__dir_scales": "1"}, "spec_version 2"),
+        (TWO, {**PROJECT, "glp__rank": 2}, "spec_version 2"),
+        (TWO, {**PROJECT, **RANK_2}, "without glp.orthonormal"),
         ({"direction.1": UNIT[0], "direction.1.1": UNIT[0]},
-         {**PROJECT, "glp__rank": 2, "glp__spec_version": 2, "glp__orthonormal": True},
-         "not orthonormal"),
-        ({"direction.1": UNIT[0]},
-         {**PROJECT, "glp__spec_version": 2, "glp__layer_scales": "7:1"}, "layer_scales"),
-        ({"direction.1": UNIT[0]},
-         {**PROJECT, "glp__spec_version": 2, "glp__dir_scales": "1,1"}, "dir_scales"),
-        ({"direction.1": UNIT[0]}, {"glp__mode": "add", "glp__alpha_default": 4.0}, "its own"),
+         {**PROJECT, **RANK_2, "glp__orthonormal": True}, "not orthonormal"),
+        (ONE, {**PROJECT, "glp__spec_version": 2, "glp__layer_scales": "7:1"}, "layer_scales"),
+        (ONE, {**PROJECT, "glp__spec_version": 2, "glp__dir_scales": "1,1"}, "dir_scales"),
+        (ONE, {"glp__mode": "add", "glp__alpha_default": 4.0}, "its own"),
     ],
 )  # fmt: skip
 def test_control_vectors_that_can_not_be_followed_are_refused(
@@ -288,8 +278,8 @@ def test_the_papers_files_are_read(tmp_path: Path) -> None:
     direction.save(tmp_path / "small.safetensors")
     assert (tmp_path / "small.safetensors").stat().st_size < 1000
 
-    found = read(tmp_path / "mean_diffs.pt")
-    assert isinstance(found, Candidates) and torch.equal(found.vectors, candidates.float())
+    several = read(tmp_path / "mean_diffs.pt")
+    assert isinstance(several, Candidates) and torch.equal(several.vectors, candidates.float())
     convert(tmp_path / "mean_diffs.pt", tmp_path / "candidates.safetensors")
     for source in ("mean_diffs.pt", "candidates.safetensors"):
         target = tmp_path / f"{source}.safetensors"

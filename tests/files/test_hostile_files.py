@@ -20,11 +20,10 @@ from hostile import HOSTILE, MARK, Runs, mutated, rebuilt, torch_zip
 from readers import read
 from safetensors.torch import save_file
 
-from refusal_kernels.direction import CANDIDATES, Candidates, Direction
+from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json
 from refusal_kernels.files.control_vector import ControlVector
-from refusal_kernels.files.tensors import write_tensors
 from refusal_kernels.research import plots
 from refusal_kernels.research.extraction.moments import Moments
 from refusal_kernels.research.reproduction.rows import RecordedRow, compare, recorded
@@ -41,27 +40,13 @@ def make_moments(path: Path) -> None:
     moments.save(path)
 
 
-def make_control_vector(path: Path, glp: bool) -> None:
-    direction = Direction(torch.randn(HIDDEN), "org/model", 3)
-    ControlVector.of(direction, "ablate" if glp else "add", (2, 3)).save(path, glp=glp)
-
-
-def make_candidates(path: Path) -> None:
-    write_tensors(path, CANDIDATES, {"candidates": torch.randn(2, 3, HIDDEN)}, {"model": "m"})
-
-
 def make_text(content: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(content, encoding="utf-8") and None
 
 
-def make_row(path: Path) -> None:
-    recorded({"bypass_score": -4.0, "substring_asr_ablation": 1.0}, "a", "b").save(path)
-
-
-def make_direction(path: Path) -> None:
-    Direction(torch.randn(HIDDEN), "org/model", 3, -1).save(path)
-
-
+VECTOR = torch.linspace(-1.0, 1.0, HIDDEN)
+DIRECTION = Direction(VECTOR, "org/model", 3, -1)
+CANDIDATES = VECTOR.expand(2, 3, HIDDEN).contiguous()
 SELECTION = json.dumps({
     "scores": [
         {"position": -1, "layer": 1, "bypass": 0.5, "induce": None, "kl": 0.1, "discarded": None}
@@ -72,13 +57,13 @@ SELECTION = json.dumps({
 
 # name of the file: how to write a good one
 READABLE: dict[str, Callable[[Path], None]] = {
-    "direction.safetensors": make_direction,
-    "candidates.safetensors": make_candidates,
+    "direction.safetensors": DIRECTION.save,
+    "candidates.safetensors": Candidates(CANDIDATES, "m").save,
     "moments.safetensors": make_moments,
-    "plain.gguf": lambda path: make_control_vector(path, False),
-    "glp.glp": lambda path: make_control_vector(path, True),
-    "direction.pt": lambda path: torch.save(torch.randn(HIDDEN), path),
-    "mean_diffs.pt": lambda path: torch.save(torch.randn(2, 3, HIDDEN), path),
+    "plain.gguf": ControlVector.of(DIRECTION, "add", (2, 3)).save,
+    "glp.glp": lambda path: ControlVector.of(DIRECTION, "ablate", (2, 3)).save(path, glp=True),
+    "direction.pt": lambda path: torch.save(VECTOR, path),
+    "mean_diffs.pt": lambda path: torch.save(CANDIDATES, path),
     "a.json": make_text('["one", {"prompt": "two", "n": [1.5e3, null]}]'),
     "a.jsonl": make_text('"one"\n{"instruction": "t\\u00e9a", "x": {}}\n'),
     "a.csv": make_text('goal,target\n"one, two",x\nthree,"y\nz"\n'),
@@ -86,7 +71,7 @@ READABLE: dict[str, Callable[[Path], None]] = {
     "pairs.jsonl": make_text('{"prompt": "a", "answer": "b"}\n'),
     "texts.jsonl": make_text('"one"\n{"text": "two"}\n'),
     "selection.json": make_text(SELECTION),
-    "row.json": make_row,
+    "row.json": recorded({"bypass_score": -4.0, "substring_asr_ablation": 1.0}, "a", "b").save,
     "document.json": make_text('{"weight_map": {"a": "b.safetensors"}, "n": -1}'),
 }
 

@@ -39,42 +39,38 @@ def run(capsys: Any, folder: Path, tmp_path: Path) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("way", ["shard by shard", "in memory"])
-def test_a_folder(way: str, folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
-    out = tmp_path / "edited"
-    options = ["--in-memory"] if way == "in memory" else []
-    code, found, text, err = run("--model", folder / "model", "--out", out, *options)
-    assert code == 0 and "error" not in err
-    assert found["model"] == str(out) and found["way"] == way
-    assert len(found["edited"]) == 13 and found["untied"] is True
-    certificate = found["certificate"]
-    assert certificate["problem"] is None and certificate["component"] < 1e-6
-    assert list(certificate["components"])[:2] == ["embed", "layers.0.attn"]
-    assert certificate["logit_difference"] < 1e-3 < certificate["effect"]
-    for words in (f"13 tensors edited, {way}", "untied", "certificate: on 64 tokens: |r.h| <="):
-        assert words in text
-    assert "layers.2 " in text and f"written: {out}" in text
+def test_a_folder(folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     expected = ablated(AutoModelForCausalLM.from_pretrained(folder / "model"))
-    model = AutoModelForCausalLM.from_pretrained(out)
-    is_close(model, expected, 2e-5 * float(expected.abs().max()))
-    assert AutoTokenizer.from_pretrained(out)("tea").input_ids
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["edited", "found.json"]
-
-
-def test_both_ways_write_the_same_tensors(
-    folder: Path, run: Callable[..., Any], tmp_path: Path
-) -> None:
-    for name, options in (("a", []), ("b", ["--in-memory", "--dtype", "float32"])):
-        assert run("--model", folder / "model", "--out", tmp_path / name, *options)[0] == 0
-    assert raw(tmp_path / "a") == raw(tmp_path / "b")
+    for way, options in (
+        ("shard by shard", []),
+        ("in memory", ["--in-memory", "--dtype", "float32"]),
+    ):
+        out = tmp_path / way
+        code, said, text, err = run("--model", folder / "model", "--out", out, *options)
+        assert code == 0 and "error" not in err
+        assert said["model"] == str(out) and said["way"] == way
+        assert len(said["edited"]) == 13 and said["untied"] is True
+        certificate = said["certificate"]
+        assert certificate["problem"] is None and certificate["component"] < 1e-6
+        assert list(certificate["components"])[:2] == ["embed", "layers.0.attn"]
+        assert certificate["logit_difference"] < 1e-3 < certificate["effect"]
+        for words in (f"13 tensors edited, {way}", "untied", "certificate: on 64 tokens: |r.h| <="):
+            assert words in text
+        assert "layers.2 " in text and f"written: {out}" in text
+        model = AutoModelForCausalLM.from_pretrained(out)
+        is_close(model, expected, 2e-5 * float(expected.abs().max()))
+        assert AutoTokenizer.from_pretrained(out)("tea").input_ids
+    assert raw(tmp_path / "shard by shard") == raw(tmp_path / "in memory")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["found.json", "in memory", "shard by shard"]
 
 
 def test_an_adapter(folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     out = tmp_path / "adapter"
-    code, found, text, _ = run("--model", folder / "model", "--out", out, "--lora")
-    assert code == 0 and found["way"] == "adapter" and found["tied"] is True
-    assert len(found["biases"]) == 6 and found["certificate"]["problem"] is None
+    code, said, text, _ = run("--model", folder / "model", "--out", out, "--lora")
+    assert code == 0 and said["way"] == "adapter" and said["tied"] is True
+    assert len(said["biases"]) == 6 and said["certificate"]["problem"] is None
     assert "untie it before a merge" in text and "6 biases" in text
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     expected = ablated(model)
@@ -86,12 +82,12 @@ def test_a_certificate_where_both_models_fit(
 ) -> None:
     model = ("--model", folder / "model")
     monkeypatch.setattr(command, "_fits", lambda *_: False)
-    code, found, text, _ = run(*model, "--out", tmp_path / "a")
-    assert code == 0 and found["certificate"] is None and "may not fit" in text
+    code, said, text, _ = run(*model, "--out", tmp_path / "a")
+    assert code == 0 and said["certificate"] is None and "may not fit" in text
     assert run(*model, "--out", tmp_path / "b", "--certify")[1]["certificate"]["problem"] is None
     monkeypatch.setattr(command, "_fits", lambda *_: True)
-    found = run(*model, "--out", tmp_path / "c", "--no-certify")[1]
-    assert found["certificate"] is None and found["no_certificate"] == "--no-certify"
+    said = run(*model, "--out", tmp_path / "c", "--no-certify")[1]
+    assert said["certificate"] is None and said["no_certificate"] == "--no-certify"
     assert contents(tmp_path / "a") == contents(tmp_path / "c")
 
 
@@ -102,16 +98,16 @@ def test_a_certificate_that_says_no_ends_in_an_error(
     monkeypatch.setattr(  # as if nothing had been edited
         certificate, "certify_checkpoint", lambda a, b, *rest: certify(a, a, *rest)
     )
-    code, found, _, err = run("--model", folder / "model", "--out", tmp_path / "edited")
-    assert code == 1 and "is still written at embed" in found["certificate"]["problem"]
+    code, said, _, err = run("--model", folder / "model", "--out", tmp_path / "edited")
+    assert code == 1 and "is still written at embed" in said["certificate"]["problem"]
     assert "is not the ablated model: the direction is still written at embed" in err
 
 
 def test_the_toy_model(run: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
     direction(128).save(tmp_path / "toy.safetensors")
-    code, found, *_ = run("--direction", tmp_path / "toy.safetensors", "--out", tmp_path / "edited")
-    assert code == 0 and found["way"] == "in memory"
-    assert found["certificate"]["problem"] is None and found["certificate"]["dtype"] == "float32"
+    code, said, *_ = run("--direction", tmp_path / "toy.safetensors", "--out", tmp_path / "edited")
+    assert code == 0 and said["way"] == "in memory"
+    assert said["certificate"]["problem"] is None and said["certificate"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
@@ -133,8 +129,8 @@ def test_bad_input_is_one_line(
     vector = arguments[-1] if arguments[-1] in ("short", "missing") else "direction"
     words = [word.format(f=folder, t=tmp_path) for word in arguments if word != vector]
     before = contents(folder)
-    code, found, _, err = run(*words, vector=vector)
+    code, said, _, err = run(*words, vector=vector)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and message in lines[0], err
-    assert "Traceback" not in err and found is None
+    assert "Traceback" not in err and said is None
     assert contents(folder) == before and not list(tmp_path.iterdir())

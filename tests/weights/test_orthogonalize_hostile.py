@@ -19,6 +19,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def reheaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def reheaded(change: Callable[[dict[str, Any]], Any]) -> Damage:
     """Write the single file anew with another header."""
 
     def damage(folder: Path) -> None:
@@ -42,7 +43,7 @@ def reheaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
-def offsets(begin: int, end: int) -> Callable[[Path], None]:
+def offsets(begin: int, end: int) -> Damage:
     """Shift where the first tensor of the file begins and ends."""
 
     def change(document: dict[str, Any]) -> None:
@@ -53,11 +54,11 @@ def offsets(begin: int, end: int) -> Callable[[Path], None]:
     return reheaded(change)
 
 
-def entry(**fields: Any) -> Callable[[Path], None]:
+def entry(**fields: Any) -> Damage:
     return reheaded(lambda document: document["model.norm.weight"].update(fields))
 
 
-def replaced(data: bytes | Callable[[bytes], bytes], name: str = SINGLE) -> Callable[[Path], None]:
+def replaced(data: bytes | Callable[[bytes], bytes], name: str = SINGLE) -> Damage:
     def damage(folder: Path) -> None:
         path = folder / name
         path.write_bytes(data(path.read_bytes()) if callable(data) else data)
@@ -65,54 +66,50 @@ def replaced(data: bytes | Callable[[bytes], bytes], name: str = SINGLE) -> Call
     return damage
 
 
-def indexed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+def indexed(change: Callable[[dict[str, Any]], Any], name: str = INDEX) -> Damage:
+    """Change the index, or another document: in place, or for what is returned."""
+
     def damage(folder: Path) -> None:
-        document = json.loads((folder / INDEX).read_text())
+        document = json.loads((folder / name).read_text())
         changed = change(document)
-        (folder / INDEX).write_text(json.dumps(document if changed is None else changed))
+        (folder / name).write_text(json.dumps(document if changed is None else changed))
 
     return damage
 
 
-def elsewhere(name: str) -> Callable[[Path], None]:
+def elsewhere(name: str) -> Damage:
     """Let the index name a file of another place, where a good one lies."""
 
     def damage(folder: Path) -> None:
-        document = json.loads((folder / INDEX).read_text())
-        moved = sorted(set(document["weight_map"].values()))[0]
-        outside = (folder / name.format(folder=folder)).resolve()
+        moved = min(path.name for path in folder.glob("model-*"))
+        place = name.format(folder=folder)
+        outside = (folder / place).resolve()
         outside.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder / moved, outside)
-        weight_map = document["weight_map"]
-        for tensor, file in weight_map.items():
-            if file == moved:
-                weight_map[tensor] = name.format(folder=folder)
-        (folder / INDEX).write_text(json.dumps(document))
+        replaced(
+            lambda index: index.replace(moved.encode(), json.dumps(place)[1:-1].encode()), INDEX
+        )(folder)
 
     return damage
 
 
-def linked(name: str | None, content: str = "secret") -> Callable[[Path], None]:
+def linked(name: str | None) -> Damage:
     """Make a file of the folder a link to one outside of it."""
 
     def damage(folder: Path) -> None:
-        own = folder / (name or sorted(folder.glob("model-*"))[0].name)
+        link = folder / (name or min(path.name for path in folder.glob("model-*")))
         outside = folder.parent / "outside.bin"
-        if own.exists():
-            shutil.move(own, outside)
+        if link.exists():
+            shutil.move(link, outside)
         else:
-            outside.write_text(content)
-        own.symlink_to(outside)
+            outside.write_text("secret")
+        link.symlink_to(outside)
 
     return damage
 
 
-def configured(**settings: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        document = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**document, **settings}))
-
-    return damage
+def configured(**settings: Any) -> Damage:
+    return indexed(lambda document: document.update(settings), "config.json")
 
 
 def own_code(folder: Path) -> None:
@@ -129,25 +126,19 @@ def doubled(folder: Path) -> None:
     save_file(held, second)
 
 
-def retensored(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+def retensored(name: str, tensor: torch.Tensor | None) -> Damage:
+    """Replace a tensor of the single file, or leave it out."""
+
     def damage(folder: Path) -> None:
-        save_file(load_file(folder / SINGLE) | {name: tensor}, folder / SINGLE)
-
-    return damage
-
-
-def without(name: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        held = load_file(folder / SINGLE)
-        del held[name]
-        save_file(held, folder / SINGLE)
+        held = load_file(folder / SINGLE) | {name: tensor}
+        save_file({k: v for k, v in held.items() if v is not None}, folder / SINGLE)
 
     return damage
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 # what is done to a checkpoint in one file, and what the message says
-ONE: dict[str, tuple[Callable[[Path], Any], str]] = {
+ONE: dict[str, tuple[Damage, str]] = {
     # headers
     "empty": (replaced(b""), "damaged or no safetensors file"),
     "cut in the length": (replaced(b"\x00\x01"), "damaged or no safetensors file"),
@@ -208,10 +199,10 @@ ONE: dict[str, tuple[Callable[[Path], Any], str]] = {
         retensored(DOWN, torch.ones(64, 96, dtype=torch.int8)), "is I8; expected one of"),
     "a writer of another shape": (
         retensored(DOWN, torch.ones(96, 64)), "is .96, 64.; the model of"),
-    "a writer that is missing": (without(DOWN), "has 0 tensors for"),
+    "a writer that is missing": (retensored(DOWN, None), "has 0 tensors for"),
 }  # fmt: skip
 # and to one in many files
-MANY: dict[str, tuple[Callable[[Path], Any], str]] = {
+MANY: dict[str, tuple[Damage, str]] = {
     # the index
     "above": (elsewhere("../outside.safetensors"), "expected the name of a .safetensors"),
     "far above": (elsewhere("a/../../outside.safetensors"), "expected the name of"),

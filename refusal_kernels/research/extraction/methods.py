@@ -57,10 +57,10 @@ def pca_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
 
 
 def probe_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
-    """Weights of a linear probe: scikit-learn's logistic regression, L2-regularised with C = 1.
+    """Weights of a linear probe: scikit-learn's logistic regression, L2-regularized with C = 1.
 
     All features are divided by one number, the root mean square of what varies, so that the
-    regularisation does not depend on the scale of a layer's stream.
+    regularization does not depend on the scale of a layer's stream.
     """
     from sklearn.linear_model import LogisticRegression
 

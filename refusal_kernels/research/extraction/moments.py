@@ -17,7 +17,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import parse_json
 from refusal_kernels.files.tensors import read_tensors, write_tensors
 
-FORMAT = "refusal_kernels.moments"
+FORMAT, TENSORS = "refusal_kernels.moments", ("count", "mean", "m2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ class Moments:
         InputError
             If the file cannot be written there.
         """
-        tensors = {"count": self._count, "mean": self._mean, "m2": self._m2}
+        tensors = dict(zip(TENSORS, self.tensors, strict=True))
         metadata = {"groups": json.dumps(self.groups), "metadata": json.dumps(self.metadata)}
         write_tensors(path, FORMAT, tensors, metadata)
 
@@ -251,7 +251,7 @@ class Moments:
         InputError
             If the file is missing, damaged or something else.
         """
-        tensors, metadata = read_tensors(path, FORMAT, ("count", "mean", "m2"))
+        tensors, metadata = read_tensors(path, FORMAT, TENSORS)
         try:
             layers, count, positions, hidden = tensors["mean"].shape
             groups = parse_json(metadata["groups"], "groups")
@@ -259,8 +259,7 @@ class Moments:
                 raise InputError(f"the groups are {groups}; expected {count} names")
             moments = cls(layers, positions, hidden, groups, device)
             moments.metadata = dict(parse_json(metadata["metadata"], "metadata"))
-            state = {"count": moments._count, "mean": moments._mean, "m2": moments._m2}
-            for key, target in state.items():
+            for key, target in zip(TENSORS, moments.tensors, strict=True):
                 if tensors[key].shape != target.shape or tensors[key].dtype != target.dtype:
                     raise InputError(f"{key} is {tensors[key].dtype} {list(tensors[key].shape)}")
                 target.copy_(tensors[key])
