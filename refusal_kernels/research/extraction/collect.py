@@ -206,7 +206,8 @@ def _stream(
     with team(model) as processes:
         saved, done = None, 0
         if checkpoint is not None or processes.size > 1:
-            _read(model, Batch(*(part[:1] for part in jobs[-1][1][-1])), fresh)
+            rows, ids, mask = jobs[-1][1][-1]
+            _read(model, Batch(rows[:1], ids[:1], mask[:1]), fresh)
             identity = identity_of(model, parts, moments, fresh)
             saved, done = _meet(processes, identity, checkpoint, moments, len(jobs))
         if done and progress is not None:
