@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import ORTHONORMAL, Intervention
+from refusal_kernels.intervention_base import ORTHONORMAL, Intervention
 
 NUMBERS = 5  # of a slot: a, c, b, low, high
 

@@ -206,13 +206,13 @@ class Intervention(ABC):
         """Return what the class takes beside its place: "vector" or "number", and if it must."""
         hints = typing.get_type_hints(cls)
         where = {f.name for f in dataclasses.fields(Intervention)}
-        found = {}
+        taken = {}
         for f in dataclasses.fields(cls):
             if f.name not in where:
                 number = hints[f.name] is float
                 required = f.default is dataclasses.MISSING
-                found[f.name] = "number" if number else "vector", required
-        return found
+                taken[f.name] = "number" if number else "vector", required
+        return taken
 
     @staticmethod
     def from_dict(given: Any, directions: Mapping[str, Direction] | None = None) -> "Intervention":

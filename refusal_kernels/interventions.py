@@ -20,46 +20,8 @@ from torch import Tensor
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.intervention_base import (
-    EVERY_SITE,
-    GENERATED,
-    INF,
-    INTERVENTIONS,
-    LAST,
-    ORTHONORMAL,
-    PLACE_FIELDS,
-    POSITIONS,
-    PROMPT,
-    SITE_KINDS,
-    Intervention,
-    Slot,
-    finite_number,
-    kind_of,
-)
-
-__all__ = [
-    "EVERY_SITE",
-    "GENERATED",
-    "INF",
-    "INTERVENTIONS",
-    "LAST",
-    "ORTHONORMAL",
-    "PLACE_FIELDS",
-    "POSITIONS",
-    "PROMPT",
-    "SITE_KINDS",
-    "Ablate",
-    "Add",
-    "AlongDirection",
-    "Clamp",
-    "Erase",
-    "Intervention",
-    "Rotate",
-    "Set",
-    "Slot",
-    "finite_number",
-    "kind_of",
-]
+from refusal_kernels.intervention_base import INF, ORTHONORMAL, Intervention, Slot
+from refusal_kernels.intervention_base import INTERVENTIONS as INTERVENTIONS  # of these classes
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,20 +144,17 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
         refused("damaged")
     save_file({"direction": VECTOR}, path)
     refused("nothing of this package")
-    _write(path, VECTOR, format_version="2")
-    refused("version 2; expected refusal_kernels.direction version 1")
-    _write(path, VECTOR, key="vector")
-    refused("no tensor named 'direction'")
-    _write(path, torch.tensor([1.0, float("nan")]))
-    refused("NaN or infinity")
-    _write(path, torch.zeros(3))
-    refused("zero")
-    _write(path, VECTOR.int())
-    refused("int32")
-    _write(path, VECTOR, layer="four")
-    refused("four")
-    _write(path, VECTOR, position="3")
-    refused("negative")
+    for match, vector, change in (
+        ("version 2; expected refusal_kernels.direction", VECTOR, {"format_version": "2"}),
+        ("no tensor named 'direction'", VECTOR, {"key": "vector"}),
+        ("NaN or infinity", torch.tensor([1.0, float("nan")]), {}),
+        ("zero", torch.zeros(3), {}),
+        ("int32", VECTOR.int(), {}),
+        ("four", VECTOR, {"layer": "four"}),
+        ("negative", VECTOR, {"position": "3"}),
+    ):
+        _write(path, vector, **change)
+        refused(match)
     _write(path, VECTOR)
     refused("hidden size 3; the model has 64", hidden=64)
 

@@ -44,33 +44,18 @@ __all__ = [
 
 @overload
 def add_steer(
-    x: Tensor,
-    residual: Tensor | None,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    *,
-    return_scores: Literal[False] = False,
-) -> Tensor: ...
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None,
+    *, return_scores: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
 @overload
 def add_steer(
-    x: Tensor,
-    residual: Tensor | None,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    *,
-    return_scores: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None,
+    *, return_scores: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def add_steer(
-    x: Tensor,
-    residual: Tensor | None,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    *,
-    return_scores: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, bank: Tensor, params: Tensor, route: Tensor | None = None,
+    *, return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Add the residual and steer: ``h = s + sum_j phi_j(v_j . s) u_j``, ``s = x + residual``.
 
     Parameters
@@ -123,42 +108,21 @@ def add_steer_(
 
 @overload
 def add_steer_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    weight_offset: float = 0.0,
-    *,
-    return_scores: Literal[False] = False,
-) -> tuple[Tensor, Tensor]: ...
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bank: Tensor, params: Tensor,
+    route: Tensor | None = None, weight_offset: float = 0.0,
+    *, return_scores: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def add_steer_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    weight_offset: float = 0.0,
-    *,
-    return_scores: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bank: Tensor, params: Tensor,
+    route: Tensor | None = None, weight_offset: float = 0.0,
+    *, return_scores: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 def add_steer_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    weight_offset: float = 0.0,
-    *,
-    return_scores: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bank: Tensor, params: Tensor,
+    route: Tensor | None = None, weight_offset: float = 0.0,
+    *, return_scores: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Add, steer, and normalize the steered row: what a pre-norm block does between two writers.
 
     Parameters

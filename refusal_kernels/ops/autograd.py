@@ -176,7 +176,7 @@ def _no_second_derivative(*_: Any) -> None:
 
 def _through_scored(namespace: str, op: str) -> Callable[..., Any]:
     """Serve an edit's Autograd key: by its `_scores` form where a gradient is wanted."""
-    own = getattr(getattr(torch.ops, namespace), op).default
+    kernel = getattr(getattr(torch.ops, namespace), op).default
     scored = getattr(getattr(torch.ops, namespace), SCORED[op]).default
 
     def call(*args: Any) -> Any:
@@ -185,7 +185,7 @@ def _through_scored(namespace: str, op: str) -> Callable[..., Any]:
             *outputs, _ = scored(*args)
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return own(*args)
+            return kernel(*args)
 
     return call
 

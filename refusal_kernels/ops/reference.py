@@ -49,6 +49,12 @@ def _dot(rows: Tensor, vectors: Tensor) -> Tensor:
     return (rows.unsqueeze(1) * vectors).sum(-1)
 
 
+def _program_of(rows: Tensor, route: Tensor | None) -> Tensor:
+    if route is None:
+        return torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    return route.clamp(min=0).long()
+
+
 def _plain(route: Tensor | None) -> Tensor | None:
     return None if route is None else (route < 0).unsqueeze(-1)
 
@@ -84,15 +90,9 @@ def _steered_rows(
 
 
 def add_steer_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    weight_offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bank: Tensor, params: Tensor,
+    route: Tensor | None = None, weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(`rms_norm` of h, h), where h is that of `add_steer`; the norm reads h before rounding."""
     args = (x, residual, weight, eps, bank, params, route, weight_offset)
     normed, h, _ = add_steer_rms_norm_scores(*args)
@@ -100,15 +100,9 @@ def add_steer_rms_norm(
 
 
 def add_steer_rms_norm_scores(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
-    weight_offset: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bank: Tensor, params: Tensor,
+    route: Tensor | None = None, weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(normed, h, t): `add_steer_rms_norm` and the scores of `add_steer_scores`."""
     rows, t = _steered_rows(x, residual, bank, params, route)
     # before the norm: of a view of what it gives Inductor makes strides that ATen copies
@@ -201,43 +195,28 @@ def _push(t: Tensor, gu: Tensor, params: Tensor, route: Tensor | None) -> Tensor
 
 
 def add_steer_rms_norm_backward(
-    grad_normed: Tensor,
-    grad_h: Tensor | None,
-    h: Tensor,
-    scores: Tensor,
-    weight: Tensor,
-    eps: float,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None = None,
+    grad_normed: Tensor, grad_h: Tensor | None, h: Tensor, scores: Tensor, weight: Tensor,
+    eps: float, bank: Tensor, params: Tensor, route: Tensor | None = None,
     weight_offset: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Gradient of s: the norm's adjoint, plus ``grad_h``, then the edit's; rounded once."""
     g = grad_of_h(grad_normed, grad_h, h, weight, eps, weight_offset)
     return add_steer_backward(g, scores, bank, params, route).to(h.dtype).reshape(h.shape)
 
 
 def grad_of_h(
-    grad_normed: Tensor,
-    grad_h: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    eps: float,
-    weight_offset: float,
-) -> Tensor:
+    grad_normed: Tensor, grad_h: Tensor | None, h: Tensor,
+    weight: Tensor, eps: float, weight_offset: float,
+) -> Tensor:  # fmt: skip
     """All of the gradient of h, through the norm and beside it: [tokens, hidden], not rounded."""
     g, _ = rms_norm_backward(_rows(grad_normed), _rows(h), weight, eps, weight_offset)
     return g if grad_h is None else g + _rows(grad_h)
 
 
 def program_backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    bank: Tensor,
-    params: Tensor,
-    route: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, residual: Tensor | None,
+    bank: Tensor, params: Tensor, route: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of bank and params, from that of h; here x and residual are needed again."""
     rows, g = _sum(x, residual), _rows(grad)
     read, write, p = _programs(bank, params, route, rows.dtype)
@@ -256,9 +235,7 @@ def program_backward(
     per_bank = torch.stack(
         [push.unsqueeze(-1) * rows.unsqueeze(1), phi.unsqueeze(-1) * g.unsqueeze(1)], dim=1
     )  # [tokens, 2, slots, hidden]
-    program = torch.zeros(len(rows), dtype=torch.long, device=x.device)
-    if route is not None:
-        program = route.clamp(min=0).long()
+    program = _program_of(rows, route)
     grad_bank = torch.zeros_like(bank, dtype=rows.dtype).index_add(0, program, per_bank)
     grad_params = torch.zeros_like(params, dtype=rows.dtype).index_add(0, program, per_params)
     return grad_bank.to(bank.dtype), grad_params.to(params.dtype)
@@ -271,9 +248,7 @@ def scores_backward(
     rows, g = _rows(h), grad.to(_wide(h).dtype)
     if (plain := _plain(route)) is not None:
         g = g.masked_fill(plain, 0.0)
-    program = torch.zeros(len(rows), dtype=torch.long, device=h.device)
-    if route is not None:
-        program = route.clamp(min=0).long()
+    program = _program_of(rows, route)
     grad_h = (g.unsqueeze(-1) * bank[program, 0]).sum(1).to(h.dtype).reshape(h.shape)
     if not needs[1]:
         return grad_h, None

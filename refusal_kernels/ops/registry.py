@@ -7,8 +7,9 @@ variable ``REFUSAL_KERNELS_BACKEND``.
 
 import contextlib
 import functools
+import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,7 +22,6 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.ops import autograd, reference
 
 ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
-HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -43,37 +43,36 @@ class Backend:
     why_not: Callable[[str, torch.dtype], str | None]
 
 
-def _dtype_why_not(dtype: torch.dtype) -> str | None:
-    if dtype in HALF_AND_SINGLE:
-        return None
-    return f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+# registering Triton's ops takes over a second: not where none of them could run
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_OPS: Mapping[str, Callable[..., Any]] = {}
+INTERPRETED = False
+if TRITON_INSTALLED and (torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET")):
+    from refusal_kernels.ops.triton_kernels import INTERPRETED
+    from refusal_kernels.ops.triton_ops import KERNELS as TRITON_KERNELS
+    from refusal_kernels.ops.triton_ops import OPS as TRITON_OPS
 
 
-def _cpu_why_not(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
-        return f"takes CPU tensors, not {device}"
-    return _dtype_why_not(dtype)
+def _why_not(devices: Sequence[str], device: str, dtype: torch.dtype) -> str | None:
+    if device not in devices:
+        return f"takes {devices[-1].upper()} tensors, not {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 def _cuda_why_not(device: str, dtype: torch.dtype) -> str | None:
     if not _C.cuda_architectures():
         return "this build has no CUDA kernels"
-    if device != "cuda":
-        return f"takes CUDA tensors, not {device}"
-    return _dtype_why_not(dtype)
+    return _why_not(("cuda",), device, dtype)
 
 
-# registering Triton's ops takes over a second: not where none of them could run
-if torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET"):
-    from refusal_kernels.ops.triton_ops import KERNELS as TRITON_KERNELS
-    from refusal_kernels.ops.triton_ops import OPS as TRITON_OPS
-    from refusal_kernels.ops.triton_ops import why_not as triton_why_not
-else:
-    TRITON_OPS = TRITON_KERNELS = {}
-
-    def triton_why_not(device: str, dtype: torch.dtype) -> str | None:
-        """Return the reason why Triton can not serve a call."""
+def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if not TRITON_OPS or (device == "cpu" and not INTERPRETED):
         return "runs on a GPU; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
+    return _why_not(("cpu", "cuda"), device, dtype)
 
 
 _COMPILED = {op: getattr(torch.ops.refusal_kernels, op).default for op in autograd.OPS}
@@ -277,12 +276,12 @@ def edit_for(op: str, *tensors: torch.Tensor | None) -> Callable[..., Any]:
     return serving(autograd.FORWARD.get(op, op), x)
 
 
-register_backend("cpu", _COMPILED, _cpu_why_not)
+register_backend("cpu", _COMPILED, functools.partial(_why_not, ("cpu",)))
 register_backend("cuda", _COMPILED, _cuda_why_not)
 if TRITON_OPS:
-    register_backend("triton", TRITON_OPS, triton_why_not)
+    register_backend("triton", TRITON_OPS, _triton_why_not)
 else:  # named all the same, with the reason why it serves nothing
-    BACKENDS["triton"] = Backend("triton", MappingProxyType({}), triton_why_not)
+    BACKENDS["triton"] = Backend("triton", MappingProxyType({}), _triton_why_not)
 register_backend("reference", _REFERENCE, lambda device, dtype: None)
 
 # The public ops on devices without compiled kernels.

@@ -63,34 +63,12 @@ def _edited(s, write, push, steered, slot_mask, columns, mask):  # -> [BLOCK], o
 
 @triton.jit
 def steer_kernel(
-    x,
-    residual,
-    h,
-    out,
-    normed,
-    scores,
-    weight,
-    bank,
-    numbers,
-    route,
-    x_stride,
-    residual_stride,
-    h_stride,
-    out_stride,
-    hidden,
-    slots,
-    programs,
-    eps,
-    weight_offset,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_ROUTE: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_SCORES: tl.constexpr,
-    ADJOINT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SLOTS: tl.constexpr,
+    x, residual, h, out, normed, scores, weight, bank, numbers, route,
+    x_stride, residual_stride, h_stride, out_stride, hidden, slots, programs, eps, weight_offset,
+    HAS_RESIDUAL: tl.constexpr, HAS_ROUTE: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_SCORES: tl.constexpr, ADJOINT: tl.constexpr, WHOLE: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One row of the edit, with or without the norm behind it, or of the adjoint of either.
 
     The edit adds multiples of the write vectors by what the read vectors see. Its adjoint is the
@@ -194,18 +172,9 @@ def steer_kernel(
 
 @triton.jit
 def scores_kernel(
-    h,
-    bank,
-    route,
-    out,
-    h_stride,
-    hidden,
-    slots,
-    programs,
-    HAS_ROUTE: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    h, bank, route, out, h_stride, hidden, slots, programs, HAS_ROUTE: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row of scores."""
     row = tl.program_id(0).to(tl.int64)
     steered, program = _program(route, row, programs, HAS_ROUTE)
@@ -264,20 +233,9 @@ def _sum_rows(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # [ROWS, BLOCK] -
 
 @triton.jit
 def moments_kernel(
-    activations,
-    order,
-    offsets,
-    partial,
-    batch_stride,
-    token_stride,
-    tokens,
-    hidden,
-    slots,
-    splits,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    activations, order, offsets, partial, batch_stride, token_stride, tokens, hidden, slots, splits,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """Mean and sum of squared deviations over one split of a slot's rows, in a block of channels.
 
     ``order`` lists the rows by slot and ``offsets`` says where each slot's begin. A step takes
@@ -322,17 +280,9 @@ def moments_kernel(
 
 @triton.jit
 def merge_moments_kernel(
-    partial,
-    offsets,
-    count,
-    mean,
-    m2,
-    hidden,
-    slots,
-    splits,
-    BLOCK: tl.constexpr,
+    partial, offsets, count, mean, m2, hidden, slots, splits, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Fold the splits of one slot into its mean and m2, one after another (Chan)."""
     slot = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

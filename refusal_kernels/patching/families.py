@@ -188,9 +188,6 @@ register_family(
     ),
     Family(
         ("ZayaDecoderLayer",),
-        hooked=(
-            ("post_attention_residual_scale", "attn"),
-            ("post_mlp_residual_scale", "mlp"),
-        ),
+        hooked=(("post_attention_residual_scale", "attn"), ("post_mlp_residual_scale", "mlp")),
     ),
 )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType, TracebackType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.model import decoder, decoder_layers
-from refusal_kernels.interventions import LAST, Add, Intervention
-from refusal_kernels.patching.norm_links import Link, linked_class, unlinked_class
+from refusal_kernels.intervention_base import LAST, Intervention
+from refusal_kernels.interventions import Add
+from refusal_kernels.patching.norm_links import linked_class, unlinked_class
 from refusal_kernels.patching.places import Place
 from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, steered, unsteered_class
 from refusal_kernels.patching.route import Generating, Positions, Route
@@ -273,12 +274,7 @@ class PatchHandle:
     def __enter__(self) -> "PatchHandle":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -301,7 +297,10 @@ def _apply(
             site.link = place.link
             ends = [layers[k] for k in (place.block, place.feeds) if k is not None]
             place.link.between = tuple(dict.fromkeys((place.module, *ends)))
-            changed += _link(place.link)
+            changed.append(place.link.norm)
+            if "rk_link" not in place.link.norm.__dict__:
+                place.link.norm.__dict__["rk_link"] = place.link
+                _become(place.link.norm, linked_class(type(place.link.norm)))
     for (module, stream), sites in by_module.items():
         if not any(isinstance(s, Site) for s in sites.values()):
             continue
@@ -311,13 +310,6 @@ def _apply(
         _become(module, made.cls)
         changed.append(module)
     return changed
-
-
-def _link(link: Link) -> list[nn.Module]:
-    if "rk_link" not in link.norm.__dict__:
-        link.norm.__dict__["rk_link"] = link
-        _become(link.norm, linked_class(type(link.norm)))
-    return [link.norm]
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:

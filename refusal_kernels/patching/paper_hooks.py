@@ -17,9 +17,7 @@ from refusal_kernels.hf.model import decoder_layers
 
 @contextlib.contextmanager
 def paper_hooks(
-    model: Any,
-    direction: Direction | Sequence[Direction],
-    layers: Sequence[int] | None = None,
+    model: Any, direction: Direction | Sequence[Direction], layers: Sequence[int] | None = None
 ) -> Iterator[None]:
     """Ablate a direction at the input of every block and the output of its attention and MLP.
 

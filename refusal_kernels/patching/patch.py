@@ -66,15 +66,15 @@ def patch(
     ...     handle.strength = 0.5
     """
     programs = copied(_programs(interventions))
-    found = places(model, norms=fuse_norms)
-    _check(model, programs, found)
+    written = places(model, norms=fuse_norms)
+    _check(model, programs, written)
     tokens_first = family_of(base_class(decoder_layers(model)[0])).tokens_first
     route = (TokensFirst if tokens_first else Route)(len(programs))
     groups: dict[tuple[tuple[int, ...], ...], SiteProgram] = {}
     met: set[int] = set()
     steered: list[tuple[Place, Site]] = []
     plain: list[Place] = []
-    for place in found:
+    for place in written:
         here = [[i for i in program if _meets(i, place)] for program in programs]
         key = tuple(tuple(id(i) for i in members) for members in here)
         met.update(i for members in key for i in members)
@@ -112,7 +112,7 @@ def _programs(given: Sequence[Any]) -> list[tuple[Intervention, ...]]:
 
 
 def _check(
-    model: nn.Module, programs: tuple[tuple[Intervention, ...], ...], found: list[Place]
+    model: nn.Module, programs: tuple[tuple[Intervention, ...], ...], written: list[Place]
 ) -> None:
     """Refuse what can not work, before anything is changed."""
     if is_patched(model):
@@ -127,10 +127,10 @@ def _check(
         for number in (i.block_input, *(i.layers or ())):
             if number is not None and not 0 <= number < layers:
                 raise InputError(f"block {number} is not there; the model has {layers} blocks")
-    for place in found:
-        own = place.module.__dict__  # where accelerate wraps a forward, it leaves the class's own
-        wrapped = getattr(own.get("_old_forward"), "__func__", None) is type(place.module).forward
-        if place.add is not None and "forward" in own and not wrapped:
+    for place in written:
+        state = place.module.__dict__  # where accelerate wraps a forward, it leaves the class's own
+        wrapped = getattr(state.get("_old_forward"), "__func__", None) is type(place.module).forward
+        if place.add is not None and "forward" in state and not wrapped:
             raise InputError(
                 f"layer {place.block} carries a forward of its own (kernelize, or set by hand), "
                 "which a patch of its class would not reach; patch the model before that is set"

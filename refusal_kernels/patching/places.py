@@ -10,7 +10,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.model import decoder, decoder_layers, hidden_size
 from refusal_kernels.patching.families import NEXT, family_of
 from refusal_kernels.patching.norm_links import Link, link_of
-from refusal_kernels.patching.rewrite import Steered, class_path, steered
+from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, Steered, steered
 
 FUSED, HOOK = "fused", "hook"
 
@@ -69,32 +69,32 @@ def places(model: Any, *, norms: bool = True) -> list[Place]:
         the reason.
     """
     layers = decoder_layers(model)
-    found: list[Place] = [_start(layers[0])]
+    written: list[Place] = [_start(layers[0])]
     readers: list[list[nn.Module]] = [[]]  # for every place, who reads it, as far as is known
     pending = 0  # the place whose reader is the next layer's
     for number, layer in enumerate(layers):
-        first = len(found)
+        first = len(written)
         opening: list[nn.Module] = []
         after = layers[number + 1] if number + 1 < len(layers) else None
-        for place, own, of_input in _in_layer(number, layer, after):
-            opening = opening or (of_input if len(found) == first else [])
-            found.append(place)
-            readers.append(own)
-        if found[pending].passed_on:
+        for place, of_place, of_input in _in_layer(number, layer, after):
+            opening = opening or (of_input if len(written) == first else [])
+            written.append(place)
+            readers.append(of_place)
+        if written[pending].passed_on:
             readers[pending] += opening
-        found[pending].feeds = number
-        pending = len(found) - 1
-    if found[pending].passed_on:
+        written[pending].feeds = number
+        pending = len(written) - 1
+    if written[pending].passed_on:
         readers[pending] += _final_norms(model, layers)
     if norms:
         hidden = hidden_size(model)
         links: dict[nn.Module, Link | None] = {}
-        for place, candidates in zip(found, readers, strict=True):
+        for place, candidates in zip(written, readers, strict=True):
             for norm in candidates[:1]:
                 if norm not in links:
                     links[norm] = link_of(norm, hidden)
                 place.link = links[norm]
-    return found
+    return written
 
 
 def _start(layer: nn.Module) -> Place:
@@ -153,15 +153,15 @@ def _in_layer(
 
 def _modules(layer: nn.Module, sources: Any) -> list[nn.Module]:
     """Return the modules that stand behind sources such as ``self.input_layernorm``."""
-    found = []
+    modules = []
     for source in sources:
         try:
             module = eval(source, {"self": layer})
         except Exception:  # an index that only the call knows
             continue
         if isinstance(module, nn.Module):
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules
 
 
 def _final_norms(model: Any, layers: nn.ModuleList) -> list[nn.Module]:
@@ -177,14 +177,4 @@ def _final_norms(model: Any, layers: nn.ModuleList) -> list[nn.Module]:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class, or, of a patched one, the class that it had before."""
     cls = type(module)
-    return cls.__mro__[1] if is_steered(module) else cls
-
-
-def is_steered(module: nn.Module) -> bool:
-    """Whether a module's class is a generated one."""
-    return "rk_sites" in module.__dict__
-
-
-def path_of(module: nn.Module) -> str:
-    """Return the full name of a module's class."""
-    return class_path(base_class(module))
+    return cls.__mro__[1] if SITES_ATTRIBUTE in module.__dict__ else cls

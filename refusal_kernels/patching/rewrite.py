@@ -288,11 +288,6 @@ class _Follow(ast.NodeTransformer):
         return node
 
 
-def class_path(cls: type) -> str:
-    """Return a class's full name."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _rebuild(cls: type[nn.Module], stream: str | None) -> nn.Module:
     return nn.Module.__new__(steered(cls, stream).cls)
 
@@ -327,7 +322,7 @@ def steered(cls: type[nn.Module], stream: str | None = None) -> Steered:
 
 
 def _generate(cls: type[nn.Module], stream: str | None, family: Family) -> Steered:
-    path = class_path(cls)
+    path = f"{cls.__module__}.{cls.__qualname__}"
     # some versions of transformers wrap forward for gradient checkpointing; the subclass below is
     # wrapped again in the same way
     forward = inspect.unwrap(cls.forward)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from refusal_kernels import ops
 from refusal_kernels.banks import NUMBERS, check_program, params_of, slots_of, vectors_of
-from refusal_kernels.interventions import GENERATED, LAST, Intervention
+from refusal_kernels.intervention_base import GENERATED, LAST, Intervention
 from refusal_kernels.patching.norm_links import Link, is_plain, version
 from refusal_kernels.patching.route import PHASES, Route
 

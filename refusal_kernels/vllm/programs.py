@@ -14,7 +14,8 @@ import torch
 from refusal_kernels.banks import slots_of
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import Intervention, kind_of
+from refusal_kernels.intervention_base import kind_of
+from refusal_kernels.interventions import Intervention
 
 logger = logging.getLogger(__name__)
 NONE = "none"  # the name of doing nothing, in a request

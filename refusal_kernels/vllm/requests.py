@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import finite_number
+from refusal_kernels.intervention_base import finite_number
 from refusal_kernels.vllm.names import RESOLVED, STEER, STRENGTH
 from refusal_kernels.vllm.programs import NONE, NamedProgram
 

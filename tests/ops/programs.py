@@ -64,6 +64,12 @@ PROGRAMS = {
 }
 
 
+def programs_named(hidden, *names):
+    """One program of one oblique slot for each name."""
+    each = [program((unit(hidden), unit(hidden), PROGRAMS[name])) for name in names]
+    return tuple(torch.cat(parts) for parts in zip(*each, strict=True))
+
+
 def random_program(hidden, programs=2, slots=2, dtype=torch.float32):
     """Oblique slots that clamp: nothing about them is a projection."""
     bank = torch.randn(programs, 2, slots, hidden, dtype=dtype) / math.sqrt(hidden)

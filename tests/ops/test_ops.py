@@ -14,6 +14,7 @@ from programs import (
     exact,
     poison,
     program,
+    programs_named,
     random_program,
     rows,
     unit,
@@ -101,16 +102,10 @@ def test_scores_come_from_the_same_pass(backend, dtype, slots, hidden):
 @pytest.mark.parametrize(
     ("hidden", "tokens"),
     [
-        (96, 7),
-        (1000, 9),
-        (2048, 270),
-        (4096, 270),
-        (8192, 60),
-        (8192, 200),
-        (12288, 60),
-        (16384, 200),
+        (96, 7), (1000, 9), (2048, 270), (4096, 270),
+        (8192, 60), (8192, 200), (12288, 60), (16384, 200),
     ],
-)
+)  # fmt: skip
 def test_a_row_has_the_same_bits_in_every_batch(backend, hidden, tokens, slots):
     """Alone, among few and among many tokens (which take another launch plan on a GPU)."""
     if DEVICES[backend] == "cpu" and (backend == "triton" or hidden > 4096):
@@ -140,11 +135,8 @@ def test_a_row_has_the_same_bits_in_every_batch(backend, hidden, tokens, slots):
 def test_without_a_route_every_row_takes_program_0(backend, dtype, hidden):
     """The same bits, also where a GPU's block keeps the one program and takes row after row."""
     tokens = 5 if DEVICES[backend] == "cpu" else 300
-    x, residual, weight = (
-        rows(tokens, hidden, dtype),
-        rows(tokens, hidden, dtype),
-        torch.randn(hidden),
-    )
+    x, residual = rows(tokens, hidden, dtype), rows(tokens, hidden, dtype)
+    weight = torch.randn(hidden)
     bank, params = random_program(hidden, slots=1)
     args = (x, residual, weight.to(dtype), 1e-6, bank, params)
     route = torch.zeros(tokens, dtype=torch.int32)
@@ -169,8 +161,7 @@ def test_no_slots_is_the_plain_add(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_route(backend, dtype):
     x, residual = rows(40, 96, dtype), rows(40, 96, dtype)
-    banks = [program((unit(96), unit(96), PROGRAMS[n])) for n in ("set", "add", "clamp")]
-    bank, params = (torch.cat(parts) for parts in zip(*banks, strict=True))
+    bank, params = programs_named(96, "set", "add", "clamp")
     route = torch.randint(-1, 3, (40,), dtype=torch.int32)
     h = ops.add_steer(x, residual, bank, params, route)
     want = exact(x, residual, bank, params, route)
@@ -320,8 +311,7 @@ def test_add_steer_rms_norm(backend, dtype, hidden, routed, with_residual):
     x = rows(9, hidden, dtype)
     residual = rows(9, hidden, dtype) if with_residual else None
     weight = torch.randn(hidden).to(dtype)
-    banks = [program((unit(hidden), unit(hidden), PROGRAMS[n])) for n in ("set", "clamp")]
-    bank, params = (torch.cat(parts) for parts in zip(*banks, strict=True))
+    bank, params = programs_named(hidden, "set", "clamp")
     route = torch.tensor([0, 1, -1, 0, -1, 1, 1, 0, 0], dtype=torch.int32) if routed else None
     normed, h = ops.add_steer_rms_norm(x, residual, weight, 1e-5, bank, params, route, 1.0)
     assert torch.equal(h, ops.add_steer(x, residual, bank, params, route))
@@ -337,7 +327,6 @@ def test_add_steer_rms_norm(backend, dtype, hidden, routed, with_residual):
 
 
 def test_add_steer_rms_norm_of_views_and_of_nothing(backend):
-
     for view in ("rows apart", "every other row"):
         x, residual = (VIEWS[view](rows(90, 101)) for _ in range(2))
         weight, (_, bank, params) = torch.randn(x.shape[-1]), ablation(x.shape[-1])

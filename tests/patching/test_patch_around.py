@@ -1,7 +1,6 @@
 """What else is done to a model: trained, wrapped, sharded, copied, saved; and the way back."""
 
 import copy
-import functools
 import inspect
 import io
 import subprocess
@@ -12,7 +11,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from peft import LoraConfig, get_peft_model
-from tiny import plain_hooks, tiny_model
+from steering import GREEDY, MODES, SITES, close, hooks, wanted
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -22,38 +21,6 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import unpatch
 from refusal_kernels.patching.patch import patch
-
-HIDDEN, LAYERS = 64, 3
-SITES = 1 + 2 * LAYERS
-MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
-GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 10}
-# float32 logits of a few units through different kernels (measured: at most 2.2e-6)
-close = functools.partial(torch.testing.assert_close, rtol=0.0, atol=1e-5)
-
-
-@pytest.fixture
-def direction():
-    generator = torch.Generator().manual_seed(5)  # with 0 it is the first row of the embedding
-    return Direction(torch.randn(HIDDEN, generator=generator) * 3)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(7, 30, (2, 9))
-
-
-@pytest.fixture
-def model():
-    return tiny_model(eos_token_id=None)  # it generates to the end
-
-
-def hooks(model, direction):
-    return plain_hooks(model, ablate=direction.vector)
-
-
-def wanted(model, direction, tokens, **settings):
-    with hooks(model, direction), torch.no_grad():
-        return model(tokens, **settings).logits
 
 
 def traces(model):

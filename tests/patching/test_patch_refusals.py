@@ -2,30 +2,14 @@
 
 import pytest
 import torch
-from tiny import plain_hooks, tiny_model
+from steering import is_plain, streams
+from tiny import plain_hooks
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add, Clamp
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.rewrite import steered
-
-HIDDEN = 64
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def direction():
-    return Direction(torch.randn(HIDDEN) * 3)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(7, 30, (2, 9))
 
 
 @pytest.mark.parametrize(
@@ -43,12 +27,10 @@ def tokens():
     ],
 )
 def test_bad_input_leaves_the_model_alone(model, direction, interventions, words):
-    classes = [type(layer) for layer in model.model.layers]
     with pytest.raises(InputError, match=words) as caught:
         patch(model, *interventions(direction))
     assert "\n" not in str(caught.value)
-    assert [type(layer) for layer in model.model.layers] == classes
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert is_plain(model)
 
 
 def test_a_second_patch_is_refused(model, direction):
@@ -68,15 +50,13 @@ def test_a_model_without_a_residual_stream_is_refused_by_name():
     reformer = ReformerModelWithLMHead(config)
     with pytest.raises(InputError, match=r"ReformerLayer has no residual stream: two reversible"):
         patch(reformer, Ablate(Direction(torch.ones(64))))
-    for refused in (bert, reformer):
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in refused.modules())
-        assert not any("teered" in type(m).__name__ for m in refused.modules())
+    assert is_plain(bert) and is_plain(reformer)
     with pytest.raises(InputError, match="Linear holds no list of decoder layers"):
         patch(torch.nn.Linear(2, 2), Ablate(Direction(torch.ones(64))))
 
 
-def test_a_layer_whose_output_is_no_sum_is_refused():
-    class PostNorm(type(tiny_model("llama").model.layers[0])):
+def test_a_layer_whose_output_is_no_sum_is_refused(model):
+    class PostNorm(type(model.model.layers[0])):
         def forward(self, hidden_states, **kwargs):
             residual = hidden_states
             hidden_states = residual + self.mlp(hidden_states)
@@ -86,43 +66,36 @@ def test_a_layer_whose_output_is_no_sum_is_refused():
         steered(PostNorm)
 
 
-def test_of_a_block_that_can_not_be_read_the_input_is_steered(direction, tokens):
+def test_of_a_block_that_can_not_be_read_the_input_is_steered(model, direction, tokens):
     """It has no source of its own to rewrite; a hook on what passes between blocks is exact."""
 
-    class Around(type(tiny_model("llama").model.layers[0])):
+    class Around(type(model.model.layers[0])):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
 
-    model = tiny_model("llama")
     for layer in model.model.layers:
         layer.__class__ = Around
     plain = model(tokens).logits
     for everywhere in (Ablate(direction), Ablate(direction, sites=["mlp"], layers=[1])):
         with pytest.raises(InputError, match=r"Around.forward is .*; only the inputs of blocks"):
             patch(model, everywhere)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert is_plain(model)
     with plain_hooks(model, add=0.7 * direction.vector, layer=2):
         want = model(tokens).logits
     with pytest.raises(InputError, match=r"layers\.1 of LlamaForCausalLM can only be .* hook"):
         patch(model, Add(direction, coefficient=0.7, block_input=2), fused=True)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert is_plain(model)
     with patch(model, Add(direction, coefficient=0.7, block_input=2)) as handle:
         (site,) = handle.report().sites
         assert (site.name, site.path) == ("layers.1", "hook")
         assert torch.allclose(model(tokens).logits, want, atol=1e-5)
-    seen = {}
-    with (
-        patch(model, Ablate(direction, sites=["block_input"])) as handle,
-        handle.watch(lambda name, h: seen.update({name: h})),
-    ):
-        model(tokens)
+    _, seen = streams(model, tokens, Ablate(direction, sites=["block_input"]))
     assert list(seen) == ["embed", "layers.0", "layers.1"]
     assert all((h @ direction.unit).abs().max() < 1e-5 for h in seen.values())
     assert torch.equal(model(tokens).logits, plain)
 
 
-def test_a_model_that_is_fused_is_taken_with_fused(direction):
-    model = tiny_model("llama")
+def test_a_model_that_is_fused_is_taken_with_fused(model, direction):
     with patch(model, Ablate(direction), fused=True) as handle:
         paths = {site.name: site.path for site in handle.report().sites}
     assert paths.pop("embed") == "hook"

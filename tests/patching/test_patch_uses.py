@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from steering import GREEDY, HIDDEN, LAYERS, MODES, SITES, close, hooks, wanted
 from tiny import plain_hooks, tiny_model, tiny_tokenizer
 from torch._dynamo.testing import CompileCounter
 from transformers import ContinuousBatchingConfig, GenerationConfig, pipeline
@@ -16,43 +17,11 @@ from refusal_kernels.patching.handle import unpatch
 from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
 
-HIDDEN, LAYERS = 64, 3
-SITES = 1 + 2 * LAYERS
-MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
-GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 10}
-# float32 logits of a few units through different kernels (measured: at most 2.2e-6)
-close = functools.partial(torch.testing.assert_close, rtol=0.0, atol=1e-5)
-
-
-@pytest.fixture
-def direction():
-    generator = torch.Generator().manual_seed(5)  # with 0 it is the first row of the embedding
-    return Direction(torch.randn(HIDDEN, generator=generator) * 3)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(7, 30, (2, 9))
-
-
-@pytest.fixture
-def model():
-    return tiny_model(eos_token_id=None)  # it generates to the end
-
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     yield
     torch._dynamo.reset()
-
-
-def hooks(model, direction):
-    return plain_hooks(model, ablate=direction.vector)
-
-
-def wanted(model, direction, tokens, **settings):
-    with hooks(model, direction), torch.no_grad():
-        return model(tokens, **settings).logits
 
 
 # --- generation

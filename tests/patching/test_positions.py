@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny_families
 import torch
+from steering import GREEDY, HIDDEN, SITES, streams
 from tiny import tiny_model
 from transformers import DynamicCache
 
@@ -14,34 +15,10 @@ from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import unpatch
 from refusal_kernels.patching.patch import patch
 
-HIDDEN, LAYERS = 64, 3
-
-
-@pytest.fixture
-def model():
-    return tiny_model("llama")
-
-
-@pytest.fixture
-def directions():
-    return [Direction(torch.randn(HIDDEN) * 2) for _ in range(3)]
-
 
 @pytest.fixture
 def tokens():
     return torch.randint(7, 30, (3, 9))
-
-
-def streams(model, tokens, *interventions, **call):
-    """Run once; return the logits and the stream at every steered place."""
-    seen = {}
-    with (
-        torch.no_grad(),
-        patch(model, *interventions) as handle,
-        handle.watch(lambda name, h: seen.update({name: h.clone()})),
-    ):
-        logits = model(tokens, **call).logits
-    return logits, seen
 
 
 def test_positions(model, tokens, directions):
@@ -59,11 +36,10 @@ def test_positions(model, tokens, directions):
 
     with patch(model, Ablate(d, positions="prompt")) as handle, torch.no_grad():
         seen = []
-        with handle.watch(lambda name, h: seen.append((h @ r).abs().amax(dim=(0, 2 - 1)))):
+        with handle.watch(lambda name, h: seen.append((h @ r).abs().amax(dim=(0, 1)))):
             model.generate(tokens, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
-    sites = 1 + 2 * LAYERS
-    assert max(float(x.max()) for x in seen[:sites]) < 1e-5
-    assert min(float(x.max()) for x in seen[sites:]) > 1e-3
+    assert max(float(x.max()) for x in seen[:SITES]) < 1e-5
+    assert min(float(x.max()) for x in seen[SITES:]) > 1e-3
 
 
 def test_positions_of_generation(model, tokens, directions):
@@ -173,20 +149,14 @@ def test_a_mask_that_does_not_say_which_token_is_the_last(model, tokens, directi
 # --- what spreads the tokens of a completion over passes otherwise
 
 
-@pytest.fixture
-def endless():
-    return tiny_model(eos_token_id=None)
-
-
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
-def test_it_does_not_matter_which_pass_a_token_came_in(endless, positions):
+def test_it_does_not_matter_which_pass_a_token_came_in(model, positions):
     """Guesses are checked several at once, beside the prompt; chunks have a cache behind them."""
     draft = tiny_model(eos_token_id=None)
     prompt = torch.randint(7, 30, (1, 9)).repeat(1, 3)
     d = Direction(torch.randn(HIDDEN) * 3)
-    settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 10}
-    with patch(endless, Ablate(d, positions=positions)):
-        want = endless.generate(prompt, **settings)
+    with patch(model, Ablate(d, positions=positions)):
+        want = model.generate(prompt, **GREEDY)
         for other in (
             {"assistant_model": draft},
             {"prompt_lookup_num_tokens": 3},
@@ -194,37 +164,36 @@ def test_it_does_not_matter_which_pass_a_token_came_in(endless, positions):
             {"use_cache": False},
             {"cache_implementation": "static", "disable_compile": True},
         ):
-            assert torch.equal(endless.generate(prompt, **settings, **other), want), other
-    assert positions == "generated" or not torch.equal(endless.generate(prompt, **settings), want)
+            assert torch.equal(model.generate(prompt, **GREEDY, **other), want), other
+    assert positions == "generated" or not torch.equal(model.generate(prompt, **GREEDY), want)
 
 
-def test_a_prompt_whose_start_is_cached_is_a_prompt_to_its_end(endless, tokens):
+def test_a_prompt_whose_start_is_cached_is_a_prompt_to_its_end(model, tokens):
     """As in the second turn of a chat, where the cache holds the first."""
     d, seen = Direction(torch.randn(HIDDEN)), []
-    settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 3}
+    settings = {**GREEDY, "max_new_tokens": 3}
 
     def see(name, h):
         seen.append((h @ d.unit).abs().amax(dim=0))
 
-    with patch(endless, Ablate(d, positions="prompt")) as handle:
-        cache = DynamicCache(config=endless.config)
-        endless.generate(tokens[:, :5], past_key_values=cache, **{**settings, "max_new_tokens": 1})
+    with patch(model, Ablate(d, positions="prompt")) as handle:
+        cache = DynamicCache(config=model.config)
+        model.generate(tokens[:, :5], past_key_values=cache, **{**settings, "max_new_tokens": 1})
         with handle.watch(see):
-            endless.generate(tokens, past_key_values=cache, **settings)
-    first = 1 + 2 * LAYERS
-    assert all(s.shape[0] == 4 and s.max() < 1e-5 for s in seen[:first])
-    assert all(s.min() > 1e-4 for s in seen[first:]) and len(seen) == 3 * first
+            model.generate(tokens, past_key_values=cache, **settings)
+    assert all(s.shape[0] == 4 and s.max() < 1e-5 for s in seen[:SITES])
+    assert all(s.min() > 1e-4 for s in seen[SITES:]) and len(seen) == 3 * SITES
 
 
 def test_copies_know_their_own_prompts(model, tokens, directions):
-    settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 4}
+    settings = {**GREEDY, "max_new_tokens": 4, "use_cache": False}
     before = [list(vars(m)) for m in model.modules()]
     with patch(model, Ablate(directions[0], positions="generated")) as handle:
-        want = model.generate(tokens, **settings, use_cache=False)
+        want = model.generate(tokens, **settings)
         twin = copy.deepcopy(model)
         handle.strength = 0.0
         assert twin.generate.module is twin
-        assert torch.equal(twin.generate(tokens, **settings, use_cache=False), want)
+        assert torch.equal(twin.generate(tokens, **settings), want)
     unpatch(twin)
     for m in (model, twin):
         assert [list(vars(part)) for part in m.modules()] == before

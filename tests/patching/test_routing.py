@@ -1,43 +1,19 @@
 """Which places and which rows: sites, routes, dials, scores."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
+from steering import GREEDY, HIDDEN, SITES, streams
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.interventions import Ablate, Add, Clamp
 from refusal_kernels.patching.patch import patch
-
-HIDDEN, LAYERS = 64, 3
-
-
-@pytest.fixture
-def model():
-    return tiny_model("llama")
-
-
-@pytest.fixture
-def directions():
-    return [Direction(torch.randn(HIDDEN) * 2) for _ in range(3)]
 
 
 @pytest.fixture
 def tokens():
     return torch.randint(7, 30, (3, 9))
-
-
-def streams(model, tokens, *interventions, route=None, **call):
-    """Run once; return the logits and the stream at every steered place."""
-    seen = {}
-    with patch(model, *interventions) as handle, torch.no_grad():
-        routed = nullcontext() if route is None else handle.route(route)
-        with routed, handle.watch(lambda name, h: seen.update({name: h.clone()})):
-            logits = model(tokens, **call).logits
-    return logits, seen
 
 
 # --- places
@@ -63,12 +39,9 @@ def test_an_intervention_acts_where_it_is_meant_to(model, tokens, directions, se
     _, seen = streams(model, tokens, Ablate(directions[0], **settings))
     assert list(seen) == names
     assert all((h @ r).abs().max() < 1e-5 for h in seen.values())
-    _, everywhere = streams(
-        model, tokens, Add(directions[0], 0.0, sites="all")
-    )  # an edit that does nothing
-    first = names[0]
-    plain = everywhere[first]
-    assert torch.allclose(seen[first], plain - (plain @ r)[..., None] * r, atol=1e-5)
+    nothing = Add(directions[0], 0.0, sites="all")
+    plain = streams(model, tokens, nothing)[1][names[0]]
+    assert torch.allclose(seen[names[0]], plain - (plain @ r)[..., None] * r, atol=1e-5)
 
 
 def test_places_that_can_not_be_had_are_refused(model, directions):
@@ -128,8 +101,7 @@ def test_a_routed_row_has_the_bits_of_its_program_alone(model, tokens, direction
     "settings", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
 )
 def test_a_route_holds_through_generation(model, tokens, directions, settings):
-    common = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    common |= settings
+    common = {**GREEDY, "max_new_tokens": 8, **settings}
     returned = settings.get("num_return_sequences", 1)
     a, b, _ = directions
     with (
@@ -151,8 +123,8 @@ def test_a_routed_row_keeps_its_bits_through_decoding_and_beams(model, tokens, d
     """Every step's logits, not only the tokens: rows beside it change no bit of a row."""
     a, b, c = directions
     programs = [Ablate(a, 0.8)], [Ablate(b, 0.5), Add(c, block_input=1)], [Clamp(c, high=0.0)]
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    settings |= {"num_beams": beams, "output_logits": True, "return_dict_in_generate": True}
+    settings = {**GREEDY, "max_new_tokens": 6, "num_beams": beams}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
 
     def steps(route):
         with handle.route(route):
@@ -171,10 +143,8 @@ def test_routes_that_do_not_fit_are_refused(model, tokens, directions):
         for route, words in (([0, 2], "row 1 is routed to program 2; there are 2"), ([], "empty")):
             with pytest.raises(InputError, match=words), handle.route(route):
                 pass
-        with (
-            pytest.raises(InputError, match="4 rows, which does not divide"),
-            handle.route([0] * 4),
-        ):
+        four = pytest.raises(InputError, match="4 rows, which does not divide")
+        with four, handle.route([0] * 4):
             model(tokens)
         assert torch.isfinite(model(tokens).logits).all()  # and the route is gone
     with pytest.raises(InputError, match="sequences of them; got list"):
@@ -197,15 +167,7 @@ class _Called(TorchDispatchMode):
 
 
 # what makes the host wait for a device: a number, or a size, that is read back
-SYNCHRONIZES = (
-    "_local_scalar_dense",
-    "item",
-    "nonzero",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "_to_cpu",
-)
+SYNCHRONIZES = "_local_scalar_dense item nonzero is_nonzero equal unique _to_cpu".split()
 
 
 def test_steering_and_telemetry_ask_the_host_for_nothing(model, tokens, directions):
@@ -217,11 +179,9 @@ def test_steering_and_telemetry_ask_the_host_for_nothing(model, tokens, directio
     assert called(lambda: tokens.max().item())  # it would be seen
     mask = torch.ones_like(tokens)
     plain = called(lambda: model(tokens, attention_mask=mask))
-    programs = (
-        [Ablate(directions[0], positions="last")],
-        [Add(directions[1], sites="all", positions="prompt")],
-    )
-    with patch(model, *programs) as handle, handle.route([0, 1, None]):
+    last = Ablate(directions[0], positions="last")
+    prompt = Add(directions[1], sites="all", positions="prompt")
+    with patch(model, [last], [prompt]) as handle, handle.route([0, 1, None]):
         handle.keep_scores = True
 
         def run():
@@ -273,7 +233,7 @@ def test_scores_come_from_the_same_pass(model, tokens, directions):
         model(tokens)
         with pytest.raises(InputError, match="keep_scores"):
             handle.scores()
-    assert len(scores) == 1 + 2 * LAYERS
+    assert len(scores) == SITES
     assert scores["layers.0.attn"].shape == (27, 1) and scores["layers.0.mlp"].shape == (27, 2)
     # what the first place read is the embedding
     want = model.model.embed_tokens(tokens).view(27, HIDDEN) @ a.unit

@@ -16,7 +16,8 @@ from typing import Any
 from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.interventions import INTERVENTIONS, PLACE_FIELDS, Intervention
+from refusal_kernels.intervention_base import PLACE_FIELDS
+from refusal_kernels.interventions import INTERVENTIONS, Intervention
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.rates import Rate
