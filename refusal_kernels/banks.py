@@ -57,22 +57,16 @@ def check_program(interventions: Sequence[Intervention]) -> None:
     InputError
         If two of them interfere.
     """
-    terms = [
-        (slot, owner, len(i.slots(1.0)))
-        for owner, i in enumerate(interventions)
-        for slot in i.slots(1.0)
-        if slot.reads
-    ]
+    each = [(owner, i.slots(1.0)) for owner, i in enumerate(interventions)]
+    terms = [(slot, owner, len(slots)) for owner, slots in each for slot in slots if slot.reads]
     if not terms:
         return
-    gram = (
-        torch.stack([slot.read for slot, _, _ in terms]).double()
-        @ torch.stack([slot.write for slot, _, _ in terms]).double().T
-    )
+    read = torch.stack([slot.read for slot, _, _ in terms]).double()
+    write = torch.stack([slot.write for slot, _, _ in terms]).double()
     owners = torch.tensor([owner for _, owner, _ in terms])
     alone = torch.tensor([count == 1 for _, _, count in terms])
     checked = (owners[:, None] != owners) | torch.diag(alone)
-    off = (gram - torch.eye(len(terms), dtype=gram.dtype)).abs()
+    off = (read @ write.T - torch.eye(len(terms), dtype=read.dtype)).abs()
     worst = float(off.masked_fill(~checked, 0.0).max())
     if worst > ORTHONORMAL:
         raise InputError(

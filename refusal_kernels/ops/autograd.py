@@ -67,16 +67,12 @@ def _fake_nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "add_steer": _fake_like_x,
+FAKES: dict[str, Callable[..., Any]] = dict.fromkeys(PUBLIC, _fake_like_x) | {
     "add_steer_": _fake_nothing,
     "add_steer_scores": _fake_scored,
-    "add_steer_backward": _fake_like_x,
     "add_steer_rms_norm": _fake_two_like_x,
     "add_steer_rms_norm_scores": _fake_normed_scored,
-    "add_steer_rms_norm_backward": _fake_like_x,
     "scores": _fake_scores,
-    "rms_norm": _fake_like_x,
     "moments_": _fake_nothing,
 }
 

@@ -26,17 +26,7 @@ ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of ops and the calls that it can serve.
-
-    Attributes
-    ----------
-    name
-        ``cpu``, ``cuda``, ``triton``, ``reference``, or what `register_backend` was given.
-    ops
-        Op name to callable, for every name in `autograd.OPS`.
-    why_not
-        (device type, dtype) to the reason why such a call can not be served, or None.
-    """
+    """A set of ops and the calls that it can serve; its fields as `register_backend` takes them."""
 
     name: str
     ops: MappingProxyType[str, Callable[..., Any]]

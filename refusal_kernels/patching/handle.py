@@ -119,11 +119,7 @@ class PatchHandle:
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
-        self._check_intact()
-        values = self._numbers("strength", value, len(self._interventions))
-        for intervention, number in zip(self._interventions, values, strict=True):
-            object.__setattr__(intervention, "strength", number)  # ours alone: `patch` made a copy
-        self._write()
+        self._turn("strength", value, self._interventions)
 
     @property
     def coefficient(self) -> tuple[float, ...]:
@@ -132,11 +128,7 @@ class PatchHandle:
 
     @coefficient.setter
     def coefficient(self, value: float | Sequence[float]) -> None:
-        self._check_intact()
-        adds = self._adds()
-        for add, number in zip(adds, self._numbers("coefficient", value, len(adds)), strict=True):
-            object.__setattr__(add, "coefficient", number)
-        self._write()
+        self._turn("coefficient", value, self._adds())
 
     def _adds(self) -> list[Add]:
         adds = [i for i in self._interventions if isinstance(i, Add)]
@@ -144,16 +136,17 @@ class PatchHandle:
             raise InputError("no Add among the interventions, so there is no coefficient")
         return adds
 
-    @staticmethod
-    def _numbers(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
-        values = tuple(value) if isinstance(value, Sequence) else (value,) * count
-        if len(values) != count:
-            raise InputError(f"{len(values)} {name}s for {count} interventions")
+    def _turn(
+        self, dial: str, value: float | Sequence[float], turned: Sequence[Intervention]
+    ) -> None:
+        self._check_intact()
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * len(turned)
+        if len(values) != len(turned):
+            raise InputError(f"{len(values)} {dial}s for {len(turned)} interventions")
         if not all(torch.tensor(float(v)).isfinite() for v in values):
-            raise InputError(f"{name} is {value}; must be finite")
-        return tuple(float(v) for v in values)
-
-    def _write(self) -> None:
+            raise InputError(f"{dial} is {value}; must be finite")
+        for intervention, number in zip(turned, values, strict=True):
+            object.__setattr__(intervention, dial, float(number))  # `patch` made a copy of each
         for program in self._groups:
             program.write_params()
 

@@ -120,21 +120,18 @@ def _in_layer(
         again = f".{counts[kind] - 1}" if counts[kind] > 1 else ""
         return f"layers.{number}.{kind}{again}"
 
-    if family.hooked:
-        for path, writer in family.hooked:
-            writers = frozenset({writer})
-            if not path.startswith(NEXT):
-                module = layer.get_submodule(path)
-            else:
-                module = layer if after is None else after.get_submodule(path.removeprefix(NEXT))
-            yield Place(name(writers), module, None, None, number, writers), [], []
-        return
-    if family.restart:
-        condition, path, writer = family.restart
-        if eval(condition, {"self": layer}):
-            writers = frozenset({writer})
+    hooked = list(family.hooked)
+    if family.restart and eval(family.restart[0], {"self": layer}):
+        hooked.append(family.restart[1:])
+    for path, writer in hooked:
+        if not path.startswith(NEXT):
             module = layer.get_submodule(path)
-            yield Place(name(writers), module, None, None, number, writers), [], []
+        else:
+            module = layer if after is None else after.get_submodule(path.removeprefix(NEXT))
+        writers = frozenset({writer})
+        yield Place(name(writers), module, None, None, number, writers), [], []
+    if family.hooked:
+        return
     for path, stream, writer in family.adders or (("", None, ""),):
         module = layer.get_submodule(path)
         try:

@@ -56,15 +56,11 @@ def test_slots_that_only_fill_up_a_bank_change_nothing(backend, dtype):
     """Programs of several sizes share a bank: a row has the numbers of its program alone."""
     x, residual, weight = rows(7, 300, dtype), rows(7, 300, dtype), torch.randn(300)
     bank, params = random_program(300, slots=2)
-    padded = torch.cat([bank, torch.zeros(2, 2, 3, 300)], dim=2).contiguous()
+    nothing = torch.zeros(2, 2, 3, 300)
     idle = torch.tensor([0.0, 0.0, 0.0, -math.inf, math.inf]).expand(2, 3, 5)
-    more = torch.cat([params, idle], dim=1).contiguous()
-    short, short_more = bank[:, :, :1].contiguous(), torch.cat([params[:, :1], idle], dim=1)
-    short_bank = torch.cat([short, torch.zeros(2, 2, 3, 300)], dim=2).contiguous()
-    for few, many in (
-        ((bank, params), (padded, more)),
-        ((short, params[:, :1].contiguous()), (short_bank, short_more.contiguous())),
-    ):
+    for taken in (2, 1):
+        few = bank[:, :, :taken].contiguous(), params[:, :taken].contiguous()
+        many = torch.cat([few[0], nothing], dim=2), torch.cat([few[1], idle], dim=1)
         alone = ops.add_steer_rms_norm(x, residual, weight, 1e-6, *few, return_scores=True)
         filled = ops.add_steer_rms_norm(x, residual, weight, 1e-6, *many, return_scores=True)
         slots = alone[2].shape[1]

@@ -1,5 +1,6 @@
 """What the dispatcher and the compiler see, and which backend serves a call."""
 
+import dataclasses
 import importlib
 
 import emulated_cuda
@@ -22,41 +23,36 @@ if DEVICES["triton"] == "cuda":  # the interpreter can not be traced
 @pytest.mark.parametrize("backend_name", [b for b in DEVICES if b in NAMESPACES])
 def test_opcheck(backend_name):
     namespace = getattr(torch.ops, NAMESPACES[backend_name])
-    check = torch.library.opcheck
     with torch.device(DEVICES[backend_name]):
         bank, params = random_program(24)
         x, residual = rows(6, 24), rows(6, 24)
         route = torch.tensor([0, 1, -1, 0, 1, 1], dtype=torch.int32)
         weight, index = torch.randn(24), torch.randint(-1, 3, (2, 3), dtype=torch.int32)
         group, moments = torch.tensor([0, 1], dtype=torch.int32), state(2, 3, 24)
+
+    def check(**calls):
+        for op, args in calls.items():
+            torch.library.opcheck(getattr(namespace, op).default, args)
+
     for grad in (False, True):
         x, residual, bank, params, weight = (
             t.detach().clone().requires_grad_(grad) for t in (x, residual, bank, params, weight)
         )
-        program = (bank, params, route)
-        check(namespace.add_steer.default, (x, residual, bank, params, None))
-        for op in ("add_steer", "add_steer_scores"):
-            check(getattr(namespace, op).default, (x, residual, *program))
-        for op in ("add_steer_rms_norm", "add_steer_rms_norm_scores"):
-            check(getattr(namespace, op).default, (x, residual, weight, 1e-6, *program, 1.0))
-        check(namespace.scores.default, (x, bank, route))
-        check(namespace.rms_norm.default, (x, weight, 1e-6, 1.0))
+        program, norm = (bank, params, route), (weight, 1e-6)
+        edit, normed = (x, residual, *program), (x, residual, *norm, *program, 1.0)
+        check(add_steer=(x, residual, bank, params, None))
+        check(add_steer=edit, add_steer_scores=edit, scores=(x, bank, route))
+        check(add_steer_rms_norm=normed, add_steer_rms_norm_scores=normed)
+        check(rms_norm=(x, *norm, 1.0))
     x, residual, bank, params, weight = (t.detach() for t in (x, residual, bank, params, weight))
     program, t = (bank, params, route), x[:, :2].contiguous()
-    check(namespace.add_steer_backward.default, (x, t, *program))
+    edit, after = (x, residual, *program), (weight, 1e-6, *program, 1.0)
+    check(add_steer_backward=(x, t, *program), add_steer_=edit)
     for grad_h in (residual, None):
-        check(
-            namespace.add_steer_rms_norm_backward.default,
-            (x, grad_h, x, t, weight, 1e-6, *program, 1.0),
-        )
-    check(namespace.add_steer_.default, (x, residual, *program))
-    check(namespace.moments_.default, (*moments, x.view(2, 3, 24), index, group))
+        check(add_steer_rms_norm_backward=(x, grad_h, x, t, *after))
+    check(moments_=(*moments, x.view(2, 3, 24), index, group))
     if backend_name != "triton":  # Triton's own namespace has no forms without a gradient
-        check(namespace.add_steer_inference.default, (x, residual, *program))
-        check(
-            namespace.add_steer_rms_norm_inference.default,
-            (x, residual, weight, 1e-6, *program, 1.0),
-        )
+        check(add_steer_inference=edit, add_steer_rms_norm_inference=(x, residual, *after))
 
 
 @pytest.mark.parametrize("device", sorted({d for b, d in DEVICES.items() if b in NAMESPACES}))
@@ -140,15 +136,10 @@ def test_use_backend_and_explain(monkeypatch):
 
 def test_a_backend_is_registered_with_the_ops_schemas(monkeypatch):
     monkeypatch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+    T = torch.Tensor
     table, why_not = dict(ops.BACKENDS["reference"].ops), lambda device, dtype: None
 
-    def swapped(
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        params: torch.Tensor,
-        bank: torch.Tensor,
-        route: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def swapped(x: T, residual: T | None, params: T, bank: T, route: T | None = None) -> T:
         raise NotImplementedError
 
     for name, given, words in (
@@ -167,23 +158,20 @@ def test_a_backend_is_registered_with_the_ops_schemas(monkeypatch):
 
 
 @pytest.fixture
-def nothing_found():
+def anew():
     """What serves a call is kept from call to call; here the backends are exchanged."""
     registry._serving.cache_clear()
     yield
     registry._serving.cache_clear()
 
 
-def test_use_backend_really_switches(monkeypatch, nothing_found):
+def test_use_backend_really_switches(monkeypatch, anew):
     calls = []
     served = dict(ops.BACKENDS["reference"].ops)
     original = served["add_steer_inference"]  # the form of a call that needs no gradient
     served["add_steer_inference"] = lambda *a: calls.append(1) or original(*a)
-    monkeypatch.setattr(
-        "refusal_kernels.ops.registry.BACKENDS",
-        {**ops.BACKENDS, "reference": type(ops.BACKENDS["reference"])(
-            "reference", served, ops.BACKENDS["reference"].why_not)},
-    )  # fmt: skip
+    changed = dataclasses.replace(ops.BACKENDS["reference"], ops=served)
+    monkeypatch.setattr(registry, "BACKENDS", {**ops.BACKENDS, "reference": changed})
     _, bank, params = ablation(8)
     with ops.use_backend("reference"):
         ops.add_steer(rows(1, 8), None, bank, params)

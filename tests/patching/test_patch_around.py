@@ -48,6 +48,15 @@ def same_state(one, other):
     return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def adapted(model, direction, first):
+    """Patch a model and give it adapters, in either order; return both."""
+    config = LoraConfig(r=4, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+    handle = patch(model, Ablate(direction)) if first == "patch" else None
+    torch.manual_seed(1)
+    lora = get_peft_model(model, config)
+    return lora, handle or patch(lora, Ablate(direction))
+
+
 # --- training
 
 
@@ -85,11 +94,7 @@ def test_training_every_weight(model, direction, tokens, reentrant):
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_training_lora(model, direction, tokens, reentrant, first):
-    config = LoraConfig(r=4, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
-    handle = patch(model, Ablate(direction)) if first == "patch" else None
-    torch.manual_seed(1)
-    lora = get_peft_model(model, config)
-    handle = handle or patch(lora, Ablate(direction))
+    lora, handle = adapted(model, direction, first)
     assert handle.report().claimed == SITES
     lora.enable_input_require_grads()
     checkpointed(lora, reentrant)
@@ -110,10 +115,7 @@ def test_training_lora(model, direction, tokens, reentrant, first):
 @pytest.mark.parametrize("first", ["patch", "peft"])
 @torch.no_grad()
 def test_merging_and_unmerging_an_adapter(model, direction, tokens, first):
-    config = LoraConfig(r=4, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
-    handle = patch(model, Ablate(direction)) if first == "patch" else None
-    lora = get_peft_model(model, config)
-    handle = handle or patch(lora, Ablate(direction))
+    lora, handle = adapted(model, direction, first)
     got = [lora(tokens).logits]
     lora.merge_adapter()
     got.append(lora(tokens).logits)
@@ -330,11 +332,8 @@ def test_save_pretrained_writes_the_plain_checkpoint(model, direction, tokens, t
 
 def test_nothing_is_left_behind(model, direction, tokens):
     plain, before, values = model(tokens).logits, traces(model), state(model)
-    for made in (
-        Ablate(direction),
-        Add(direction, block_input=1),
-        Ablate(direction, positions="last"),
-    ):
+    last = Ablate(direction, positions="last")
+    for made in (Ablate(direction), Add(direction, block_input=1), last):
         with patch(model, made) as handle:
             for grad in MODES:
                 with grad():

@@ -33,11 +33,6 @@ def test_bad_input_leaves_the_model_alone(model, direction, interventions, words
     assert is_plain(model)
 
 
-def test_a_second_patch_is_refused(model, direction):
-    with patch(model, Ablate(direction)), pytest.raises(InputError, match="already"):
-        patch(model, Ablate(direction))
-
-
 def test_a_model_without_a_residual_stream_is_refused_by_name():
     from transformers import BertConfig, BertLMHeadModel, ReformerConfig, ReformerModelWithLMHead
 
@@ -93,10 +88,3 @@ def test_of_a_block_that_can_not_be_read_the_input_is_steered(model, direction, 
     assert list(seen) == ["embed", "layers.0", "layers.1"]
     assert all((h @ direction.unit).abs().max() < 1e-5 for h in seen.values())
     assert torch.equal(model(tokens).logits, plain)
-
-
-def test_a_model_that_is_fused_is_taken_with_fused(model, direction):
-    with patch(model, Ablate(direction), fused=True) as handle:
-        paths = {site.name: site.path for site in handle.report().sites}
-    assert paths.pop("embed") == "hook"
-    assert set(paths.values()) == {"fused"}

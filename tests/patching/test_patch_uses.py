@@ -250,12 +250,15 @@ def test_moved_and_then_compiled(model, direction, tokens, dtype):
 def test_two_models_of_one_class(model, direction, tokens):
     other, along = tiny_model(seed=1), Direction(torch.randn(HIDDEN))
     want = wanted(model, direction, tokens), wanted(other, along, tokens)
+    plain = other(tokens).logits
     with patch(model, Ablate(direction)), torch.no_grad():
+        assert torch.equal(other(tokens).logits, plain)
         with patch(other, Ablate(along)):
             for _ in range(2):
                 close(model(tokens).logits, want[0])
                 close(other(tokens).logits, want[1])
         close(model(tokens).logits, want[0])
+        assert torch.equal(other(tokens).logits, plain)
 
 
 @pytest.mark.parametrize("grad", MODES)

@@ -220,21 +220,6 @@ def test_undo_is_exact(model, direction, tokens):
     assert everything() == before
 
 
-def test_a_forward_that_accelerate_has_wrapped_is_reached(direction, tokens):
-    model = tiny_model("llama")
-    with patch(model, Ablate(direction)):
-        want = model(tokens).logits
-    plain = model(tokens).logits
-    for layer in model.model.layers:  # as accelerate.hooks.add_hook_to_module does
-        layer._old_forward = layer.forward
-        layer.forward = lambda *a, _layer=layer, **k: _layer._old_forward(*a, **k)
-    before = [layer._old_forward for layer in model.model.layers]
-    with patch(model, Ablate(direction)):
-        assert torch.equal(model(tokens).logits, want)
-    assert torch.equal(model(tokens).logits, plain)
-    assert [layer._old_forward for layer in model.model.layers] == before
-
-
 def test_a_forward_set_on_the_instance_is_refused(direction):
     model = tiny_model("llama")
     layer = model.model.layers[1]
@@ -244,18 +229,8 @@ def test_a_forward_set_on_the_instance_is_refused(direction):
     assert is_plain(model)
 
 
-def test_only_the_patched_model_is_patched(direction, tokens):
-    one, other = tiny_model("llama"), tiny_model("llama")
-    plain = other(tokens).logits
-    with patch(one, Ablate(direction)):
-        assert torch.equal(other(tokens).logits, plain)
-        with patch(other, Ablate(direction, 0.5)):
-            assert not torch.equal(other(tokens).logits, one(tokens).logits)
-        assert torch.equal(other(tokens).logits, plain)
-
-
 def test_report(model, direction):
-    with patch(model, Ablate(direction)) as handle:
+    with patch(model, Ablate(direction), fused=True) as handle:
         report = handle.report()
         assert report.claimed == report.expected == SITES
         assert report.sites[0].name == "embed" and report.sites[0].path == "hook"
@@ -289,17 +264,6 @@ def test_moved_after_patching(model, direction, tokens):
         for h in seen.values():  # the direction itself did not become bfloat16
             score = (h.double() @ direction.unit.double()).abs()
             assert (score <= 4 * torch.finfo(h.dtype).eps * h.double().norm(dim=-1)).all()
-
-
-def test_left_padding(direction):
-    model, ids = tiny_model("llama"), torch.randint(7, 30, (1, 6))
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with patch(model, Ablate(direction)):
-        alone = model(ids).logits[:, -1]
-        beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, -1]
-    assert torch.allclose(alone, beside, atol=1e-4)
 
 
 def test_the_rewritten_source_can_be_read(direction):

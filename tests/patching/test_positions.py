@@ -139,10 +139,8 @@ def test_the_last_token_beside_padding(family, cache, side):
 
 def test_a_mask_that_does_not_say_which_token_is_the_last(model, tokens, directions):
     blocks = type("BlockMask", (), {})()
-    with (
-        patch(model, Ablate(directions[0], positions="last")),
-        pytest.raises(InputError, match="mask is a BlockMask, which does not say"),
-    ):
+    refused = pytest.raises(InputError, match="mask is a BlockMask, which does not say")
+    with patch(model, Ablate(directions[0], positions="last")), refused:
         model.model(tokens, attention_mask=blocks)
 
 
