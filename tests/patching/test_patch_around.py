@@ -285,7 +285,7 @@ def test_a_deep_copy_is_steered_and_its_own(model, direction, tokens):
         close(model(tokens).logits, plain)
     with torch.no_grad():
         close(twin(tokens).logits, want)  # norms linked
-    assert dial.strength == 1.0
+    assert dial.strength == (1.0,)
     dial.strength = 0.0
     close(pair(tokens).logits, plain)
     close(twin(tokens).logits, want)
