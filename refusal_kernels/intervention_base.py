@@ -1,6 +1,7 @@
 """What an intervention is: its slots, its place, and how a configuration spells it."""
 
 import dataclasses
+import functools
 import math
 import typing
 import warnings
@@ -315,12 +316,8 @@ def _place(key: str, value: Any) -> Any:
     return tuple(value) if listed else value
 
 
-_warned: list[bool] = []
-
-
+@functools.cache
 def _warn_of_layer() -> None:
     """Say once in a process that ``layer`` has another name."""
-    if not _warned:
-        _warned.append(True)
-        message = "layer= of an intervention is now named block_input="
-        warnings.warn(message, DeprecationWarning, stacklevel=4)
+    message = "layer= of an intervention is now named block_input="
+    warnings.warn(message, DeprecationWarning, stacklevel=4)

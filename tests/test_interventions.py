@@ -157,8 +157,8 @@ def test_adding_needs_a_place(plane):
         assert [site.name for site in handle.report().sites] == ["layers.1.attn", "layers.1.mlp"]
 
 
-def test_the_old_name_of_block_input_warns_once(plane, monkeypatch, caplog):
-    monkeypatch.setattr(intervention_base, "_warned", [])
+def test_the_old_name_of_block_input_warns_once(plane, caplog):
+    intervention_base._warn_of_layer.cache_clear()
     with pytest.warns(DeprecationWarning, match="block_input") as seen:
         assert rk.Ablate(plane[0], layer=1).block_input == 1
     assert seen[0].filename == __file__

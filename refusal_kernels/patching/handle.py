@@ -175,7 +175,7 @@ class PatchHandle:
                 )
         if not programs:
             raise InputError("the route is empty; expected a program or None for every row")
-        numbers = [self._route.plain if p is None else p for p in programs]
+        numbers = [self._route.programs if p is None else p for p in programs]
         outer = self._route.rows
         device = self.sites[0].device
         self._route.rows = torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -21,6 +21,8 @@ class Route:
 
     Attributes
     ----------
+    programs
+        How many there are; as the program of a row it leaves the row alone.
     rows
         int64 [rows]: the program of each row of the batch, or None for program 0 everywhere.
     phases
@@ -35,38 +37,33 @@ class Route:
         self.rows: Tensor | None = None
         self._prompt: Tensor | None = None
         self._latest: Tensor | None = None
-        self._own = threading.local()
+        self._thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prompt": None, "_latest": None, "_own": None}
+        return {**self.__dict__, "_prompt": None, "_latest": None, "_thread": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _own=threading.local())
+        self.__dict__.update(state, _thread=threading.local())
 
     @property
     def phases(self) -> Tensor | None:
         """See above. A thread that ran no pass recomputes one, for a gradient: the latest."""
         if torch.compiler.is_compiling():
             return self._latest
-        own: Tensor | None = getattr(self._own, "phases", self._latest)
-        return own
+        phases: Tensor | None = getattr(self._thread, "phases", self._latest)
+        return phases
 
     @property
     def prompt(self) -> Tensor | None:
         """See above."""
         if torch.compiler.is_compiling():
             return self._prompt
-        own: Tensor | None = getattr(self._own, "prompt", None)
-        return own
+        prompt: Tensor | None = getattr(self._thread, "prompt", None)
+        return prompt
 
     @prompt.setter
     def prompt(self, prompt: Tensor | None) -> None:
-        self._own.prompt = self._prompt = prompt
-
-    @property
-    def plain(self) -> int:
-        """The program of rows that are left alone."""
-        return self.programs
+        self._thread.prompt = self._prompt = prompt
 
     def cells(self, x: Tensor) -> Tensor | None:
         """Return the cell of every token of x, in order; None: all take program 0.
@@ -89,10 +86,10 @@ class Route:
             return self._cells(x)
         # the sites of a pass ask for the same, and a tensor of inference mode is of no use outside
         same = x.shape[:-1], x.device, torch.is_inference_mode_enabled()
-        rows, phases, kept, cells = getattr(self._own, "kept", (None, None, None, None))
+        rows, phases, kept, cells = getattr(self._thread, "kept", (None, None, None, None))
         if rows is not self.rows or phases is not self.phases or kept != same:
             cells = self._cells(x)
-            self._own.kept = self.rows, self.phases, same, cells
+            self._thread.kept = self.rows, self.phases, same, cells
         return cells
 
     def _cells(self, x: Tensor) -> Tensor:
@@ -149,7 +146,7 @@ class Route:
             last = new | (old & (place == end - 1) & (past + tokens >= prompt))
             self._latest = last.long() + 2 * new
         if not torch.compiler.is_compiling():
-            self._own.phases = self._latest
+            self._thread.phases = self._latest
 
 
 class TokensFirst(Route):
@@ -242,5 +239,5 @@ def _real(mask: Any, tokens: int, past: int | Tensor | None) -> Tensor | None:
     seen = (mask if mask.dtype is torch.bool else mask == 0).any(dim=2).any(dim=1)  # [batch, keys]
     if past is None:
         return seen[:, -tokens:]
-    own = torch.arange(tokens, device=mask.device) + past  # a static cache has room after them
-    return seen[:, own.clamp(max=seen.shape[1] - 1)]
+    keys = torch.arange(tokens, device=mask.device) + past  # a static cache has room after them
+    return seen[:, keys.clamp(max=seen.shape[1] - 1)]

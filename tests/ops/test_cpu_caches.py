@@ -1,9 +1,10 @@
 """CPU rows that are too many for the caches: their outputs are written past them, to the same bits.
 
-Which calls do so is found from this processor's share of cache (`refusal_kernels._C`), so that they
+Which calls do so is read from this processor's share of cache (`refusal_kernels._C`), so that they
 are the right ones on any machine.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from refusal_kernels import _C, ops
 from refusal_kernels.ops import use_backend
 
 FEW = 16  # rows of a call that stays in L2
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
@@ -24,9 +26,8 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-CASES = itertools.product(
-    (1, 2), DTYPES, (1, 3), (2048, 2040)
-)  # rows at the start of a line or not
+# the last: rows at the start of a line of the cache, or not
+CASES = itertools.product((1, 2), DTYPES, (1, 3), (2048, 2040))
 
 
 @pytest.mark.parametrize(
@@ -49,18 +50,16 @@ def test_bits_are_those_of_few_rows(threads, dtype, slots, hidden):
         return h, *ops.add_steer_rms_norm(*some, weight, 1e-6, bank, params, which)
 
     poison((x.shape, dtype), (x.shape, dtype))
-    found = steered(0, tokens)
+    whole = steered(0, tokens)
     for start in [*range(0, tokens, 5 * FEW), tokens - FEW]:
-        for all_rows, few in zip(found, steered(start, start + FEW), strict=True):
-            torch.testing.assert_close(
-                all_rows[start : start + FEW], few, rtol=0, atol=0, equal_nan=True
-            )
+        for all_rows, few in zip(whole, steered(start, start + FEW), strict=True):
+            same(all_rows[start : start + FEW], few)
     ordinary = torch.ones(tokens, dtype=torch.bool)
     ordinary[[5, 11]] = False
     with use_backend("reference"):
-        for all_rows, want in zip(found, steered(0, tokens), strict=True):
+        for all_rows, want in zip(whole, steered(0, tokens), strict=True):
             tolerance = 4 * torch.finfo(dtype).eps * float(want[ordinary].abs().max())
             assert worst(all_rows[ordinary], want[ordinary].double()) <= tolerance
     in_place = residual.clone()
     ops.add_steer_(x, in_place, bank, params, route)
-    torch.testing.assert_close(in_place, found[0], rtol=0, atol=0, equal_nan=True)
+    same(in_place, whole[0])

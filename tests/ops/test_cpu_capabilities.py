@@ -66,10 +66,10 @@ assert (outputs[-1] != 0).any(), "denormals are gone"
 for output in outputs:
     print(hashlib.sha256(output.view(torch.uint8).numpy().tobytes()).hexdigest())
 """
-    found = {name: run(name, "-c", code) for name in CAPABILITIES if name in _C.cpu_capabilities()}
-    for name, done in found.items():
+    runs = {name: run(name, "-c", code) for name in CAPABILITIES if name in _C.cpu_capabilities()}
+    for name, done in runs.items():
         assert done.returncode == 0, (name, done.stderr)
-    if "avx512_bf16" in found:
-        assert found["avx512_bf16"].stdout == found["avx512"].stdout
+    if "avx512_bf16" in runs:
+        assert runs["avx512_bf16"].stdout == runs["avx512"].stdout
     # the plain add has one order of operations in every set
-    assert len({done.stdout.splitlines()[0] for done in found.values()}) == 1
+    assert len({done.stdout.splitlines()[0] for done in runs.values()}) == 1

@@ -11,15 +11,15 @@ from refusal_kernels import ops
 
 def exact_moments(batches, groups, positions):
     """count, mean and sum of squared deviations of all rows at once, in float64."""
-    found = {}
+    values_of = {}
     for activations, index, group in batches:
         for b in range(len(group)):
             for t in range(index.shape[1]):
                 if index[b, t] >= 0 and group[b] >= 0:
                     key = int(group[b]), int(index[b, t])
-                    found.setdefault(key, []).append(activations[b, t].double())
+                    values_of.setdefault(key, []).append(activations[b, t].double())
     count, mean, m2 = state(groups, positions, batches[0][0].shape[-1])
-    for key, values in found.items():
+    for key, values in values_of.items():
         stacked = torch.stack(values)
         count[key], mean[key] = len(values), stacked.mean(0)
         m2[key] = (stacked - stacked.mean(0)).pow(2).sum(0)

@@ -82,14 +82,14 @@ def test_the_formula_is_as_exact_as_eager_pytorch(dtype, routed):
     args = weight, eps, bank, params, route if routed else None, offset
     exact = reference.add_steer_rms_norm(x.double(), residual.double(), *args)
     eager = reference.add_steer_rms_norm(x, residual, *args)
-    found = compiled(OPS.add_steer_rms_norm_inference)(x, residual, *args)
-    for got, own, want in zip(found, eager, exact, strict=True):
+    inlined = compiled(OPS.add_steer_rms_norm_inference)(x, residual, *args)
+    for got, plain, want in zip(inlined, eager, exact, strict=True):
         assert got.dtype == dtype
-        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, own))
+        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, plain))
         assert error <= 1.1 * allowed  # sums in another order: neither is the better one
     if routed:
         left_alone = route < 0
-        assert torch.equal(found[1][left_alone], (x + residual)[left_alone])
+        assert torch.equal(inlined[1][left_alone], (x + residual)[left_alone])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,8 +98,8 @@ def test_a_row_does_not_depend_on_the_others(dtype):
     call = compiled(OPS.add_steer_rms_norm_inference, dynamic=True)
 
     def some(picked):
-        own = x[picked].contiguous(), residual[picked].contiguous()
-        return call(*own, weight, eps, bank, params, route[picked].contiguous(), offset)
+        part = x[picked].contiguous(), residual[picked].contiguous()
+        return call(*part, weight, eps, bank, params, route[picked].contiguous(), offset)
 
     whole = some(slice(None))
     spoilt = x.clone()
