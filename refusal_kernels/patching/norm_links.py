@@ -18,25 +18,14 @@ EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
 class Link:
-    """A norm and the pair that the add before it left.
-
-    Attributes
-    ----------
-    norm
-        The module, an RMSNorm; its weight is read at every call, where it is then.
-    eps, offset
-        As in `ops.rms_norm`.
-    between
-        The modules, beside the norm, whose hooks may see h before the norm does.
-    pending
-        (h, normed, `version` of h), or None.
-    """
+    """A norm and the pair that the add before it left."""
 
     def __init__(self, norm: nn.Module, eps: float, offset: float) -> None:
-        self.norm = norm
-        self.eps = eps
-        self.offset = offset
+        self.norm = norm  # an RMSNorm; its weight is read at every call, where it is then
+        self.eps, self.offset = eps, offset  # as in `ops.rms_norm`
+        # the modules, beside the norm, whose hooks may see h before the norm does
         self.between: tuple[nn.Module, ...] = ()
+        # (h, normed, `version` of h)
         self.pending: tuple[Tensor, Tensor, int | None] | None = None
 
     def take(self, x: Tensor) -> Tensor | None:

@@ -17,41 +17,21 @@ FUSED, HOOK = "fused", "hook"
 
 @dataclass
 class Place:
-    """One place where the stream is written.
+    """One place where the stream is written."""
 
-    Attributes
-    ----------
-    name
-        "embed", or "layers.3.attn" and the like.
-    module
-        Where it is: the module whose forward adds, or whose input or output is hooked.
-    add
-        The number of the add in the module's rewritten forward; None for a hook.
-    stream
-        The parameter of that forward that is the stream, as `steered` takes it.
-    block, writers, feeds
-        As `Intervention.meets` takes them.
-    passed_on
-        Whether what the next module is called with is what was written, the very tensor.
-    on_input
-        For a hook: whether it acts on the module's input, not on its output.
-    link
-        The norm that reads what is written here, or None.
-    unread
-        Why the adds of the block were not found, so that only what it returns can be steered.
-    """
-
-    name: str
-    module: nn.Module
-    add: int | None
-    stream: str | None = None
+    name: str  # "embed", or "layers.3.attn" and the like
+    module: nn.Module  # whose forward adds, or whose input or output is hooked
+    add: int | None  # the number of the add in the module's rewritten forward; None for a hook
+    stream: str | None = None  # the parameter of that forward that is the stream, see `steered`
+    # as `Intervention.meets` takes them
     block: int | None = None
     writers: frozenset[str] = frozenset()
     feeds: int | None = None
+    # whether what the next module is called with is what was written, the very tensor
     passed_on: bool = True
-    on_input: bool = False
-    link: Link | None = field(default=None, repr=False)
-    unread: str = ""
+    on_input: bool = False  # for a hook: whether it acts on the module's input, not on its output
+    link: Link | None = field(default=None, repr=False)  # the norm that reads what is written here
+    unread: str = ""  # why the block's adds were not found: only what it returns can be steered
 
 
 def places(model: Any, *, norms: bool = True) -> list[Place]:

@@ -43,28 +43,15 @@ SAME = {"view", "reshape", "contiguous", "to", "float", "type_as", "clone", "fla
 
 @dataclass
 class ResidualAdd:
-    """One residual add in the source of a forward.
+    """One residual add in the source of a forward."""
 
-    Attributes
-    ----------
-    writers
-        What it adds: "attn", "mlp", both where they are added in one sum.
-    modules
-        The submodules that write what is added, as source such as ``self.mlp``.
-    guards
-        The conditions it stands under, as (source, outcome).
-    readers
-        The submodules, as source such as ``self.post_attention_layernorm``, that are called with
-        the sum and nothing else, before anything is added to it.
-    returned
-        Whether the forward returns that very sum.
-    """
-
-    writers: frozenset[str]
-    modules: frozenset[str]
-    guards: tuple[tuple[str, bool], ...]
+    writers: frozenset[str]  # what it adds: "attn", "mlp", both where they are added in one sum
+    modules: frozenset[str]  # that write what is added, as source such as ``self.mlp``
+    guards: tuple[tuple[str, bool], ...]  # the conditions it stands under, as (source, outcome)
+    # the submodules, as source such as ``self.post_attention_layernorm``, that are called with the
+    # sum and nothing else, before anything is added to it
     readers: list[str] = field(default_factory=list)
-    returned: bool = False
+    returned: bool = False  # whether the forward returns that very sum
 
     def live(self, layer: nn.Module) -> bool:
         """Whether the layer's own settings let this add run; what can't be told counts as yes."""

@@ -19,18 +19,8 @@ Watcher = Callable[[str, Tensor], None]
 class Placed:
     """What the sites of a group share: one object, of which a compiled graph checks little twice.
 
-    Attributes
-    ----------
-    route
-        Which program every token takes.
-    idle
-        Whether program 0 does nothing here.
-    tensors
-        Bank and params, as the ops take them, and a table: for every cell its row of the bank.
-    device, dtype
-        Of the streams that it is for.
-    serve
-        The ops, by form: a call of the model does not look anything up.
+    ``tensors`` are bank and params, as the ops take them, and a table: for every cell its row of
+    the bank.
     """
 
     def __init__(
@@ -42,10 +32,11 @@ class Placed:
         dtype: torch.dtype,
     ) -> None:
         self.route = route
-        self.idle = idle
+        self.idle = idle  # whether program 0 does nothing here
         self.tensors = tensors[0].to(device), tensors[1].to(device), tensors[2].to(device)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = device, dtype  # of the streams that it is for
         self.hidden = tensors[0].shape[-1]
+        # the ops, by form: a call of the model does not look anything up
         self.serve = _ops_for(torch.empty(0, device=device, dtype=dtype))
         self._kept: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -69,13 +60,7 @@ class Placed:
 
 
 class SiteProgram:
-    """What one group of sites does: for every program of the patch, the interventions that act.
-
-    Attributes
-    ----------
-    members
-        For every program of the patch, those of its interventions that act at these sites.
-    """
+    """What one group of sites does: for every program of the patch, the interventions that act."""
 
     def __init__(self, members: Sequence[Sequence[Intervention]], route: Route):
         self.members = tuple(tuple(m) for m in members)
@@ -152,28 +137,16 @@ class _StandsForAnAdd:
 
 
 class Site(_StandsForAnAdd):
-    """One place where the stream is steered: it stands where ``residual + x`` stood.
-
-    Attributes
-    ----------
-    name
-        "embed", or "layers.3.attn" and the like.
-    path
-        "fused" (in the add), "hook" (after it), both exact.
-    link
-        The norm that reads this site's output, or None.
-    scores
-        With ``keep_scores``: what the last pass read, float32 [tokens, slots].
-    """
+    """One place where the stream is steered: it stands where ``residual + x`` stood."""
 
     def __init__(self, name: str, path: str, program: SiteProgram, like: Tensor) -> None:
-        self.name = name
-        self.path = path
+        self.name = name  # "embed", or "layers.3.attn" and the like
+        self.path = path  # "fused" (in the add), "hook" (after it), both exact
         self.program = program
-        self.link: Link | None = None
+        self.link: Link | None = None  # the norm that reads this site's output
         self.watcher: Watcher | None = None
         self.keep_scores = False
-        self.scores: Tensor | None = None
+        self.scores: Tensor | None = None  # kept: what the last pass read, float32 [tokens, slots]
         self._bind(like.device, like.dtype)
 
     def _bind(self, device: torch.device, dtype: torch.dtype) -> None:
