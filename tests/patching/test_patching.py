@@ -25,6 +25,11 @@ def model(request):
     return tiny_model(request.param)
 
 
+@pytest.fixture
+def direction():  # what it changes is far above the rounding of bfloat16
+    return Direction(torch.randn(HIDDEN) * 3)
+
+
 def hooked(model, tokens, edit, *, add_layer=None):
     """Logits and streams of a float64 copy whose writers are edited by hooks.
 
