@@ -172,7 +172,7 @@ def _adapted(model: Any, parts: _LoraTargets, folder: Path | None = None) -> Ite
             warnings.simplefilter("ignore")  # of tied embeddings, and of what it puts right itself
             try:
                 if folder is None:
-                    adapted = peft.get_peft_model(model, config)
+                    adapted: Any = peft.get_peft_model(model, config)
                 else:
                     adapted = peft.PeftModel.from_pretrained(model, str(folder))
             except Exception as error:  # whatever a version of PEFT has against a family
