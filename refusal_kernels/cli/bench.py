@@ -15,6 +15,7 @@ from refusal_kernels.errors import InputError
 T = TypeVar("T")
 _PROFILES = options.names("bench.grid", "PROFILES")
 _SHAPES = options.names("bench.shapes", "SHAPES")
+_METHODS = sorted(p.stem for p in Path(__file__).parents[1].glob("bench/methods/[a-z]*.py"))
 
 
 def bench(
@@ -22,8 +23,8 @@ def bench(
     methods: Annotated[
         str | None,
         Option(
-            help="own, peers, engines, a method's name or FILE.py[@PYTHON], separated by commas. "
-            "Default: own,peers."
+            help=f"own ({', '.join(_METHODS)}), peers, engines, a method's name or FILE.py[@PYTHON], "
+            "separated by commas. Default: own,peers."
         ),
     ] = None,
     models: Annotated[
