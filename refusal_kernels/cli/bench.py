@@ -23,8 +23,8 @@ def bench(
     methods: Annotated[
         str | None,
         Option(
-            help=f"own ({', '.join(_METHODS)}), peers, engines, a method's name or FILE.py[@PYTHON], "
-            "separated by commas. Default: own,peers."
+            help=f"own ({', '.join(_METHODS)}), peers, engines, a method's name or "
+            "FILE.py[@PYTHON], separated by commas. Default: own,peers."
         ),
     ] = None,
     models: Annotated[
