@@ -17,8 +17,7 @@ METHODS = Path(__file__).parent / "methods"
 CHECKOUT = Path(__file__).parents[2]
 PEERS = CHECKOUT / "benchmarks" / "peers"
 ENVIRONMENTS = CHECKOUT / ".venv-peers"
-# Triton's interpreter runs on a CPU too, but far too slowly for a model
-SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+TOO_SLOW = ("triton", "cpu")  # the interpreter: it takes minutes for a step of a model
 PLUGIN = "vllm:plugin"
 ENGINES = (PLUGIN, "vllm:hooks")
 ENGINE_ENVIRONMENT = CHECKOUT / ".venv-vllm"
@@ -50,8 +49,8 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     kind = torch.device(device).type
     served = [
         f"{PACKAGE}:{name}"
-        for name in SERVING.get(kind, ("reference",))
-        if BACKENDS[name].why_not(kind, torch.bfloat16) is None
+        for name, backend in BACKENDS.items()
+        if (name, kind) != TOO_SLOW and backend.why_not(kind, torch.bfloat16) is None
     ]
     groups = {
         "own": [*served, *sorted(here)],
