@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from refusal_kernels import cli, direction, toy
+from refusal_kernels import cli, toy
 from refusal_kernels.errors import InputError
+from refusal_kernels.files import tensors
 from refusal_kernels.hf import load as loading
 from refusal_kernels.research.extraction.distributed import PeerError
 
@@ -93,7 +94,7 @@ def _plan_death(moment: str, number: int) -> None:
         unlink(self, missing_ok)
 
     if moment == "half-way through the file":
-        direction.open = Half  # type: ignore[attr-defined]
+        tensors.open = Half  # type: ignore[attr-defined]
     elif moment == "before the checkpoint is removed":
         Path.unlink = unlinked  # type: ignore[method-assign]
     else:

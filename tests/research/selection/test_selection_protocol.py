@@ -15,7 +15,7 @@ from refusal_kernels import toy
 from refusal_kernels.direction import Candidates
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.load import load
-from refusal_kernels.interventions import Ablate
+from refusal_kernels.interventions import Ablate, Slot
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.selection import measurement, scoring
 from refusal_kernels.research.selection.algorithm import Selection, select
@@ -126,8 +126,8 @@ by_layer = Measurement._by_layer
 
 
 class Weaker(Ablate):
-    def phi(self) -> tuple[float, ...]:
-        return (-0.999, *super().phi()[1:])
+    def slots(self, strength: float) -> list[Slot]:
+        return super().slots(0.999 * strength)
 
 
 @pytest.mark.parametrize(
