@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import pkgutil
 from pathlib import Path
 
 import mutants
@@ -53,7 +54,7 @@ def test_no_name_of_a_package_hides_a_module_of_it():
             if isinstance(node, ast.ImportFrom) and node.module != package:
                 here = (alias.asname or alias.name for alias in node.names)
                 hidden += [f"{package}.{name}" for name in here if name in names]
-    modules = {child.stem for child in PACKAGE.iterdir()}
+    modules = {module.name for module in pkgutil.iter_modules([str(PACKAGE)])}
     hidden += [name for name in rk.__all__ if name in modules and name != "ops"]
     assert hidden == []
 
