@@ -271,6 +271,32 @@ def test_moved_after_patching(model, direction, tokens):
             assert (score <= 4 * torch.finfo(h.dtype).eps * h.double().norm(dim=-1)).all()
 
 
+def test_gradients_flow_through_the_patch(direction, tokens):
+    model = tiny_model("llama").requires_grad_(True)
+
+    def gradients():
+        model.zero_grad()
+        model(tokens).logits.square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    with patch(model, Ablate(direction)):
+        fused = gradients()
+    with ops.use_backend("reference"), patch(model, Ablate(direction)):
+        for name, gradient in gradients().items():
+            assert torch.allclose(fused[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+def test_left_padding(direction):
+    model, ids = tiny_model("llama"), torch.randint(7, 30, (1, 6))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with patch(model, Ablate(direction)):
+        alone = model(ids).logits[:, -1]
+        beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, -1]
+    assert torch.allclose(alone, beside, atol=1e-4)
+
+
 def test_the_rewritten_source_can_be_read(direction):
     model = tiny_model("llama")
     cls = steered(type(model.model.layers[0])).cls
