@@ -17,6 +17,7 @@ import typer
 from rich.text import Text
 
 from refusal_kernels.cli.common import errors
+from refusal_kernels.cli.groups import expanded
 from refusal_kernels.errors import InputError
 
 
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 for command in commands():
     # given whole, because Typer would cut the docstring
-    app.command(short_help=(command.__doc__ or "").partition("\n")[0])(command)
+    app.command(short_help=(command.__doc__ or "").partition("\n")[0])(expanded(command))
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from refusal_kernels.files.atomic import write_json
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from refusal_kernels.direction import Direction
-    from refusal_kernels.hf.chat import ChatFormat
     from refusal_kernels.progress import Progress, Step
 
 console = Console()
@@ -40,22 +39,6 @@ def choose_device(device: str) -> str:
     if device == "auto":
         errors.print(Text(f"device: {chosen} ({describe_device(chosen)})"), soft_wrap=True)
     return str(chosen)
-
-
-def load_chat(
-    model: str,
-    device: str,
-    dtype: str,
-    system: str | None,
-    thinking: bool,
-    direction: Direction | None = None,
-) -> tuple[Any, ChatFormat]:
-    """Load a model and its chat format, and check that a direction fits it."""
-    from refusal_kernels.hf.chat import ChatFormat
-    from refusal_kernels.hf.load import load
-
-    language_model, tokenizer = load(model, choose_device(device), dtype, direction)
-    return language_model, ChatFormat(tokenizer, system, thinking=thinking)
 
 
 def provenance(model: str, language_model: Any) -> dict[str, Any]:

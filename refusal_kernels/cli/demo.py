@@ -11,29 +11,28 @@ from typer import Exit, Option
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import choose_device, console, errors, prepare, progress_bars
+from refusal_kernels.cli.groups import LoadingOptions, PromptOptions
 from refusal_kernels.files.atomic import write_json
-from refusal_kernels.research.sources import SEED
 
 if TYPE_CHECKING:
     from refusal_kernels.research.demo import DemoResult
 
 
 def demo(
-    model: options.Model = "toy",
+    *,
+    loading: LoadingOptions,
+    prompts: PromptOptions,
     out: Annotated[Path, Option(help="The folder of the report.")] = Path("out/demo"),
-    harmful: options.Harmful = None,
-    harmless: options.Harmless = None,
     rounds: Annotated[int, Option(min=2, help="Rounds of the speed comparison.")] = 15,
-    seed: options.Seed = SEED,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Show the paper's finding from beginning to end, on the toy model or on yours."""
     from refusal_kernels.research import demo as experiment
 
     prepare(json_file)
-    inputs = experiment.read_inputs(model, harmful, harmless, choose_device(device), dtype, seed)
+    where = choose_device(loading.device)
+    sources = prompts.harmful, prompts.harmless
+    inputs = experiment.read_inputs(loading.model, *sources, where, loading.dtype, prompts.seed)
     with progress_bars() as step:
         result = experiment.run(inputs, out, step, rounds=rounds)
     if json_file is not None:

@@ -3,13 +3,13 @@
 from rich.table import Table
 
 from refusal_kernels.cli import options
-from refusal_kernels.cli.common import choose_device, console, finish
+from refusal_kernels.cli.common import console, finish
+from refusal_kernels.cli.groups import LoadingOptions
 
 
 def doctor(
-    model: options.Model = "toy",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    *,
+    loading: LoadingOptions,
     json_file: options.Json = None,
 ) -> None:
     """Say what is installed, which backend serves what, and whether a model can be patched."""
@@ -18,7 +18,6 @@ def doctor(
     from refusal_kernels import ops
     from refusal_kernels.direction import Direction
     from refusal_kernels.environment import describe_device, versions
-    from refusal_kernels.hf.load import load
     from refusal_kernels.hf.model import hidden_size, input_device
     from refusal_kernels.interventions import Ablate
     from refusal_kernels.patching.patch import patch
@@ -28,11 +27,11 @@ def doctor(
         for precision in (torch.float32, torch.bfloat16, torch.float64):
             key = f"{kind} {str(precision).removeprefix('torch.')}"
             facts[key] = str(ops.explain(device=kind, dtype=precision))
-    language_model, _ = load(model, choose_device(device), dtype)
-    direction = Direction(torch.ones(hidden_size(language_model)))
-    with patch(language_model, Ablate(direction)) as handle:
-        facts[f"patch of {model}"] = str(handle.report()).splitlines()[0]
-    facts["device"] = describe_device(input_device(language_model))
+    model, _ = loading.load()
+    direction = Direction(torch.ones(hidden_size(model)))
+    with patch(model, Ablate(direction)) as handle:
+        facts[f"patch of {loading.model}"] = str(handle.report()).splitlines()[0]
+    facts["device"] = describe_device(input_device(model))
     table = Table("what", "found", title="refusal-kernels doctor")
     for name, value in facts.items():
         table.add_row(name, value)

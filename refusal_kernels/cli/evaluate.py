@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +11,9 @@ from rich.text import Text
 from typer import Option
 
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json
-from refusal_kernels.research.sources import SEED
 
 _SPLITS = ("test", "validation", "train", "all")
 _MATCHES = options.names("research.evaluation.tasks", "MATCHES")
@@ -24,12 +24,15 @@ QUICK_PROMPTS, QUICK_STRENGTHS, QUICK_LAYERS = 32, (-1.0, 0.0, 1.0, 2.5), 3
 
 def evaluate(
     direction: options.Direction,
-    model: options.Model = "toy",
-    harmful: options.Harmful = None,
-    harmless: options.Harmless = None,
-    prompts: Annotated[
+    *,
+    loading: LoadingOptions,
+    prompts: PromptOptions,
+    chat: ChatOptions,
+    more_prompts: Annotated[
         list[str] | None,
-        Option(metavar="NAME=SOURCE", help="One more set of prompts; repeat for several."),
+        Option(
+            "--prompts", metavar="NAME=SOURCE", help="One more set of prompts; repeat for several."
+        ),
     ] = None,
     split: Annotated[str, options.choice("The part of the prompts: {}.", _SPLITS)] = _SPLITS[0],
     max_prompts: Annotated[
@@ -92,13 +95,7 @@ def evaluate(
     ] = 8,
     quick: Annotated[bool, Option("--quick", help="Fewer prompts, strengths and layers.")] = False,
     report: Annotated[Path | None, Option(help="Write an HTML page here.")] = None,
-    system: options.System = None,
-    thinking: options.Thinking = False,
     max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
-    seed: options.Seed = SEED,
-    batch_size: options.Batch = options.BATCH_SIZE,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Measure whether a direction is necessary, sufficient and specific, and what it costs.
@@ -118,18 +115,16 @@ def evaluate(
     from refusal_kernels.research.evaluation.html import write_page
     from refusal_kernels.research.evaluation.likelihood import answers, context_of, read_passages
     from refusal_kernels.research.evaluation.tasks import MATCHES, read_pairs
-    from refusal_kernels.research.prompts import prompts_for
+    from refusal_kernels.research.sources import read_prompts
     from refusal_kernels.toy.world import phrase, plan, requests
 
     doses = evidence.STRENGTHS if strengths is None else _numbers(strengths)
-    sets: dict[str, Sequence[str]] = dict(
-        prompts_for(model, None if split == "all" else split, harmful, harmless, seed)
-    )
-    more = common.named_sources(prompts or [], "--prompts", needs_name=True)
+    sets = prompts.of(split, loading.model)
+    more = common.named_sources(more_prompts or [], "--prompts", needs_name=True)
     for name, file in more.items():
         if name in sets:
             raise InputError(f"--prompts {name}=...: there is a set of that name already")
-        sets[name] = prompts_for("", None, file, file)["harmful"]
+        sets[name] = read_prompts(file)
     most = max_prompts or (QUICK_PROMPTS if quick else None)
     sets = {name: list(texts)[:most] for name, texts in sets.items()}
     if quick:
@@ -145,19 +140,19 @@ def evaluate(
         manager = find_tasks(asked, lm_eval_include)
     common.prepare(report, json_file)
 
-    language_model, chat = common.load_chat(model, device, dtype, system, thinking, loaded)
-    context = context_of(language_model)
+    model, template = chat.load(loading, loaded)
+    context = context_of(model)
     files = common.named_sources(text or [], "--text")
-    passages = {name: read_passages(Path(file), chat, context) for name, file in files.items()}
-    if model == "toy":
+    passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
+    if loading.model == "toy":
         plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
         tasks = {**toy.skills(), **tasks}
-        passages = {**passages, "plans": answers(chat, plans[:most])}
+        passages = {**passages, "plans": answers(template, plans[:most])}
 
     with common.progress_bars() as step:
         document = evidence.evaluate(
-            language_model,
-            chat,
+            model,
+            template,
             loaded,
             harmful=sets.pop("harmful"),
             harmless=sets.pop("harmless"),
@@ -172,9 +167,9 @@ def evaluate(
             strengths=doses,
             random_controls=random_controls,
             layer_controls=layer_controls,
-            seed=seed,
+            seed=prompts.seed,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            batch_size=chat.batch_size,
             step=step,
         ).to_dict()
         if lm_eval is not None:
@@ -186,9 +181,10 @@ def evaluate(
                 evidence.ADDED: Add(loaded, block_input=at),
             }
             results = run_tasks(
-                language_model, chat.tokenizer, edits, tasks=asked, manager=manager, limit=limit,
-                num_fewshot=num_fewshot, chat=lm_eval_chat, system=system if lm_eval_chat else None,
-                batch_size=min(batch_size, 16), seed=seed, progress=step("lm-eval"),
+                model, template.tokenizer, edits, tasks=asked, manager=manager, limit=limit,
+                num_fewshot=num_fewshot, chat=lm_eval_chat, batch_size=min(chat.batch_size, 16),
+                system=chat.system if lm_eval_chat else None, seed=prompts.seed,
+                progress=step("lm-eval"),
             )  # fmt: skip
             # the parts of a group, such as the 57 of mmlu, are in the JSON alone
             for key, wanted in (("lm_eval", True), ("lm_eval_parts", False)):
@@ -197,11 +193,11 @@ def evaluate(
                     for edit, tasks in results.items()
                 }
     document |= {
-        **common.provenance(model, language_model),
+        **common.provenance(loading.model, model),
         "selection": chosen,
         "sources": {
-            "harmful prompts": f"{harmful or 'of the toy model'} (split: {split})",
-            "harmless prompts": f"{harmless or 'of the toy model'} (split: {split})",
+            "harmful prompts": f"{prompts.harmful or 'of the toy model'} (split: {split})",
+            "harmless prompts": f"{prompts.harmless or 'of the toy model'} (split: {split})",
             **{f"{name} prompts": file for name, file in more.items()},
         },
     }

@@ -10,9 +10,9 @@ from rich.table import Table
 from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
-from refusal_kernels.research.sources import SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +21,10 @@ _METHODS = ("mean_difference", *options.names("research.extraction.methods", "FI
 
 
 def extract(
-    model: options.Model = "toy",
-    harmful: options.Harmful = None,
-    harmless: options.Harmless = None,
+    *,
+    loading: LoadingOptions,
+    prompts: PromptOptions,
+    chat: ChatOptions,
     out: Annotated[Path, Option(help="The candidates' file.")] = Path("out/candidates.safetensors"),
     method: Annotated[str, options.choice("{}", _METHODS)] = _METHODS[0],
     positions: Annotated[
@@ -45,12 +46,6 @@ def extract(
         ),
     ] = None,
     filter_prompts: options.Filter = False,
-    system: options.System = None,
-    thinking: options.Thinking = False,
-    seed: options.Seed = SEED,
-    batch_size: options.Batch = options.BATCH_SIZE,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Compute the candidate directions: one for every layer and end-of-instruction position.
@@ -65,32 +60,32 @@ def extract(
     from refusal_kernels.direction import MEAN_DIFFERENCE
     from refusal_kernels.research.extraction.distributed import PeerError, joined
     from refusal_kernels.research.extraction.methods import check_method, find_candidates
-    from refusal_kernels.research.prompts import filtered, prompts_for
+    from refusal_kernels.research.prompts import filtered
 
     check_method(method)
     if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
     with joined() as (rank, _):
-        prompts = prompts_for(model, "train", harmful, harmless, seed)
+        texts = prompts.of("train", loading.model)
         common.prepare(out, state, json_file)
         if rank == 0:
             for path in filter(None, (out, state, json_file)):
                 sweep(path)
-        language_model, chat = common.load_chat(model, device, dtype, system, thinking)
+        model, template = chat.load(loading)
         if filter_prompts:
-            prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
+            texts = filtered(model, template, texts, batch_size=chat.batch_size)
         with common.progress_bars(visible=rank == 0) as step:
             try:
                 candidates = find_candidates(
-                    language_model,
-                    chat,
-                    prompts["harmful"],
-                    prompts["harmless"],
+                    model,
+                    template,
+                    texts["harmful"],
+                    texts["harmless"],
                     method=method,
                     positions=positions,
                     last_layer=last_layer,
-                    batch_size=batch_size,
-                    model_name=model,
+                    batch_size=chat.batch_size,
+                    model_name=loading.model,
                     checkpoint=state,
                     progress=step("Extract"),
                 )
@@ -100,8 +95,8 @@ def extract(
     if rank == 0:
         candidates.save(out)
         norms = candidates.vectors.norm(dim=-1)  # [position, layer]
-        common.console.print(_table(norms, model, method))
-        document = {"norm": norms.tolist(), "model": model, "method": method}
+        common.console.print(_table(norms, loading.model, method))
+        document = {"norm": norms.tolist(), "model": loading.model, "method": method}
         common.finish(out, json_file, {"candidates": str(out), **document})
         if method == MEAN_DIFFERENCE:
             state.unlink(missing_ok=True)

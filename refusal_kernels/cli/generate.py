@@ -8,12 +8,16 @@ from rich.text import Text
 from typer import Argument, Option
 
 from refusal_kernels.cli import options
-from refusal_kernels.cli.common import console, finish, load_chat, prepare, read_direction
+from refusal_kernels.cli.common import console, finish, prepare, read_direction
+from refusal_kernels.cli.groups import ChatOptions, LoadingOptions
 from refusal_kernels.errors import InputError
 
 
 def generate(
     prompt: Annotated[list[str], Argument(help="One or more instructions.")],
+    *,
+    loading: LoadingOptions,
+    chat: ChatOptions,
     direction: Annotated[
         Path | None, Option(help="Ablate this direction: a file as 'select' writes it.")
     ] = None,
@@ -30,13 +34,7 @@ def generate(
             '"layers": [10, 11]}, instead of --direction; repeat for several together.',
         ),
     ] = None,
-    model: options.Model = "toy",
-    system: options.System = None,
-    thinking: options.Thinking = False,
     max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
-    batch_size: options.Batch = options.BATCH_SIZE,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Answer prompts greedily, without an intervention and with it."""
@@ -61,14 +59,14 @@ def generate(
 
     program = [Intervention.from_dict(fields) for fields in given]
     prepare(json_file)
-    language_model, chat = load_chat(model, device, dtype, system, thinking, loaded)
+    model, template = chat.load(loading, loaded)
     steered = {}
     if program:  # first, so that an intervention that does not fit is refused at once
-        with patch(language_model, program):
+        with patch(model, program):
             steered["+".join(intervention.name for intervention in program)] = answers(
-                language_model, chat, prompt, max_new_tokens, batch_size
+                model, template, prompt, max_new_tokens, chat.batch_size
             )
-    unmodified = answers(language_model, chat, prompt, max_new_tokens, batch_size)
+    unmodified = answers(model, template, prompt, max_new_tokens, chat.batch_size)
     texts = {"unmodified": unmodified, **steered}
     for i, text in enumerate(prompt):
         console.print(Text(text, style="bold"))

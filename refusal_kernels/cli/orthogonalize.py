@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.groups import LoadingOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.progress import Step, single_step
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 def orthogonalize(
     direction: options.Direction,
     out: Annotated[Path, Option(help="The folder of the edited model; it must not exist.")],
-    model: options.Model = "toy",
+    *,
+    loading: LoadingOptions,
     lora: Annotated[
         bool, Option("--lora", help="Write a PEFT adapter instead of a model.")
     ] = False,
@@ -37,8 +40,6 @@ def orthogonalize(
             help="Run both models at the end. Default: if they fit into memory.",
         ),
     ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Write a copy of a model with the direction projected out of its weights.
@@ -52,14 +53,14 @@ def orthogonalize(
     check_new(out)
     common.prepare(out)
     loaded = common.read_direction(direction)
-    where = common.choose_device(device)
-    local = model != "toy" and Path(model).is_dir()
+    loading = replace(loading, device=common.choose_device(loading.device))
+    local = loading.model != "toy" and Path(loading.model).is_dir()
     with common.progress_bars() as step:
-        if local and not lora and not in_memory and dtype == "auto":
-            result = _by_shards(Path(model), out, loaded, text_only, certify, where, step)
+        if local and not lora and not in_memory and loading.dtype == "auto":
+            result = _by_shards(loading, out, loaded, text_only, certify, step)
         else:
-            result = _in_memory(model, out, loaded, text_only, lora, where, dtype, step)
-    _print(result, model, out)
+            result = _in_memory(loading, out, loaded, text_only, lora, step)
+    _print(result, loading.model, out)
     certificate: Certificate | None = result["certificate"]
     document = {"model": str(out), "text_only": text_only, **result}
     common.finish(
@@ -72,21 +73,19 @@ def orthogonalize(
 
 
 def _by_shards(
-    folder: Path,
+    loading: LoadingOptions,
     out: Path,
     direction: Direction,
     text_only: bool,
     certify: bool | None,
-    device: str,
     step: Step,
 ) -> dict[str, Any]:
-    from refusal_kernels.hf.load import load
     from refusal_kernels.weights.certificate import certify_checkpoint
     from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
     told = step("Edit shard by shard, MiB")
     edit = orthogonalize_checkpoint(
-        folder,
+        loading.model,
         out,
         direction,
         text_only=text_only,
@@ -94,15 +93,15 @@ def _by_shards(
     )
     certificate: Certificate | None = None
     why_not = "--no-certify" if certify is False else "the model may not fit into memory"
-    if _fits(out, device) if certify is None else certify:
+    if _fits(out, loading.device) if certify is None else certify:
         sides = iter(("the original, to certify", "the edited model, to certify"))
 
         def loaded(path: str) -> Any:
             with single_step(step(f"Load {next(sides)}")):
-                return load(path, device)[0]
+                return replace(loading, model=path).load()[0]
 
         try:
-            certificate = certify_checkpoint(folder, out, direction, loaded)
+            certificate = certify_checkpoint(loading.model, out, direction, loaded)
         except InputError as error:  # the copy is complete: its edit is proved without running it
             if certify:
                 raise
@@ -117,34 +116,31 @@ def _by_shards(
 
 
 def _in_memory(
-    model: str,
+    loading: LoadingOptions,
     out: Path,
     direction: Direction,
     text_only: bool,
     lora: bool,
-    device: str,
-    dtype: str,
     step: Step,
 ) -> dict[str, Any]:
     from refusal_kernels.files.atomic import new_folder
-    from refusal_kernels.hf.load import load
     from refusal_kernels.weights.in_memory import orthogonalize
     from refusal_kernels.weights.lora import orthogonalize_lora
 
     edit: Any
     more: tuple[str, ...]
     with single_step(step("Load the model")):
-        language_model, tokenizer = load(model, device, dtype, direction)
+        model, tokenizer = loading.load(direction)
     if lora:
         way, more = "adapter", ("biases", "tied")
         with single_step(step("Write the adapter, and certify it")):
-            edit = orthogonalize_lora(language_model, direction, out, text_only=text_only)
+            edit = orthogonalize_lora(model, direction, out, text_only=text_only)
     else:
         way, more = "in memory", ("untied",)
         with single_step(step("Edit the loaded model, and certify it")):
-            edit = orthogonalize(language_model, direction, text_only=text_only)
+            edit = orthogonalize(model, direction, text_only=text_only)
         with single_step(step("Write the model")), new_folder(out) as temporary:
-            language_model.save_pretrained(temporary)
+            model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     fields = ("edited", *more, "unproved", "certificate")
     return {"way": way, **{name: getattr(edit, name) for name in fields}}

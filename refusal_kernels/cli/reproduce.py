@@ -12,9 +12,9 @@ from rich.text import Text
 from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import replacing, write_json
-from refusal_kernels.research.sources import SEED
 
 if TYPE_CHECKING:
     from refusal_kernels.research.reproduction.rows import Comparison, RecordedRow
@@ -24,12 +24,13 @@ COLUMNS = ("", "measured", "expected", "verdict", "source")
 
 
 def reproduce(
-    model: options.Model = "toy",
+    *,
+    loading: LoadingOptions,
+    prompts: PromptOptions,
+    chat: ChatOptions,
     out: Annotated[
         Path, Option(help="The folder of the results; a run resumes from what is in it.")
     ] = Path("out/reproduce"),
-    harmful: options.Harmful = None,
-    harmless: options.Harmless = None,
     harmful_test: Annotated[
         str | None, Option(help="Prompts to test on; default: the paper's, JailbreakBench.")
     ] = None,
@@ -61,15 +62,9 @@ def reproduce(
     record: Annotated[
         Path | None, Option(help="Write the results as a row to compare with.")
     ] = None,
-    system: options.System = None,
-    thinking: options.Thinking = False,
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="The longest answer; default: 512, toy: 64.")
     ] = None,
-    seed: options.Seed = SEED,
-    batch_size: options.Batch = options.BATCH_SIZE,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Run the paper's protocol, and compare every number with the paper's.
@@ -86,48 +81,49 @@ def reproduce(
     from refusal_kernels.research.reproduction.run import run
     from refusal_kernels.research.selection.scoring import paper_refusal_tokens
 
-    rows = _rows(model, row, against)
+    rows = _rows(loading.model, row, against)
     given = None if direction is None else common.read_direction(direction)
-    prompts = paper.read_protocol_prompts(model, harmful, harmless, harmful_test, seed)
+    sources = prompts.harmful, prompts.harmless, harmful_test
+    sets = paper.read_protocol_prompts(loading.model, *sources, prompts.seed)
     files = common.named_sources(text or [], "--text")
     suite = None
     if benchmarks:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks
 
         manager = find_tasks([task for task, _, _ in paper.BENCHMARKS.values()])
-        suite = paper.Benchmarks(manager, limit, min(batch_size, 16), seed)
+        suite = paper.Benchmarks(manager, limit, min(chat.batch_size, 16), prompts.seed)
     common.prepare(out / "reproduction.json", record, json_file)
 
-    language_model, chat = common.load_chat(model, device, dtype, system, thinking, given)
-    context = context_of(language_model)
-    passages = {name: read_passages(Path(file), chat, context) for name, file in files.items()}
-    if not passages and model == "toy":
-        passages = paper.toy_texts(chat)
+    model, template = chat.load(loading, given)
+    context = context_of(model)
+    passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
+    if not passages and loading.model == "toy":
+        passages = paper.toy_texts(template)
     elif not passages and texts != 0:
-        passages = paper.read_paper_texts(chat, texts or paper.PASSAGES)
-    about, of_paper = common.provenance(model, language_model), paper_name(row or model)
+        passages = paper.read_paper_texts(template, texts or paper.PASSAGES)
+    about, of_paper = common.provenance(loading.model, model), paper_name(row or loading.model)
     inputs = paper.ProtocolInputs(
         name=about["model"],
-        model=language_model,
-        tokenizer=chat,
-        prompts=prompts,
+        model=model,
+        tokenizer=template,
+        prompts=sets,
         texts=passages,
-        skills=toy.skills() if model == "toy" else {},
+        skills=toy.skills() if loading.model == "toy" else {},
         # the paper's table for the models of the paper; None: found in the model's refusals
-        refusal_tokens=paper_refusal_tokens(language_model, chat) if of_paper else None,
+        refusal_tokens=paper_refusal_tokens(model, template) if of_paper else None,
         direction=given,
         benchmarks=suite,
         max_new_tokens=max_new_tokens or (64 if model == "toy" else 512),
-        batch_size=batch_size,
-        seed=seed,
+        batch_size=chat.batch_size,
+        seed=prompts.seed,
         controls=controls,
-        identity=_identity(toy.PATH if model == "toy" else Path(model), language_model),
+        identity=_identity(toy.PATH if loading.model == "toy" else Path(loading.model), model),
     )
     with common.progress_bars() as step:
         result = run(inputs, out, step)
     comparisons = compare(result.numbers, rows)
-    sources = [harmful, harmless, harmful_test, *(text or [])]
-    if model != "toy" and any(source is not None for source in sources):
+    others = [*sources, *(text or [])]
+    if loading.model != "toy" and any(source is not None for source in others):
         result.notes.append("the prompts or texts are not the paper's: its numbers may not apply")
     document = _write(out, result, comparisons, about)
     if record is not None:

@@ -10,21 +10,22 @@ from rich.table import Table
 from typer import Option
 
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
-from refusal_kernels.research.sources import SEED
 
 if TYPE_CHECKING:
     from refusal_kernels.research.selection.algorithm import Selection
 
 
 def select(
+    *,
+    loading: LoadingOptions,
+    prompts: PromptOptions,
+    chat: ChatOptions,
     candidates: Annotated[Path, Option(help="A file made by 'extract'.")] = Path(
         "out/candidates.safetensors"
     ),
-    model: options.Model = "toy",
-    harmful: options.Harmful = None,
-    harmless: options.Harmless = None,
     out: Annotated[Path, Option(help="The direction's file.")] = Path("out/direction.safetensors"),
     plot: Annotated[
         Path | None, Option(help="The heat map of all scores. Default: beside the direction.")
@@ -44,12 +45,6 @@ def select(
         ),
     ] = None,
     filter_prompts: options.Filter = False,
-    system: options.System = None,
-    thinking: options.Thinking = False,
-    seed: options.Seed = SEED,
-    batch_size: options.Batch = options.BATCH_SIZE,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
 ) -> None:
     """Select the direction by the paper's three scores, on validation prompts."""
@@ -63,24 +58,24 @@ def select(
 
     from refusal_kernels.direction import Candidates
     from refusal_kernels.research import plots
-    from refusal_kernels.research.prompts import filtered, prompts_for
+    from refusal_kernels.research.prompts import filtered
     from refusal_kernels.research.selection import algorithm
 
-    prompts = prompts_for(model, "validation", harmful, harmless, seed)
+    texts = prompts.of("validation", loading.model)
     loaded = Candidates.load(candidates)
     common.prepare(*written)
-    language_model, chat = common.load_chat(model, device, dtype, system, thinking)
+    model, template = chat.load(loading)
     if filter_prompts:
-        prompts = filtered(language_model, chat, prompts, batch_size=batch_size)
+        texts = filtered(model, template, texts, batch_size=chat.batch_size)
     with common.progress_bars() as step:
         selection = algorithm.select(
-            language_model,
-            chat,
-            replace(loaded, model=model),
-            prompts["harmful"],
-            prompts["harmless"],
+            model,
+            template,
+            replace(loaded, model=loading.model),
+            texts["harmful"],
+            texts["harmless"],
             refusal_tokens=tokens,
-            batch_size=batch_size,
+            batch_size=chat.batch_size,
             checkpoint=state,
             progress=step("Select"),
         )
@@ -88,9 +83,9 @@ def select(
         sweep(path)
     plots.plot_candidates(picture, selection.candidates, (selection.position, selection.layer))
     selection.direction.save(out)
-    common.console.print(_table(selection, model))
+    common.console.print(_table(selection, loading.model))
     common.console.print(f"written: {picture}", soft_wrap=True)
-    document = {**selection.to_dict(), "model": model, "method": selection.direction.method}
+    document = {**selection.to_dict(), "model": loading.model, "method": selection.direction.method}
     common.finish(out, json_file, document)
     state.unlink(missing_ok=True)  # now that everything is written
 
