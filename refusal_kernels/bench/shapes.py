@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 
 from refusal_kernels import toy
 from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import text_config
 
 TOKENS: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -105,7 +106,8 @@ def build(name: str, config: Any, dtype: str) -> Any:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     else:
         path = str(toy.PATH) if name == "toy" else name
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind)
+        made = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind, **REPORTED)
+        model = check_loaded(name, *made)
     return model.eval().requires_grad_(False)
 
 

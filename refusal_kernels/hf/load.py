@@ -8,6 +8,7 @@ import torch
 from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import hidden_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,7 +48,8 @@ def load(
     Raises
     ------
     InputError
-        If one of these can not be had, with the first line of the reason.
+        If one of these can not be had, with the first line of the reason, or the files do not hold
+        all weights of the model.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
@@ -69,9 +71,10 @@ def load(
     precision = "float32" if name == "toy" and dtype == "auto" else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=precision)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=precision, **REPORTED)
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise InputError(f"model '{name}' cannot be loaded: {first_line(error)}") from None
+    model = check_loaded(name, *loaded)
     if direction is not None and direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; "

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.forward import last_alone
+from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.research.evaluation.likelihood import pad_left
 
@@ -57,10 +58,15 @@ class ClassifierJudge:
 
 
 def _pipeline(model: str, device: Any) -> Any:
-    from transformers import pipeline
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     try:
-        return pipeline("text-classification", model=model, device=device)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForSequenceClassification.from_pretrained(model, **REPORTED)
+        classifier = check_loaded(model, *loaded)
+        return pipeline("text-classification", classifier, tokenizer=tokenizer, device=device)
+    except InputError as error:
+        raise InputError(f"judge: {error}") from None
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise _not_loaded(model, error) from None
 
@@ -195,10 +201,11 @@ def load_judge(
         kinds = AutoConfig.from_pretrained(name).architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             return ClassifierJudge(name, label or None, device=device, batch_size=batch_size)
-        guard: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **REPORTED)
+        guard = check_loaded(name, *loaded)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"judge: {error}") from None
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise _not_loaded(name, error) from None
     return GuardJudge(guard.to(device).eval(), tokenizer, name, batch_size)
