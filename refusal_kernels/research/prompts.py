@@ -1,10 +1,10 @@
 """Prompts by the names that the command line takes, cut into the parts of an experiment."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from refusal_kernels import toy
+from refusal_kernels import smollm2, toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import last_logits
@@ -22,12 +22,18 @@ from refusal_kernels.research.sources import (
 Source = str | os.PathLike[str]
 Parts = dict[str, Sequence[str]]
 _SPLITS: tuple[Any, ...] = tuple(SIZES)
+# The prompts of the models that bring their own, by category and split
+_EMBEDDED: Mapping[str, Callable[[Any, Any], list[str]]] = {
+    "toy": toy.prompts,
+    "smollm2": smollm2.prompts,
+    "smollm2-refuses": smollm2.prompts,
+}
 
 
 def prompts_for(
     model: str, split: str | None, harmful: Source | None, harmless: Source | None, seed: int = SEED
 ) -> dict[str, Sequence[str]]:
-    """Read the prompts of both categories; for the toy model, its own of a split by default.
+    """Read the prompts of both categories; an embedded model's own of a split by default.
 
     Others are cut into "train", "validation" and "test" by the seed, so that the same sources give
     disjoint parts to the steps of an experiment. A split of None gives all prompts, each once.
@@ -41,17 +47,18 @@ def prompts_for(
 def _all_prompts(
     model: str, harmful: Source | None, harmless: Source | None, seed: int
 ) -> dict[str, Parts]:
-    """Read all prompts of both categories, under "all"; the toy model's own in their splits too."""
+    """Read all prompts of both categories, under "all"; a model's own in their splits too."""
     given: dict[Any, Source | None] = {"harmful": harmful, "harmless": harmless}
-    if model != "toy" and (missing := [name for name, source in given.items() if source is None]):
-        raise InputError(f"--{missing[0]} FILE is needed: only the toy model brings prompts")
+    own = _EMBEDDED.get(model)
     parts: dict[str, Parts] = {}
     for name, source in given.items():
-        if source is None:
-            splits = {split: toy.prompts(name, split) for split in _SPLITS}
+        if source is not None:
+            parts[name] = {**split_prompts(read_prompts(source), {"all": None}, seed)}
+        elif own is not None:
+            splits = {split: own(name, split) for split in _SPLITS}
             parts[name] = {**splits, "all": [p for split in splits.values() for p in split]}
         else:
-            parts[name] = {**split_prompts(read_prompts(source), {"all": None}, seed)}
+            raise InputError(f"--{name} FILE is needed: only {', '.join(_EMBEDDED)} bring prompts")
     return parts
 
 
@@ -109,5 +116,5 @@ def splits_for(
         if source is not None and count < 16:
             raise InputError(f"{count} different {name} prompts; expected 16 or more")
         prompts[name] = _cut(name, prompts[name], seed)
-        prompts[name]["train"] = prompts[name]["train"][: SIZES["train"]]  # also of the toy's own
+        prompts[name]["train"] = prompts[name]["train"][: SIZES["train"]]  # also of a model's own
     return {split: {name: prompts[name][split] for name in prompts} for split in SIZES}
