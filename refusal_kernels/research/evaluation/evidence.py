@@ -4,6 +4,7 @@ The questions are those of Arditi et al. 2024 (arXiv 2406.11717), sections 3 and
 directions of the same norm and the directions of other layers are the controls.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def evaluate(
     harmful: Sequence[str],
     harmless: Sequence[str],
     extra: Mapping[str, Sequence[str]] | None = None,
-    judges: Sequence[Judge | str] = ("substrings",),
+    judges: Sequence[Judge | str] | str = "substrings",
     candidates: Candidates | None = None,
     refusal_tokens: Sequence[int] | None = None,
     layer: int | None = None,
@@ -175,9 +176,12 @@ def evaluate(
     inputs = JudgeInputs(
         model, chat, sets["harmful"], sets["harmless"], refusal_tokens, input_device(model)
     )
+    judges = [judges] if isinstance(judges, str) else judges
     chosen = [make_judge(judge, inputs) if isinstance(judge, str) else judge for judge in judges]
-    if len({judge.name for judge in chosen}) != len(chosen) or not chosen:
-        raise InputError("two judges have one name, or there is none; expected different ones")
+    if not chosen:
+        raise InputError("there is no judge; expected one at least")
+    if twice := [name for name, n in Counter(judge.name for judge in chosen).items() if n > 1]:
+        raise InputError(f"two judges have the name '{twice[0]}'; expected different ones")
     tokens = _tokens(model, chat, sets, refusal_tokens, batch_size)
     runner = ConditionRunner(model, chat, sets, chosen, tokens, max_new_tokens, batch_size)
 

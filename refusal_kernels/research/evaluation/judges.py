@@ -6,6 +6,7 @@ without one need not comply. So a rate is always reported with the name of its j
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from refusal_kernels.errors import InputError
@@ -37,7 +38,7 @@ class Judge(Protocol):
     """Anything that has a name, says what it counts, and gives verdicts."""
 
     name: str  # reported with every rate
-    counts: str  # what a hit is, as "refused" or "unsafe"
+    counts: str  # what a hit is, as "refused" or "unsafe": a participle that fits a prompt
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """Return a verdict for every completion: from 0 to 1, a hit from 0.5 on (True is 1)."""
@@ -137,10 +138,11 @@ def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
     """Make a judge from its spec: NAME or NAME:TEXT with a name in `JUDGES`, or a model alone."""
     name, _, text = spec.partition(":")
     if name in JUDGES:
-        return JUDGES[name](text, inputs)
-    try:
-        return load_judge(spec, inputs.device)
-    except InputError as error:
-        raise InputError(
-            f"judge '{spec}' is none of {', '.join(JUDGES)}, and no model: {error}"
-        ) from None
+        try:
+            return JUDGES[name](text, inputs)
+        except ValueError as error:  # such as a number that is none
+            raise InputError(f"judge '{spec}': {error}") from None
+    # a word alone is a mistyped name rather than a model: no hub is asked for it
+    if not set(spec) & set("/#\\") and not Path(spec).is_dir():
+        raise InputError(f"judge '{spec}' is none of {', '.join(JUDGES)}, model:MODEL")
+    return load_judge(spec, inputs.device)

@@ -11,7 +11,7 @@ from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.evaluation.judges import Judge, SubstringJudge, judged
+from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, judged, make_judge
 from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import exact_match
 
@@ -54,7 +54,7 @@ def measure_outcomes(
     harmless: Sequence[str],
     interventions: Mapping[str, Intervention | None],
     skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
-    judge: Judge | None = None,
+    judge: Judge | str = "substrings",
     max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: Progress | None = None,
@@ -74,7 +74,7 @@ def measure_outcomes(
     skills
         By name: pairs of a prompt and its one right answer.
     judge
-        Counts the refusals; by default the paper's substrings.
+        Counts the refusals: a judge or its spec; by default the paper's substrings.
     max_new_tokens, batch_size
         As for `generate`.
     progress
@@ -91,7 +91,6 @@ def measure_outcomes(
         If there is no intervention, or a set of prompts is empty.
     """
     skills = skills or {}
-    judge = judge or SubstringJudge()
     sets = {"harmful": list(harmful), "harmless": list(harmless)}
     sets |= {f"skill:{name}": [prompt for prompt, _ in items] for name, items in skills.items()}
     if not interventions:
@@ -100,6 +99,8 @@ def measure_outcomes(
         raise InputError(f"the prompts of {empty[0]!r} are empty; expected one at least")
 
     chat, outcomes, done = ChatFormat.of(tokenizer), {}, 0
+    if isinstance(judge, str):
+        judge = make_judge(judge, JudgeInputs(model, chat, harmful, harmless))
     for label, intervention in interventions.items():
         completions: dict[str, list[str]] = {}
         with nullcontext() if intervention is None else patch(model, intervention):

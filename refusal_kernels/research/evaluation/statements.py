@@ -1,7 +1,7 @@
 """Sentences that sum the evidence up, with their numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refusal_kernels.research.evaluation.evidence import ABLATED, ADDED, SUBTRACTED, UNMODIFIED
@@ -28,13 +28,17 @@ def percent(rate: Mapping[str, Any]) -> str:
 
 def statements(document: Document) -> list[Statement]:
     """Answer the questions from the measurements."""
-    return [
+    answers = [
         _necessity(document),
         _sufficiency(document),
         *_specificity(document),
         *_dose(document),
         *_capability(document),
     ]
+    # the order in which intervals must lie is that of refusals
+    if _judge(document)[0] == "refused":
+        return answers
+    return [replace(answer, holds=None) for answer in answers]
 
 
 def _rate(document: Document, condition: str, part: str) -> Mapping[str, Any]:

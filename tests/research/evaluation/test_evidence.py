@@ -239,8 +239,8 @@ def test_bad_input_before_any_work() -> None:
     for changed, words in (
         ({"harmless": []}, "'harmless' are empty"),
         ({"extra": {"more": []}}, "'more' are empty"),
-        ({"judges": []}, "there is none"),
-        ({"judges": [SubstringJudge(), SubstringJudge()]}, "one name"),
+        ({"judges": []}, "there is no judge"),
+        ({"judges": [SubstringJudge(), SubstringJudge()]}, "the name '12 substrings'"),
         ({"candidates": Candidates(torch.randn(4, 5, 64))}, r"expected \[position, 3 layers, 64\]"),
         ({"candidates": Candidates(torch.randn(1, 3, 64))}, "have 1 positions"),
         ({"layer": 9}, "the model has 3 blocks"),
@@ -290,6 +290,8 @@ def test_the_toy_models_direction_is_necessary_sufficient_and_specific(toy_evide
     sentences = statements(document)
     holds = {s.question: s.holds for s in sentences if s.holds is not None}
     assert holds == {"Necessity": True, "Sufficiency": True, "Specificity": True}
+    unsafe = document | {"judges": [document["judges"][0] | {"counts": "unsafe"}]}
+    assert all(s.holds is None for s in statements(unsafe))  # more of them would be expected
     necessity = next(s.text for s in sentences if s.question == "Necessity")
     assert "12 substrings" in necessity and "of 40" in necessity
     main = toy_evidence.conditions

@@ -257,5 +257,8 @@ def test_a_new_kind_of_judge_is_one_entry(monkeypatch) -> None:
     unmodified = evidence.conditions["unmodified"]
     long = sum(len(text.split()) >= 2 for text in unmodified.completions["harmful"])
     assert unmodified.rates["harmful"]["2 words"] == Rate(long, 3)
-    with pytest.raises(InputError, match=r"'lengths:2' is none of .*words, and no model"):
-        make_judge("lengths:2", JudgeInputs(model, ChatFormat(tokenizer), **sets))
+    inputs = JudgeInputs(model, ChatFormat(tokenizer), **sets)
+    with pytest.raises(InputError, match=r"'lengths:2' is none of .*words, model:MODEL"):
+        make_judge("lengths:2", inputs)
+    with pytest.raises(InputError, match="'words:few': invalid literal"):
+        make_judge("words:few", inputs)
