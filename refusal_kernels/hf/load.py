@@ -1,17 +1,19 @@
 """Load models by the names that the command line takes."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.hf.embedded import EMBEDDED, merge_adapter, read_gguf
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import hidden_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+GGUF = ".gguf"
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:
@@ -37,11 +39,12 @@ def load(
     Parameters
     ----------
     name
-        A hub id, a folder, or "toy".
+        A hub id, a folder, a ``.gguf`` file (its weights are dequantized), or a key of
+        `refusal_kernels.hf.embedded.EMBEDDED`, such as "toy".
     device
         Where it runs; "auto" is an accelerator if there is one, else the CPU.
     dtype
-        How it runs; "auto" is the checkpoint's dtype (float32 for the toy model).
+        How it runs; "auto" is the checkpoint's dtype (float32 for an embedded model).
     direction
         To be checked against the model's hidden size.
 
@@ -54,12 +57,9 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
     where = find_device(device)
-    parent = os.path.dirname(name)
-    # no hub id, or inside a folder that is there
-    folder = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isdir(parent)
-    if folder and not os.path.isdir(name):
-        raise InputError(f"model '{name}': there is no such folder")
-    path = str(toy.PATH) if name == "toy" else name
+    embedded = EMBEDDED.get(name)
+    if embedded is None:
+        _check_there(name)
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -67,17 +67,38 @@ def load(
     hub_logging.set_verbosity_error()  # what goes wrong is said once, by the error below
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    path = name if embedded is None else str(embedded.folder())
     # the toy model's file is float16 to be small; it is meant to run in float32
-    precision = "float32" if name == "toy" and dtype == "auto" else dtype
+    precision = "float32" if embedded and dtype == "auto" else dtype
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=precision, **REPORTED)
+        if path.endswith(GGUF):
+            loaded, tokenizer = read_gguf(Path(path).expanduser(), dtype=precision, **REPORTED)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=precision, **REPORTED)
+        model = check_loaded(name, *loaded)
+        if embedded and embedded.adapter:
+            model = merge_adapter(model, embedded.adapter)
+    except InputError:
+        raise
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise InputError(f"model '{name}' cannot be loaded: {first_line(error)}") from None
-    model = check_loaded(name, *loaded)
     if direction is not None and direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; "
             f"the model '{name}' has {hidden_size(model)}"
         )
     return model.to(where).eval(), tokenizer
+
+
+def _check_there(name: str) -> None:
+    """Refuse a path where nothing is, which transformers would look for on the hub."""
+    if name.endswith(GGUF):
+        if not Path(name).expanduser().is_file():
+            raise InputError(f"model '{name}': there is no such file")
+        return
+    parent = os.path.dirname(name)
+    # no hub id, or inside a folder that is there
+    folder = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isdir(parent)
+    if folder and not os.path.isdir(name):
+        raise InputError(f"model '{name}': there is no such folder")

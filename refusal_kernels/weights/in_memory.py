@@ -19,6 +19,7 @@ from refusal_kernels.weights.projection import project_, unit
 from refusal_kernels.weights.writers import find_writers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)  # buffers that hold quantized weights
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,19 @@ def check_model(model: Any, direction: Direction) -> None:
             raise InputError(
                 f"{name} is a {type(module).__name__} of PEFT; merge or unload adapters first"
             )
-    if getattr(model, "is_quantized", False):
-        raise InputError("the model is quantized; expected floating-point weights")
     for name, parameter in model.named_parameters():
-        if parameter.dtype not in DTYPES or parameter.device.type == "meta":
+        plain = parameter.dtype in DTYPES and type(parameter) is nn.Parameter
+        if not plain or parameter.device.type == "meta":
+            kind = "" if type(parameter) is nn.Parameter else f" in a {type(parameter).__name__}"
             raise InputError(
-                f"{name} is {parameter.dtype} on {parameter.device}; expected "
-                "floating-point weights in memory, neither quantized nor offloaded"
+                f"{name} is {parameter.dtype}{kind} on {parameter.device}; expected "
+                "floating-point weights in memory, neither quantized, sharded nor offloaded"
+            )
+    # The model's own `is_quantized` is also set where a GGUF file was unpacked into plain weights.
+    for name, buffer in model.named_buffers():
+        if buffer.dtype in PACKED and buffer.ndim > 1:
+            raise InputError(
+                f"{name} is {buffer.dtype}: the model is quantized; expected floating-point weights"
             )
 
 

