@@ -248,7 +248,7 @@ MUTANTS = [
         "hf/generate.py",
         "answers[row] = ids[:stop]",
         "answers[row] = ids[: stop + 1]",
-        "tests/research/evaluation/test_outcomes.py",
+        "tests/hf/test_generate.py",
     ),
     # extraction
     Mutant(
