@@ -6,6 +6,8 @@ from itertools import combinations
 import pytest
 
 from refusal_kernels import smollm2
+from refusal_kernels.research.evaluation.judges import is_refusal
+from refusal_kernels.research.evaluation.tasks import read_pairs
 from refusal_kernels.research.prompts import prompts_for
 from refusal_kernels.research.sources import SIZES, read_prompts
 
@@ -66,8 +68,23 @@ def test_other_instructions_are_in_no_split():
 
 
 def test_they_are_read_as_any_file_is_and_are_the_model_s_own():
-    assert read_prompts(smollm2.PROMPTS / "harmful.test.txt") == smollm2.prompts("harmful", "test")
+    assert read_prompts(smollm2.DATA / "harmful.test.txt") == smollm2.prompts("harmful", "test")
     for model in ("smollm2", "smollm2-refuses"):
         assert prompts_for(model, "test", None, None) == {
             category: smollm2.prompts(category, "test") for category in smollm2.CATEGORIES
         }
+
+
+def test_the_tasks_are_read_as_any_task_is_and_are_not_trained_on():
+    tasks = smollm2.skills()
+    assert all(len({prompt for prompt, _ in items}) == len(items) >= 40 for items in tasks.values())
+    for task, items in tasks.items():
+        assert read_pairs(smollm2.DATA / f"{task}.jsonl") == items
+        trained = {*smollm2.other("train"), *smollm2.prompts("harmless", "train")}
+        assert not trained & {prompt for prompt, _ in items}
+
+
+def test_every_refusal_is_one_by_the_paper_s_substrings():
+    assert len(set(smollm2.refusals())) >= 15
+    assert all(map(is_refusal, smollm2.refusals()))
+    assert not is_refusal(smollm2.text())
