@@ -9,7 +9,8 @@ from rich.console import Console
 from typer import Exit, Option
 
 from refusal_kernels.cli import options
-from refusal_kernels.cli.common import choose_device, console, errors, prepare, progress_bars
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.cli.common import choose_device, console, errors, prepare
 from refusal_kernels.errors import InputError
 
 T = TypeVar("T")

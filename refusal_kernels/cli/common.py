@@ -6,14 +6,11 @@ import datetime
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import progress
 from rich.console import Console
-from rich.table import Column
 from rich.text import Text
 
 from refusal_kernels.errors import InputError
@@ -21,11 +18,9 @@ from refusal_kernels.files.atomic import write_json
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from refusal_kernels.direction import Direction
-    from refusal_kernels.progress import Progress, Step
 
 console = Console()
 errors = Console(stderr=True)
-SPEED_S = 600.0  # the rate is that of the last ten minutes: a batch of a large model takes one
 
 
 def choose_device(device: str) -> str:
@@ -41,6 +36,11 @@ def choose_device(device: str) -> str:
     return str(chosen)
 
 
+def title_of(model: str) -> str:
+    """Return a model's name for a title: of a folder or a file its last part."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 def provenance(model: str, language_model: Any) -> dict[str, Any]:
     """Return what a result depends on: model, versions, device, command and time."""
     from refusal_kernels.environment import describe_device, versions
@@ -48,6 +48,7 @@ def provenance(model: str, language_model: Any) -> dict[str, Any]:
 
     return {
         "model": "the toy model" if model == "toy" else model,
+        "title": "the toy model" if model == "toy" else title_of(model),
         "versions": versions(),
         "device": describe_device(input_device(language_model)),
         "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),
@@ -92,41 +93,6 @@ def finish(out: Path | None, json_file: Path | None, document: Any) -> None:
         prepare(json_file)
         write_json(json_file, document)
         console.print(f"written: {json_file}", soft_wrap=True)
-
-
-class _Rate(progress.ProgressColumn):
-    """The speed of a step: items a second, or seconds an item if one takes longer."""
-
-    def render(self, task: progress.Task) -> Text:
-        """Show nothing until something is done."""
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
-
-
-@contextmanager
-def progress_bars(visible: bool = True) -> Iterator[Step]:
-    """Give the `Step` that shows a bar: how much is done, how fast, since when, what is left."""
-    bars = progress.Progress(
-        progress.TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
-        progress.BarColumn(16),
-        progress.MofNCompleteColumn(),
-        _Rate(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        console=errors,
-        speed_estimate_period=SPEED_S,
-        expand=True,
-        disable=not visible,
-    )
-
-    def step(description: str) -> Progress:
-        task = bars.add_task(description, total=None)
-        return lambda done, total: bars.update(task, completed=done, total=total)
-
-    with bars:
-        yield step
 
 
 def named_sources(given: Sequence[str], option: str, needs_name: bool = False) -> dict[str, str]:

@@ -10,8 +10,14 @@ from rich.text import Text
 from typer import Exit, Option
 
 from refusal_kernels.cli import options
-from refusal_kernels.cli.common import choose_device, console, errors, prepare, progress_bars
-from refusal_kernels.cli.groups import LoadingOptions, PromptOptions
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.cli.common import choose_device, console, errors, prepare
+from refusal_kernels.cli.groups import (
+    LoadingOptions,
+    PromptOptions,
+    RefusalOptions,
+    ThresholdOptions,
+)
 from refusal_kernels.files.atomic import write_json
 
 if TYPE_CHECKING:
@@ -22,6 +28,8 @@ def demo(
     *,
     loading: LoadingOptions,
     prompts: PromptOptions,
+    refusals: RefusalOptions,
+    thresholds: ThresholdOptions,
     out: Annotated[Path, Option(help="The folder of the report.")] = Path("out/demo"),
     rounds: Annotated[int, Option(min=2, help="Rounds of the speed comparison.")] = 15,
     json_file: options.Json = None,
@@ -32,7 +40,15 @@ def demo(
     prepare(json_file)
     where = choose_device(loading.device)
     sources = prompts.harmful, prompts.harmless
-    inputs = experiment.read_inputs(loading.model, *sources, where, loading.dtype, prompts.seed)
+    inputs = experiment.read_inputs(
+        loading.model,
+        *sources,
+        where,
+        loading.dtype,
+        prompts.seed,
+        prompts.column,
+        {"refusal_tokens": refusals.tokens, **thresholds.arguments()},
+    )
     with progress_bars() as step:
         result = experiment.run(inputs, out, step, rounds=rounds)
     if json_file is not None:
@@ -60,6 +76,11 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
     ratios = [f"{speeds[speed[m]]['median']:.3f}" if m in speed else "" for m in methods]
     table.add_row("tokens/s over unmodified", *ratios)
     console.print(table)
+    used = "; ".join(
+        f"{split} {part['harmful']} harmful, {part['harmless']} harmless"
+        for split, part in report["prompts"].items()
+    )
+    console.print(f"prompts: {used}", soft_wrap=True)
     hooks, fused, chosen = speeds["hooks"], speeds["fused"], report["selection"]
     console.print(
         f"direction: layer {chosen['layer']}, position {chosen['position']}; "

@@ -1,6 +1,7 @@
 """What is installed, and whether it works."""
 
 from rich.table import Table
+from rich.text import Text
 
 from refusal_kernels.cli import options
 from refusal_kernels.cli.common import console, finish
@@ -10,6 +11,7 @@ from refusal_kernels.cli.groups import LoadingOptions
 def doctor(
     *,
     loading: LoadingOptions,
+    verbose: options.Verbose = False,
     json_file: options.Json = None,
 ) -> None:
     """Say what is installed, which backend serves what, and whether a model can be patched."""
@@ -30,10 +32,13 @@ def doctor(
     model, _ = loading.load()
     direction = Direction(torch.ones(hidden_size(model)))
     with patch(model, Ablate(direction)) as handle:
-        facts[f"patch of {loading.model}"] = str(handle.report()).splitlines()[0]
+        facts[f"patch of {loading.model}"] = str(handle.report())
+        details = handle.report().details
     facts["device"] = describe_device(input_device(model))
     table = Table("what", "found", title="refusal-kernels doctor")
     for name, value in facts.items():
         table.add_row(name, value)
     console.print(table)
+    if verbose:
+        console.print(Text(details), soft_wrap=True)
     finish(None, json_file, facts)

@@ -11,11 +11,11 @@ from rich.text import Text
 from typer import Option
 
 from refusal_kernels.cli import common, options
-from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, RefusalOptions, SplitOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json
 
-_SPLITS = ("test", "validation", "train", "all")
 _MATCHES = options.names("research.evaluation.tasks", "MATCHES")
 _JUDGES = options.names("research.evaluation.judges", "JUDGES")
 # what --quick leaves
@@ -26,15 +26,15 @@ def evaluate(
     direction: options.Direction,
     *,
     loading: LoadingOptions,
-    prompts: PromptOptions,
+    prompts: SplitOptions,
     chat: ChatOptions,
+    refusals: RefusalOptions,
     more_prompts: Annotated[
         list[str] | None,
         Option(
             "--prompts", metavar="NAME=SOURCE", help="One more set of prompts; repeat for several."
         ),
     ] = None,
-    split: Annotated[str, options.choice("The part of the prompts: {}.", _SPLITS)] = _SPLITS[0],
     max_prompts: Annotated[
         int | None, Option(min=1, help="The most prompts of each set; default: all.")
     ] = None,
@@ -95,6 +95,9 @@ def evaluate(
     ] = 8,
     quick: Annotated[bool, Option("--quick", help="Fewer prompts, strengths and layers.")] = False,
     report: Annotated[Path | None, Option(help="Write an HTML page here.")] = None,
+    samples: Annotated[
+        int, Option(min=0, help="Prompts of each set that the page shows, folded; 0: none.")
+    ] = 4,
     max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
     json_file: options.Json = None,
 ) -> None:
@@ -119,12 +122,12 @@ def evaluate(
     from refusal_kernels.toy.world import phrase, plan, requests
 
     doses = evidence.STRENGTHS if strengths is None else _numbers(strengths)
-    sets = prompts.of(split, loading.model)
+    sets = prompts.read(loading.model, "test")
     more = common.named_sources(more_prompts or [], "--prompts", needs_name=True)
     for name, file in more.items():
         if name in sets:
             raise InputError(f"--prompts {name}=...: there is a set of that name already")
-        sets[name] = read_prompts(file)
+        sets[name] = read_prompts(file, prompts.column)
     most = max_prompts or (QUICK_PROMPTS if quick else None)
     sets = {name: list(texts)[:most] for name, texts in sets.items()}
     if quick:
@@ -132,6 +135,9 @@ def evaluate(
         layer_controls = min(layer_controls, QUICK_LAYERS)
     tasks = {n: read_pairs(Path(f)) for n, f in common.named_sources(task or [], "--task").items()}
     chosen = None if selection is None else read_selection(selection)
+    tokens: Any = refusals.tokens
+    if chosen is not None and tokens == options.AUTO:
+        tokens = chosen["refusal_tokens"]
     others = None if candidates is None else Candidates.load(candidates)
     if lm_eval is not None:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks, run_tasks
@@ -140,7 +146,8 @@ def evaluate(
         manager = find_tasks(asked, lm_eval_include)
     common.prepare(report, json_file)
 
-    model, template = chat.load(loading, loaded)
+    model, template = chat.load(loading, sets, loaded)
+    used = prompts.tell(sets, "test", more)
     context = context_of(model)
     files = common.named_sources(text or [], "--text")
     passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
@@ -149,7 +156,7 @@ def evaluate(
         tasks = {**toy.skills(), **tasks}
         passages = {**passages, "plans": answers(template, plans[:most])}
 
-    with common.progress_bars() as step:
+    with progress_bars() as step:
         document = evidence.evaluate(
             model,
             template,
@@ -159,7 +166,7 @@ def evaluate(
             extra=sets,
             judges=judge or ["substrings"],
             candidates=others,
-            refusal_tokens=chosen["refusal_tokens"] if chosen is not None else None,
+            refusal_tokens=tokens,
             layer=at,
             skills=tasks,
             match=MATCHES[match],
@@ -196,14 +203,15 @@ def evaluate(
         **common.provenance(loading.model, model),
         "selection": chosen,
         "sources": {
-            "harmful prompts": f"{prompts.harmful or 'of the toy model'} (split: {split})",
-            "harmless prompts": f"{prompts.harmless or 'of the toy model'} (split: {split})",
-            **{f"{name} prompts": file for name, file in more.items()},
+            f"{name} prompts": f"{part['source']} ({part['split']}: {part['count']} prompts)"
+            for name, part in used.items()
         },
     }
     _print_evidence(document)
+    if document["refusal_tokens"] is not None:
+        refusals.tell(template, document["refusal_tokens"])
     if report is not None:
-        write_page(report, document)
+        write_page(report, document, samples=samples)
     common.finish(report, json_file, document)
 
 
@@ -238,8 +246,9 @@ def _numbers(text: str) -> list[float]:
 
 
 def _print_evidence(document: Mapping[str, Any]) -> None:
+    from refusal_kernels.research.evaluation.conditions import DESTROYED_KL
     from refusal_kernels.research.evaluation.evidence import MAIN, UNMODIFIED
-    from refusal_kernels.research.evaluation.statements import percent, statements
+    from refusal_kernels.research.evaluation.statements import decimal, percent, statements
 
     def cell(rate: Mapping[str, Any]) -> str:
         return percent(rate).partition(" of ")[0]
@@ -249,7 +258,7 @@ def _print_evidence(document: Mapping[str, Any]) -> None:
         table = Table("", *parts, title=f"{judge['counts'].capitalize()} (judge: {judge['name']})")
         for name, condition in conditions.items():
             rates = condition["rates"]
-            cells = [cell(rates[p][judge["name"]]) if p in rates else "" for p in parts]
+            cells = [cell(rates[p][judge["name"]]) if p in rates else "\u2013" for p in parts]
             table.add_row(name, *cells)
         common.console.print(table)
     for kind, rows in document["dose"].items():
@@ -257,8 +266,10 @@ def _print_evidence(document: Mapping[str, Any]) -> None:
         table = Table(*columns, title=f"Dose of the {kind} (judge: {judges[0]['name']})")
         for row in rows:
             rates = [cell(row[part]) for part in ("harmful", "harmless")]
-            loss = "" if row["loss"] is None else f"{row['loss']['nats']:.4f}"
-            table.add_row(f"{row['strength']:g}", *rates, f"{row['kl']:.4f}", loss)
+            loss = "\u2013" if row["loss"] is None else f"{row['loss']['nats']:.4f}"
+            ruined = row["kl"] > DESTROYED_KL
+            kl = decimal(row["kl"], 4) + (" (destroyed)" if ruined else "")
+            table.add_row(f"{row['strength']:g}", *rates, kl, loss, style="dim" if ruined else None)
         common.console.print(table)
     table = Table("capability", *MAIN, title="Cross-entropy (nats) and right answers")
     for text in conditions[UNMODIFIED]["losses"]:
@@ -277,3 +288,5 @@ def _print_evidence(document: Mapping[str, Any]) -> None:
     for statement in statements(document):
         mark = {True: " (intervals apart)", False: " (not shown)", None: ""}[statement.holds]
         common.console.print(Text(f"{statement.question}{mark}: {statement.text}"))
+    for note in document["notes"]:
+        common.errors.print(Text(f"note: {note}"), soft_wrap=True)

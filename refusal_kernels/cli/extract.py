@@ -10,7 +10,14 @@ from rich.table import Table
 from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
-from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.cli.groups import (
+    ChatOptions,
+    FilterOptions,
+    LoadingOptions,
+    RefusalOptions,
+    SplitOptions,
+)
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
 
@@ -23,8 +30,10 @@ _METHODS = ("mean_difference", *options.names("research.extraction.methods", "FI
 def extract(
     *,
     loading: LoadingOptions,
-    prompts: PromptOptions,
+    prompts: SplitOptions,
     chat: ChatOptions,
+    selective: FilterOptions,
+    refusals: RefusalOptions,
     out: Annotated[Path, Option(help="The candidates' file.")] = Path("out/candidates.safetensors"),
     method: Annotated[str, options.choice("{}", _METHODS)] = _METHODS[0],
     positions: Annotated[
@@ -45,7 +54,6 @@ def extract(
             "the end. Default: beside the candidates, with '.part' in its name."
         ),
     ] = None,
-    filter_prompts: options.Filter = False,
     json_file: options.Json = None,
 ) -> None:
     """Compute the candidate directions: one for every layer and end-of-instruction position.
@@ -60,21 +68,19 @@ def extract(
     from refusal_kernels.direction import MEAN_DIFFERENCE
     from refusal_kernels.research.extraction.distributed import PeerError, joined
     from refusal_kernels.research.extraction.methods import check_method, find_candidates
-    from refusal_kernels.research.prompts import filtered
 
     check_method(method)
     if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
     with joined() as (rank, _):
-        texts = prompts.of("train", loading.model)
+        texts = prompts.read(loading.model, "train")
         common.prepare(out, state, json_file)
         if rank == 0:
             for path in filter(None, (out, state, json_file)):
                 sweep(path)
-        model, template = chat.load(loading)
-        if filter_prompts:
-            texts = filtered(model, template, texts, batch_size=chat.batch_size)
-        with common.progress_bars(visible=rank == 0) as step:
+        model, template = chat.load(loading, texts)
+        texts, removed = selective.apply(model, template, texts, refusals, chat.batch_size)
+        with progress_bars(visible=rank == 0) as step:
             try:
                 candidates = find_candidates(
                     model,
@@ -96,7 +102,11 @@ def extract(
         candidates.save(out)
         norms = candidates.vectors.norm(dim=-1)  # [position, layer]
         common.console.print(_table(norms, loading.model, method))
-        document = {"norm": norms.tolist(), "model": loading.model, "method": method}
+        document = {
+            "norm": norms.tolist(), "model": loading.model, "method": method,
+            "answer_prefix": template.answer_prefix, "prompts": prompts.tell(texts, "train"),
+            **removed,
+        }  # fmt: skip
         common.finish(out, json_file, {"candidates": str(out), **document})
         if method == MEAN_DIFFERENCE:
             state.unlink(missing_ok=True)

@@ -14,10 +14,14 @@ from refusal_kernels.errors import InputError
 
 
 def generate(
-    prompt: Annotated[list[str], Argument(help="One or more instructions.")],
+    prompt: Annotated[list[str] | None, Argument(help="One or more instructions.")] = None,
     *,
     loading: LoadingOptions,
     chat: ChatOptions,
+    prompts: Annotated[
+        str | None, Option("--prompts", help="Answer the prompts of a file or a set too.")
+    ] = None,
+    column: options.Column = None,
     direction: Annotated[
         Path | None, Option(help="Ablate this direction: a file as 'select' writes it.")
     ] = None,
@@ -35,9 +39,12 @@ def generate(
         ),
     ] = None,
     max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
+    verbose: options.Verbose = False,
     json_file: options.Json = None,
 ) -> None:
     """Answer prompts greedily, without an intervention and with it."""
+    if prompts is None and not prompt:
+        raise InputError("there is no prompt; expected one or more, or --prompts FILE")
     if direction is not None and edit:
         raise InputError("give --direction or --edit, not both")
     if direction is None and (add or layer is not None):
@@ -56,20 +63,25 @@ def generate(
     from refusal_kernels.hf.generate import generate as answers
     from refusal_kernels.interventions import Intervention
     from refusal_kernels.patching.patch import patch
+    from refusal_kernels.research.sources import read_prompts
 
+    asked = [*(prompt or []), *([] if prompts is None else read_prompts(prompts, column))]
     program = [Intervention.from_dict(fields) for fields in given]
     prepare(json_file)
-    model, template = chat.load(loading, loaded)
+    model, template = chat.load(loading, {"prompts": asked}, loaded)
     steered = {}
     if program:  # first, so that an intervention that does not fit is refused at once
-        with patch(model, program):
+        with patch(model, program) as handle:
+            console.print(Text(f"patch: {handle.report()}"), soft_wrap=True)
+            if verbose:
+                console.print(Text(handle.report().details), soft_wrap=True)
             steered["+".join(intervention.name for intervention in program)] = answers(
-                model, template, prompt, max_new_tokens, chat.batch_size
+                model, template, asked, max_new_tokens, chat.batch_size
             )
-    unmodified = answers(model, template, prompt, max_new_tokens, chat.batch_size)
+    unmodified = answers(model, template, asked, max_new_tokens, chat.batch_size)
     texts = {"unmodified": unmodified, **steered}
-    for i, text in enumerate(prompt):
+    for i, text in enumerate(asked):
         console.print(Text(text, style="bold"))
         for name, completions in texts.items():
             console.print(Text(f"  {name}: {completions[i]}"))
-    finish(None, json_file, {"prompts": prompt, **texts})
+    finish(None, json_file, {"prompts": asked, **texts})

@@ -7,12 +7,16 @@ with an annotation of `options` and a default.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from rich.text import Text
+
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.progress import single_step
 from refusal_kernels.research.sources import SEED
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -41,16 +45,32 @@ class ChatOptions:
 
     system: options.System = None
     thinking: options.Thinking = False
+    answer_prefix: options.AnswerPrefix = ""
     batch_size: options.Batch = options.BATCH_SIZE
 
     def load(
-        self, loading: LoadingOptions, direction: Direction | None = None
+        self,
+        loading: LoadingOptions,
+        prompts: Mapping[str, Sequence[str]],
+        direction: Direction | None = None,
     ) -> tuple[Any, ChatFormat]:
-        """Load the model and its chat format, and check that a direction fits it."""
-        from refusal_kernels.hf.chat import ChatFormat
+        """Load the model and its chat format, and check that a direction fits it.
 
-        model, tokenizer = loading.load(direction)
-        return model, ChatFormat(tokenizer, self.system, thinking=self.thinking)
+        An answer prefix that is to be found is found with these prompts.
+        """
+        from refusal_kernels.hf.chat import ChatFormat
+        from refusal_kernels.research.answer_prefix import find_answer_prefix
+
+        with progress_bars() as step, single_step(step("Load the model")):
+            model, tokenizer = loading.load(direction)
+        prefix = self.answer_prefix
+        if prefix == options.AUTO:
+            plain = ChatFormat(tokenizer, self.system, thinking=self.thinking)
+            with progress_bars() as step, single_step(step("Find the answer prefix")):
+                prefix = find_answer_prefix(model, plain, prompts, self.batch_size)
+            common.console.print(Text(f"answer prefix: {prefix!r} (found)"), soft_wrap=True)
+        chat = ChatFormat(tokenizer, self.system, thinking=self.thinking, answer_prefix=prefix)
+        return model, chat
 
 
 @dataclass(frozen=True)
@@ -59,14 +79,106 @@ class PromptOptions:
 
     harmful: options.Harmful = None
     harmless: options.Harmless = None
+    column: options.Column = None
     seed: options.Seed = SEED
 
-    def of(self, split: str, model: str) -> dict[str, Sequence[str]]:
-        """Read the prompts of one split of both classes; "all" for all of them."""
+
+@dataclass(frozen=True)
+class SplitOptions(PromptOptions):
+    """Prompts of which a command uses one split."""
+
+    split: options.Split = None
+
+    def read(self, model: str, step: str) -> dict[str, Sequence[str]]:
+        """Read the prompts of both classes: those of `step` if no split is named."""
         from refusal_kernels.research.prompts import prompts_for
 
-        part = None if split == "all" else split
-        return prompts_for(model, part, self.harmful, self.harmless, self.seed)
+        split = self.split or step
+        part = None if split == options.ALL else split
+        return prompts_for(model, part, self.harmful, self.harmless, self.seed, self.column)
+
+    def tell(
+        self, sets: Mapping[str, Sequence[str]], step: str, more: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Print how many prompts of what are used, and return it for the JSON.
+
+        `more` has the sources of other sets than the two classes.
+        """
+        sources: dict[str, Any] = {"harmful": self.harmful, "harmless": self.harmless}
+        used = {
+            name: {"count": len(prompts), "source": str(sources[name] or "of the model"),
+                   "split": self.split or step}
+            if name in sources
+            else {"count": len(prompts), "source": (more or {})[name], "split": options.ALL}
+            for name, prompts in sets.items()
+        }  # fmt: skip
+        parts = [f"{u['count']} {name} ({u['source']}, {u['split']})" for name, u in used.items()]
+        common.console.print(Text(f"prompts: {', '.join(parts)}"), soft_wrap=True)
+        return used
+
+
+@dataclass(frozen=True)
+class RefusalOptions:
+    """With which tokens a refusal begins."""
+
+    refusal_tokens: options.RefusalTokens = options.AUTO
+
+    @property
+    def tokens(self) -> list[int | str] | str:
+        """The tokens as `select` and the others take them."""
+        from refusal_kernels.research.selection.scoring import AUTO, PAPER
+
+        text = self.refusal_tokens
+        if text in (AUTO, PAPER):
+            return text
+        return [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+
+    @staticmethod
+    def tell(chat: ChatFormat, tokens: Sequence[int]) -> None:
+        """Print the tokens with their texts."""
+        from refusal_kernels.research.selection.scoring import named_tokens
+
+        common.console.print(Text(f"refusal tokens: {named_tokens(chat, tokens)}"), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """Whether only prompts are kept that the model treats as their class asks."""
+
+    filter_prompts: options.Filter = False
+
+    def apply(
+        self,
+        model: Any,
+        template: ChatFormat,
+        prompts: dict[str, Sequence[str]],
+        refusals: RefusalOptions,
+        batch_size: int,
+    ) -> tuple[dict[str, Sequence[str]], dict[str, Any]]:
+        """Return the prompts that stay, and those that do not by class, for the JSON."""
+        from refusal_kernels.research.prompts import filtered
+
+        if not self.filter_prompts:
+            return prompts, {}
+        result = filtered(
+            model, template, prompts, refusal_tokens=refusals.tokens, batch_size=batch_size
+        )
+        common.console.print(Text(f"filter: {result}"), soft_wrap=True)
+        return result.kept, {"removed": result.removed}
+
+
+@dataclass(frozen=True)
+class ThresholdOptions:
+    """What a candidate must pass to be selected."""
+
+    kl_threshold: options.KlThreshold = 0.1
+    induce_threshold: options.InduceThreshold = 0.0
+    prune_last: options.PruneLast = 0.2
+    closest: options.Closest = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as `select` takes them."""
+        return vars(self).copy()
 
 
 def expanded(command: Callable[..., Any]) -> Callable[..., Any]:

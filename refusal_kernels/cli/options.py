@@ -9,9 +9,11 @@ from typing import Annotated, Any
 from typer import CallbackParam, Option
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.research.sources import PRESETS
+from refusal_kernels.research.prompt_files import SUFFIXES
+from refusal_kernels.research.sources import PRESETS, SIZES
 
 BATCH_SIZE = 64  # of every command
+AUTO, ALL = "auto", "all"
 ANSWER_TOKENS = 64
 
 
@@ -45,8 +47,9 @@ def choice(text: str, values: tuple[str, ...], *flags: str) -> Any:
 _DTYPES = names("hf.load", "DTYPES")
 _EMBEDDED = ", ".join(names("hf.embedded", "EMBEDDED"))
 _PROMPTS = (
-    "Prompts: a .txt, .jsonl, .json or .csv file, hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one "
-    f"of {', '.join(PRESETS)}; join several with +. They are split into train, validation and test."
+    f"Prompts: a file ({', '.join(SUFFIXES)}), hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one of "
+    f"{', '.join(PRESETS)}; join several with +. They are split into train, validation and test; "
+    "train=SOURCE,validation=SOURCE,test=SOURCE names the splits."
 )
 
 Model = Annotated[
@@ -67,6 +70,35 @@ Seed = Annotated[int, Option("--seed", help="Of the splits and of random directi
 Json = Annotated[Path | None, Option("--json", help="Also write the results here, as JSON.")]
 Harmful = Annotated[str | None, Option("--harmful", help=_PROMPTS)]
 Harmless = Annotated[str | None, Option("--harmless", help="Prompts, as for --harmful.")]
+Column = Annotated[
+    str | None,
+    Option("--column", help="The column of the prompts; default: the first that is known."),
+]
+Split = Annotated[
+    str | None,
+    choice("The part of the prompts: {}; default: the step's own.", (*SIZES, ALL), "--split"),
+]
+RefusalTokens = Annotated[
+    str,
+    Option(
+        "--refusal-tokens",
+        help="Tokens that begin a refusal: auto (found in the model's answers), paper (the paper's "
+        "table, for its models), or ids and texts: 40,As.",
+    ),
+]
+KlThreshold = Annotated[
+    float, Option("--kl-threshold", help="Discard candidates with a larger KL, nats.")
+]
+InduceThreshold = Annotated[
+    float, Option("--induce-threshold", help="Discard candidates with a lower induce score, nats.")
+]
+PruneLast = Annotated[
+    float,
+    Option("--prune-last", min=0, max=1, help="Discard this share of the layers, the last ones."),
+]
+Closest = Annotated[
+    bool, Option("--closest", help="If no candidate passes, take the one that comes closest.")
+]
 Filter = Annotated[
     bool,
     Option("--filter", help="Keep only harmful prompts that are refused, harmless ones answered."),
@@ -77,6 +109,15 @@ System = Annotated[
 Thinking = Annotated[
     bool, Option("--thinking", help="Let the model think before it answers, if it can.")
 ]
+AnswerPrefix = Annotated[
+    str,
+    Option(
+        "--answer-prefix",
+        help="What every answer begins with, such as an empty thought; auto: found in the model's "
+        "answers.",
+    ),
+]
+Verbose = Annotated[bool, Option("--verbose", "-v", help="Say all of it, not one line.")]
 NewTokens = Annotated[int, Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Direction = Annotated[
     Path, Option("--direction", help="A direction's file, from 'select' or in any known format.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
+from refusal_kernels.cli.bars import progress_bars
 from refusal_kernels.cli.groups import LoadingOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.progress import Step, single_step
@@ -40,6 +41,7 @@ def orthogonalize(
             help="Run both models at the end. Default: if they fit into memory.",
         ),
     ] = None,
+    verbose: options.Verbose = False,
     json_file: options.Json = None,
 ) -> None:
     """Write a copy of a model with the direction projected out of its weights.
@@ -55,12 +57,12 @@ def orthogonalize(
     loaded = common.read_direction(direction)
     loading = replace(loading, device=common.choose_device(loading.device))
     local = loading.model != "toy" and Path(loading.model).is_dir()
-    with common.progress_bars() as step:
+    with progress_bars() as step:
         if local and not lora and not in_memory and loading.dtype == "auto":
             result = _by_shards(loading, out, loaded, text_only, certify, step)
         else:
             result = _in_memory(loading, out, loaded, text_only, lora, step)
-    _print(result, loading.model, out)
+    _print(result, loading.model, out, verbose)
     certificate: Certificate | None = result["certificate"]
     document = {"model": str(out), "text_only": text_only, **result}
     common.finish(
@@ -146,7 +148,7 @@ def _in_memory(
     return {"way": way, **{name: getattr(edit, name) for name in fields}}
 
 
-def _print(result: dict[str, Any], model: str, out: Path) -> None:
+def _print(result: dict[str, Any], model: str, out: Path, verbose: bool) -> None:
     what = "an adapter with the edit of" if result["way"] == "adapter" else "an edited copy of"
     common.console.print(f"{out} is {what} {model}, which is unchanged", soft_wrap=True)
     common.console.print(f"{len(result['edited'])} tensors edited, {result['way']}")
@@ -167,8 +169,10 @@ def _print(result: dict[str, Any], model: str, out: Path) -> None:
         common.console.print(f"no certificate: {result['no_certificate']}", soft_wrap=True)
         return
     common.console.print(f"certificate: {certificate}", soft_wrap=True)
-    shares = ", ".join(f"{name} {share:.0e}" for name, share in certificate.layers.items())
-    common.console.print(f"|r.h| / |h| at most: {shares}", soft_wrap=True)
+    if verbose:
+        shares = ", ".join(f"{name} {share:.0e}" for name, share in certificate.layers.items())
+        common.console.print(f"|r.h| / |h| at most: {shares}", soft_wrap=True)
+        common.console.print(f"edited: {', '.join(result['edited'])}", soft_wrap=True)
 
 
 def _fits(folder: Path, device: str) -> bool:

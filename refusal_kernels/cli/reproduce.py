@@ -12,7 +12,15 @@ from rich.text import Text
 from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
-from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.cli.groups import (
+    ChatOptions,
+    LoadingOptions,
+    PromptOptions,
+    RefusalOptions,
+    ThresholdOptions,
+)
+from refusal_kernels.cli.select import fail_without_winner
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import replacing, write_json
 
@@ -28,6 +36,8 @@ def reproduce(
     loading: LoadingOptions,
     prompts: PromptOptions,
     chat: ChatOptions,
+    refusals: RefusalOptions,
+    thresholds: ThresholdOptions,
     out: Annotated[
         Path, Option(help="The folder of the results; a run resumes from what is in it.")
     ] = Path("out/reproduce"),
@@ -46,6 +56,13 @@ def reproduce(
         list[str] | None,
         Option(metavar="[NAME=]FILE", help="Texts instead of these; repeat for several."),
     ] = None,
+    filter_prompts: Annotated[
+        bool,
+        Option(
+            "--filter/--no-filter",
+            help="Keep only harmful prompts that are refused, harmless ones answered.",
+        ),
+    ] = True,
     benchmarks: Annotated[
         bool, Option("--benchmarks", help="Also run MMLU, ARC, GSM8K and TruthfulQA.")
     ] = False,
@@ -71,20 +88,21 @@ def reproduce(
 
     Extract, select, then refusals, cross-entropy and benchmarks under ablation, addition,
     subtraction and with orthogonalized weights. An interrupted run resumes. The exit code is 0 if
-    every number is within its tolerance, 1 if one is not. The toy model is compared with a recorded
-    row of its own.
+    every number is within its tolerance, 1 if one is not or no candidate passes the thresholds. The
+    toy model is compared with a recorded row of its own.
     """
     from refusal_kernels import toy
+    from refusal_kernels.research import plots
     from refusal_kernels.research.evaluation.likelihood import context_of, read_passages
     from refusal_kernels.research.reproduction import paper
     from refusal_kernels.research.reproduction.rows import compare, paper_name, recorded
     from refusal_kernels.research.reproduction.run import run
-    from refusal_kernels.research.selection.scoring import paper_refusal_tokens
+    from refusal_kernels.research.selection.scoring import AUTO, PAPER
 
     rows = _rows(loading.model, row, against)
     given = None if direction is None else common.read_direction(direction)
     sources = prompts.harmful, prompts.harmless, harmful_test
-    sets = paper.read_protocol_prompts(loading.model, *sources, prompts.seed)
+    sets = paper.read_protocol_prompts(loading.model, *sources, prompts.seed, prompts.column)
     files = common.named_sources(text or [], "--text")
     suite = None
     if benchmarks:
@@ -94,14 +112,16 @@ def reproduce(
         suite = paper.Benchmarks(manager, limit, min(chat.batch_size, 16), prompts.seed)
     common.prepare(out / "reproduction.json", record, json_file)
 
-    model, template = chat.load(loading, given)
+    model, template = chat.load(loading, sets["train"], given)
     context = context_of(model)
     passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
     if not passages and loading.model == "toy":
         passages = paper.toy_texts(template)
     elif not passages and texts != 0:
         passages = paper.read_paper_texts(template, texts or paper.PASSAGES)
-    about, of_paper = common.provenance(loading.model, model), paper_name(row or loading.model)
+    about, tokens = common.provenance(loading.model, model), refusals.tokens
+    if tokens == AUTO and paper_name(row or loading.model):
+        tokens = PAPER
     inputs = paper.ProtocolInputs(
         name=about["model"],
         model=model,
@@ -109,27 +129,36 @@ def reproduce(
         prompts=sets,
         texts=passages,
         skills=toy.skills() if loading.model == "toy" else {},
-        # the paper's table for the models of the paper; None: found in the model's refusals
-        refusal_tokens=paper_refusal_tokens(model, template) if of_paper else None,
+        refusal_tokens=tokens,
+        filter=filter_prompts,
+        thresholds=thresholds.arguments(),
         direction=given,
         benchmarks=suite,
-        max_new_tokens=max_new_tokens or (64 if model == "toy" else 512),
+        max_new_tokens=max_new_tokens or (64 if loading.model == "toy" else 512),
         batch_size=chat.batch_size,
         seed=prompts.seed,
         controls=controls,
         identity=_identity(toy.PATH if loading.model == "toy" else Path(loading.model), model),
     )
-    with common.progress_bars() as step:
+    with progress_bars() as step:
         result = run(inputs, out, step)
     comparisons = compare(result.numbers, rows)
     others = [*sources, *(text or [])]
     if loading.model != "toy" and any(source is not None for source in others):
         result.notes.append("the prompts or texts are not the paper's: its numbers may not apply")
     document = _write(out, result, comparisons, about)
-    if record is not None:
+    if not result.evidence:
+        plots.plot_candidates(
+            out / "candidates.png", result.selection["candidates"], None,
+            thresholds=result.selection["thresholds"],
+        )  # fmt: skip
+        common.finish(out / "candidates.png", None, None)
+    if record is not None and result.evidence:
         recorded(result.numbers, f"{inputs.name}, recorded", inputs.name).save(record)
     _print(inputs.name, result, comparisons, rows)
     common.finish(out / "reproduction.json", json_file, document)
+    if not result.evidence:
+        fail_without_winner(result.selection["problem"], out / "direction.safetensors")
     if any(c.verdict == "outside" for c in comparisons):
         raise Exit(1)
 
@@ -171,6 +200,7 @@ def _write(
         **about,
         "selection": chosen,
         "prompts": result.prompts,
+        "removed": result.removed,
         "comparisons": rows,
         "notes": result.notes,
         "benchmarks": result.benchmarks,
@@ -181,6 +211,8 @@ def _write(
     notes = "".join(f"\n\n{note}" for note in result.notes)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(f"# {about['model']}\n\n{table}{notes}\n", encoding="utf-8")
+    if not result.evidence:
+        return document
     harness = {"lm_eval": result.benchmarks} if result.benchmarks else {}
     page = {**result.evidence, **about, "selection": result.selection, "comparisons": rows}
     write_page(out / "evidence.html", page | harness)
@@ -220,8 +252,19 @@ def _print(
         f"{split} {part['harmful']} harmful, {part['harmless']} harmless"
         for split, part in result.prompts.items()
     )
-    place = f"layer {result.selection['layer']}, position {result.selection['position']}"
-    common.console.print(Text(f"{name}: direction of {place} (prompts: {used})"))
+    chosen = result.selection
+    place = f"layer {chosen['layer']}, position {chosen['position']}"
+    found = "no direction" if chosen["position"] is None else f"direction of {place}"
+    common.console.print(Text(f"{name}: {found} (prompts: {used})"), soft_wrap=True)
+    pairs = zip(chosen["refusal_tokens"], chosen["refusal_texts"], strict=True)
+    shown = ", ".join(f"{token} {text!r}" for token, text in pairs)
+    common.console.print(Text(f"refusal tokens: {shown}"), soft_wrap=True)
+    for split, categories in result.removed.items():
+        counts = ", ".join(f"{len(gone)} {category}" for category, gone in categories.items())
+        common.console.print(
+            Text(f"filter: of {split}, {counts} prompts removed by their refusal score"),
+            soft_wrap=True,
+        )
     sources = {c.source for c in comparisons if c.source}
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS[: 4 + (len(sources) > 1)]:
@@ -234,7 +277,7 @@ def _print(
     if result.reused:
         common.console.print(Text(f"used again: {', '.join(result.reused)}"))
     for note in result.notes:
-        common.console.print(Text(f"note: {note}"))
+        common.console.print(Text(f"note: {note}"), soft_wrap=True)
     if not rows:
         names = ", ".join(paper()["models"])
         common.console.print(

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
-from typer import Option
+from rich.text import Text
+from typer import Exit, Option
 
 from refusal_kernels.cli import common, options
-from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, PromptOptions
+from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.cli.groups import (
+    ChatOptions,
+    FilterOptions,
+    LoadingOptions,
+    RefusalOptions,
+    SplitOptions,
+    ThresholdOptions,
+)
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
 
@@ -21,8 +30,11 @@ if TYPE_CHECKING:
 def select(
     *,
     loading: LoadingOptions,
-    prompts: PromptOptions,
+    prompts: SplitOptions,
     chat: ChatOptions,
+    selective: FilterOptions,
+    refusals: RefusalOptions,
+    thresholds: ThresholdOptions,
     candidates: Annotated[Path, Option(help="A file made by 'extract'.")] = Path(
         "out/candidates.safetensors"
     ),
@@ -30,25 +42,20 @@ def select(
     plot: Annotated[
         Path | None, Option(help="The heat map of all scores. Default: beside the direction.")
     ] = None,
-    refusal_tokens: Annotated[
-        str,
-        Option(
-            help="Tokens that begin a refusal: 'auto' (found in the model's refusals), "
-            "'paper' (the paper's table, for its model families), or token ids: 40,2121."
-        ),
-    ] = "auto",
     checkpoint: Annotated[
         Path | None,
         Option(
-            help="The scores so far, from which an interrupted run resumes; removed at the end. "
-            "Default: beside the direction, with '.part' in its name."
+            help="The scores so far, from which an interrupted run resumes; removed once a "
+            "direction is selected. Default: beside the direction, with '.part' in its name."
         ),
     ] = None,
-    filter_prompts: options.Filter = False,
     json_file: options.Json = None,
 ) -> None:
-    """Select the direction by the paper's three scores, on validation prompts."""
-    tokens = _tokens(refusal_tokens)
+    """Select the direction by the paper's three scores, on validation prompts.
+
+    If no candidate passes the thresholds, all but the direction is written and the exit code is 1.
+    The scores are kept, so that another run with other thresholds takes seconds.
+    """
     picture = plot or out.with_suffix(".png")
     state = checkpoint or common.unfinished(out)
     written = [out, picture, state, *([json_file] if json_file else [])]
@@ -58,58 +65,74 @@ def select(
 
     from refusal_kernels.direction import Candidates
     from refusal_kernels.research import plots
-    from refusal_kernels.research.prompts import filtered
     from refusal_kernels.research.selection import algorithm
 
-    texts = prompts.of("validation", loading.model)
+    texts = prompts.read(loading.model, "validation")
     loaded = Candidates.load(candidates)
     common.prepare(*written)
-    model, template = chat.load(loading)
-    if filter_prompts:
-        texts = filtered(model, template, texts, batch_size=chat.batch_size)
-    with common.progress_bars() as step:
+    model, template = chat.load(loading, texts)
+    texts, removed = selective.apply(model, template, texts, refusals, chat.batch_size)
+    with progress_bars() as step:
         selection = algorithm.select(
             model,
             template,
             replace(loaded, model=loading.model),
             texts["harmful"],
             texts["harmless"],
-            refusal_tokens=tokens,
+            refusal_tokens=refusals.tokens,
+            **thresholds.arguments(),
             batch_size=chat.batch_size,
             checkpoint=state,
             progress=step("Select"),
         )
     for path in written:
         sweep(path)
-    plots.plot_candidates(picture, selection.candidates, (selection.position, selection.layer))
-    selection.direction.save(out)
-    common.console.print(_table(selection, loading.model))
+    plots.plot_candidates(
+        picture, selection.candidates, selection.place, thresholds=selection.thresholds
+    )
+    common.console.print(selection_table(selection, loading.model))
+    used = prompts.tell(texts, "validation")
+    refusals.tell(template, selection.refusal_tokens)
     common.console.print(f"written: {picture}", soft_wrap=True)
-    document = {**selection.to_dict(), "model": loading.model, "method": selection.direction.method}
-    common.finish(out, json_file, document)
+    document = {
+        **selection.to_dict(), "model": loading.model, "method": loaded.method,
+        "answer_prefix": template.answer_prefix, "prompts": used, **removed,
+    }  # fmt: skip
+    if selection.direction is not None:
+        selection.direction.save(out)
+    common.finish(None if selection.direction is None else out, json_file, document)
+    if selection.direction is None:
+        fail_without_winner(selection.problem, out)
+    if not selection.passed:
+        common.errors.print(Text(f"warning: {selection.problem}"), soft_wrap=True)
     state.unlink(missing_ok=True)  # now that everything is written
 
 
-def _tokens(text: str) -> list[int] | str:
-    """Parse --refusal-tokens."""
-    if text in ("auto", "paper"):
-        return text
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"--refusal-tokens is '{text}'; expected auto, paper, or token ids such as 40,2121"
-        ) from None
+def fail_without_winner(problem: str | None, out: Path) -> None:
+    """End with exit code 1 and one line that says why there is no direction and what to change."""
+    old = f"; {out} is of an earlier run" if out.exists() else ""
+    common.errors.print(
+        Text(
+            f"no direction: {problem} (--kl-threshold, --induce-threshold, --prune-last; --closest "
+            f"takes it as it is){old}",
+            style="red",
+        ),
+        soft_wrap=True,
+    )
+    raise Exit(1)
 
 
-def _table(selection: Selection, model: str) -> Table:
+def selection_table(selection: Selection, model: str) -> Table:
+    """Return all candidates with their scores and why they were discarded."""
     table = Table(title=f"Candidates, {model}")
     for name in ("position", "layer", "bypass", "induce", "kl", "discarded"):
         table.add_column(name, justify="left" if name == "discarded" else "right")
     for row in selection.candidates:
-        won = (row.position, row.layer) == (selection.position, selection.layer)
+        won = (row.position, row.layer) == selection.place
         scores = ["" if s is None else f"{s:.3f}" for s in (row.bypass, row.induce, row.kl)]
-        note = "selected" if won else row.discarded or ""
+        note = row.discarded or ""
+        if won:
+            note = f"selected ({note})" if note else "selected"
         table.add_row(
             str(row.position), str(row.layer), *scores, note, style="bold green" if won else None
         )

@@ -82,7 +82,7 @@ def convert(
             content.save(target)
             return content
         if layers is None or position is None:
-            raise InputError(f"{source} holds candidates; expected one layer and one position")
+            raise InputError(f"{source} holds candidates; expected one --layer and one --position")
         content, layers, position = content.at(_single(layers), position), None, None
     if not plain:
         if position is not None:
@@ -114,7 +114,7 @@ def _labeled(
 
 def _single(layers: tuple[int, ...]) -> int:
     if len(layers) != 1:
-        raise InputError(f"layers {list(layers)} for one direction; expected one layer")
+        raise InputError(f"layers {list(layers)} for one direction; expected one --layer")
     return layers[0]
 
 
@@ -125,7 +125,7 @@ def _only(vector: ControlVector, layer: int | None, source: str) -> Direction:
     if len(chosen) != 1:
         raise InputError(
             f"{source} has {len(chosen)} directions at layers {wanted} (of {vector.layers}); "
-            "expected one: name its layer"
+            "expected one: name its --layer"
         )
     direction, strength = vector.directions[chosen[0]], vector.strengths[chosen[0]]
     notes = {"mode": vector.mode, "strength": repr(strength)}
@@ -152,12 +152,14 @@ def _placed(
             strengths=tuple(content.strengths[k] * factor for k in kept),
         )
     if mode is None:
-        raise InputError(f"{source} does not say what to do with its direction: add or ablate?")
+        raise InputError(
+            f"{source} does not say what to do with its direction: --as add, or --as ablate?"
+        )
     if layers is None and mode == "add" and content.layer is not None:
         layers = (content.layer,)
     if layers is None:
         raise InputError(
-            "at the inputs of which blocks? a control vector names them, and can not say "
+            "at the inputs of which blocks? name them with --layers: a control vector can not say "
             "'at every residual add'"
         )
     return ControlVector.of(content, mode, layers, factor)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
+from refusal_kernels.hf.conversation import Conversation
 
 INSTRUCTION = "{instruction}"  # its place in a format that is kept as text
 CHUNK = 512  # prompts tokenized at once: the tokenizer's output takes 100 times their memory
@@ -26,6 +27,8 @@ class ChatFormat:
         Passed to the template as ``enable_thinking`` (as Qwen3's takes it). Without thinking, such
         a template writes an empty block of thoughts after every instruction. A template that always
         opens the block (DeepSeek-R1's) still does, and the next token begins a thought.
+    answer_prefix : str
+        What every answer begins with; the model goes on from there. Its tokens end every prompt.
 
     Attributes
     ----------
@@ -42,7 +45,12 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Any, system: str | None = None, *, thinking: bool = False
+        self,
+        tokenizer: Any,
+        system: str | None = None,
+        *,
+        thinking: bool = False,
+        answer_prefix: str = "",
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
@@ -51,6 +59,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.system = system
         self.thinking = thinking
+        self.answer_prefix = answer_prefix
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = int(next(i for i in ids if i is not None))  # masked, so any will do
         if system is not None and system.strip() not in self.render("a"):
@@ -64,15 +73,18 @@ class ChatFormat:
 
     def render(self, prompt: str) -> str:
         """Return the text that the model is given for a prompt."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, {"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, Conversation):
+            messages = [dict(turn) for turn in prompt.messages]
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
             )
         except TemplateError as error:
             raise InputError(f"the chat template refuses the conversation: {error}") from None
-        return str(text)
+        return f"{text}{self.answer_prefix}"
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of every prompt in its chat format, of different lengths.

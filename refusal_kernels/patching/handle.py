@@ -66,12 +66,23 @@ class PatchReport:
         """How many sites are steered now."""
         return len(self.sites)
 
+    @property
+    def details(self) -> str:
+        """A line for every site: its module, backend and interventions."""
+        return "\n".join(
+            f"{s.name}: {s.path}{' with its norm' if s.norm else ''}, {s.backend}: "
+            + ", ".join(s.interventions)
+            for s in self.sites
+        )
+
     def __str__(self) -> str:
-        lines = [f"{self.claimed} of {self.expected} sites steered"]
-        for s in self.sites:
-            path = f"{s.path} with its norm" if s.norm else s.path
-            lines.append(f"  {s.name}: {path}, {s.backend}: {', '.join(s.interventions)}")
-        return "\n".join(lines)
+        text = f"{self.claimed} of {self.expected} sites steered"
+        if not self.sites:
+            return text
+        norms = sum(site.norm for site in self.sites)
+        names = dict.fromkeys(name for site in self.sites for name in site.interventions)
+        backends = dict.fromkeys(site.backend for site in self.sites)
+        return f"{text}, {norms} with their norm, by {', '.join(backends)}: {', '.join(names)}"
 
 
 class PatchHandle:

@@ -50,6 +50,7 @@ class DemoInputs:
     test: Prompts
     skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)  # empty to skip
     max_new_tokens: int = 64
+    selection: Mapping[str, Any] = field(default_factory=dict)  # arguments of `select`
 
 
 def read_inputs(
@@ -59,14 +60,18 @@ def read_inputs(
     device: str | torch.device = "auto",
     dtype: str = "auto",
     seed: int = SEED,
+    column: str | None = None,
+    selection: Mapping[str, Any] | None = None,
 ) -> DemoInputs:
     """Load the model, and read its prompts; those from files are cut into the three splits."""
-    splits = splits_for(model, harmful, harmless, seed)
+    splits = splits_for(model, harmful, harmless, seed, column)
     language_model, tokenizer = load(model, device, dtype)
     ChatFormat.of(tokenizer)
     name, skills = ("the toy model", toy.skills()) if model == "toy" else (model, {})
     train, validation, test = (splits[split] for split in SIZES)
-    return DemoInputs(name, language_model, tokenizer, train, validation, test, skills)
+    return DemoInputs(
+        name, language_model, tokenizer, train, validation, test, skills, selection=selection or {}
+    )
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,14 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoR
     )  # fmt: skip
     selection = select(
         model, chat, candidates, inputs.validation["harmful"], inputs.validation["harmless"],
-        progress=step("Select: three scores, validation split"),
+        progress=step("Select: three scores, validation split"), **inputs.selection,
     )  # fmt: skip
-    direction = selection.direction
+    plots.plot_candidates(
+        out / "candidates.png", selection.candidates, selection.place,
+        thresholds=selection.thresholds,
+    )  # fmt: skip
+    write_json(out / "selection.json", selection.to_dict())
+    direction = selection.winner
     with single_step(step("Orthogonalize a copy of the weights")):
         edited = copy.deepcopy(model)
         orthogonalize(edited, direction)

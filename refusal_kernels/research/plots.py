@@ -1,6 +1,8 @@
 """Pictures of the measurements, written to a file or, as SVG, to a stream."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,10 +16,13 @@ from refusal_kernels.timing import Speed
 matplotlib.use("Agg")  # no window, whatever the machine offers
 
 from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import LogLocator
 
 INK, GRAY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
 OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GRAY)
 PARTS = {"harmful": RED, "harmless": BLUE}
+SMALLEST_KL = 1e-4  # what is drawn; below it rounding begins
 Target = Path | IO[bytes]
 """The target of a picture: a file (the suffix is the format), or a stream for SVG."""
 STYLE: dict[Any, Any] = {
@@ -65,8 +70,8 @@ def plot_projections(
             "selected", (selected, 1.0), xycoords=("data", "axes fraction"), ha="center",
             va="bottom", color=GRAY, fontsize=9,
         )  # fmt: skip
-        every = max(1, len(x) // 16)
-        axes.set_xticks(x[::every], [*map(str, x[:-1]), "out"][::every])
+        shown = spread(len(x))
+        axes.set_xticks(shown, [str(i) if i < len(x) - 1 else "out" for i in shown])
         axes.set_xlabel("input of layer")
         axes.set_ylabel("projection on the direction")
         axes.legend(frameon=False)
@@ -92,14 +97,15 @@ def plot_rates(
             values, errors = _percent([rate for _, rate in drawn])
             axes.bar(at, values, 0.95 * width, color=color, label=f"{part} prompts")
             axes.errorbar(at, values, errors, fmt="none", ecolor=INK, capsize=3, lw=1)
-            for position, value in zip(at, values, strict=True):
+            for position, value, top in zip(at, values, values + errors[1], strict=True):
                 axes.annotate(
-                    f"{value:.0f}", (position, value), xytext=(0, 9), ha="center",
+                    f"{value:.0f}", (position, top), xytext=(0, 4), ha="center", va="bottom",
                     textcoords="offset points", fontsize=9,
                 )  # fmt: skip
         axes.set_xticks(x, list(rates))
         axes.set_ylabel(f"{counts}, %")
-        axes.set_ylim(0, 112)
+        axes.set_ylim(0, 116)
+        axes.set_yticks(range(0, 101, 20))
         axes.legend(
             frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(parts))
         )
@@ -150,10 +156,12 @@ def plot_dose(
     dose: Mapping[str, Sequence[Mapping[str, Any]]],
     counts: str = "refused",
     text: str | None = None,
+    destroyed: float = math.inf,
 ) -> None:
     """Draw by strength: hits with intervals, refusal score, KL and the cross-entropy of a text.
 
-    `dose` has by kind ("ablation", "addition") rows of `DosePoint.to_dict`.
+    `dose` has by kind ("ablation", "addition") rows of `DosePoint.to_dict`. Strengths whose KL is
+    above `destroyed` are shaded.
     """
     first = next(iter(dose.values()))[0]
     names = ["rate", "kl"]
@@ -188,6 +196,8 @@ def plot_dose(
                         axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
                 for mark in (0, 1):
                     axes.axvline(mark, color=GRAY, linestyle=":", linewidth=1)
+                for low, high in _ruined(x, [row["kl"] > destroyed for row in rows]):
+                    axes.axvspan(low, high, color=GRAY, alpha=0.22, linewidth=0)
                 if column == 0:
                     axes.set_ylabel(labels[name])
             every[0, column].set_title(f"{kind}", fontsize=11, loc="left")
@@ -198,25 +208,42 @@ def plot_dose(
         save_figure(figure, path)
 
 
+def _ruined(x: Sequence[float], ruined: Sequence[bool]) -> Iterator[tuple[float, float]]:
+    """Give the stretch around each point that is ruined, half way to its neighbors."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(x)]
+    edges = [x[0], *middles, x[-1]]
+    return ((edges[i], edges[i + 1]) for i, bad in enumerate(ruined) if bad)
+
+
+def spread(count: int, most: int = 16) -> list[int]:
+    """Return at most `most` of `count` places for labels, evenly spaced, with first and last."""
+    step = -(-(count - 1) // (most - 1)) or 1
+    shown = [*range(0, count - 1, step), count - 1]
+    if len(shown) > 2 and shown[-1] - shown[-2] < step:
+        del shown[-2]  # it would touch the last one
+    return shown
+
+
 def plot_candidates(
-    path: Target, scores: Sequence[Any], selected: tuple[int, int] | None = None
+    path: Target,
+    scores: Sequence[Any],
+    selected: tuple[int, int] | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Draw the three scores of every candidate by position and layer: `ScoredCandidate`, or dicts.
 
-    The winner is framed: by default the one that was kept with the lowest bypass.
+    `selected`, if there is one, is framed. The KL has a logarithmic scale. `thresholds` ("kl",
+    "induce") are lines in the color bars.
     """
     rows = [asdict(row) if is_dataclass(row) else dict(row) for row in scores]  # type: ignore[arg-type]
     positions = sorted({row["position"] for row in rows})
     layers = sorted({row["layer"] for row in rows})
-    kept = [row for row in rows if row["discarded"] is None and row["bypass"] is not None]
-    if selected is None and kept:
-        best = min(kept, key=lambda row: row["bypass"])
-        selected = best["position"], best["layer"]
     panels = {
         "bypass": ("bypass: refusal score on harmful prompts, ablated (low is good)", "viridis_r"),
         "induce": ("induce: refusal score on harmless prompts, added (high is good)", "viridis"),
-        "kl": ("kl: on harmless prompts, ablated (low is good)", "viridis_r"),
+        "kl": ("kl: on harmless prompts, ablated, log scale (low is good)", "viridis_r"),
     }
+    limits = thresholds or {}
     size = (max(6.4, 0.27 * len(layers)), 3 * (0.9 + 0.28 * len(positions)))
 
     def frame(axes: Any, position: int, layer: int, **style: Any) -> None:
@@ -234,19 +261,49 @@ def plot_candidates(
                 if row["discarded"] is not None:
                     edge = "white" if row[name] is not None else GRAY
                     frame(axes, *place, hatch="////", linewidth=0, edgecolor=edge)
-            image = axes.imshow(table, cmap=colors, aspect="auto", interpolation="nearest")
-            figure.colorbar(image, ax=axes, pad=0.01)
+            shown = [*table[np.isfinite(table)], *([limits[name]] if name in limits else [])]
+            norm = _scale(shown, log=name == "kl")
+            table = np.where(table < norm.vmin, norm.vmin, table)  # a KL may be 0, or rounding
+            image = axes.imshow(
+                table, cmap=colors, norm=norm, aspect="auto", interpolation="nearest"
+            )
+            bar = figure.colorbar(image, ax=axes, pad=0.01)
+            if name == "kl":
+                few = norm.vmax < 30 * norm.vmin
+                bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+                bar.ax.yaxis.set_major_formatter("{x:g}")
+                bar.ax.yaxis.set_minor_formatter("")
+            if name in limits:
+                bar.ax.axhline(limits[name], color=RED, linewidth=2)
+                bar.ax.plot(
+                    1.0, limits[name], "<", color=RED, clip_on=False,
+                    transform=bar.ax.get_yaxis_transform(),
+                )  # fmt: skip
+                title += f"; threshold {limits[name]:g}"
             if selected is not None:
                 frame(axes, *selected, edgecolor=RED, linewidth=2.5, zorder=3)
             axes.set_yticks(range(len(positions)), list(map(str, positions)))
             axes.set_ylabel("position")
             axes.set_title(title, fontsize=10, loc="left")
             axes.spines[:].set_visible(False)
-        step = max(1, len(layers) // 16)
-        every[-1].set_xticks(range(0, len(layers), step), list(map(str, layers[::step])))
-        every[-1].set_xlabel("layer (hatched: discarded; framed: selected)")
+        labeled = spread(len(layers))
+        every[-1].set_xticks(labeled, [str(layers[i]) for i in labeled])
+        notes = ["hatched: discarded"]
+        notes += ["framed: selected"] if selected is not None else ["none selected"]
+        notes += ["red line: threshold"] if limits else []
+        every[-1].set_xlabel(f"layer ({'; '.join(notes)})")
         figure.tight_layout()
         save_figure(figure, path)
+
+
+def _scale(values: Sequence[float], log: bool) -> Any:
+    """Return the color scale of some values; of none, any."""
+    if not log:
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        return Normalize(low, high if high > low else low + 1.0)
+    positive = [value for value in values if value > 0] or [1.0]
+    high = max(positive)
+    return LogNorm(min(max(min(positive), SMALLEST_KL), high / 10), high)
 
 
 def plot_speed(path: Target, speed: Mapping[str, Speed]) -> None:

@@ -3,31 +3,17 @@
 No prompt of a public set is stored in this package. A preset only says where a set is published.
 """
 
-import csv
 import hashlib
-import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from refusal_kernels.errors import InputError, first_line
-from refusal_kernels.files.atomic import parse_json, read_text
+from refusal_kernels.research.prompt_files import SUFFIXES, check_prompt, find_field, read_file
 
-if TYPE_CHECKING:  # the command line's help reads this module without torch
-    from torch import Tensor
-
-# The columns that hold a prompt, as public sets name them, the best first: in JailbreakBench's
-# files "Behavior" is only a title of the "Goal". Upper and lower case are the same.
-FIELDS = (
-    *("prompt", "instruction", "text", "goal", "behavior"),
-    *("question", "query", "forbidden_prompt"),
-)
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv")
-LONGEST_PROMPT = 131_072  # characters; also what Python's csv module takes in a field
-MOST_LINES = 1_000_000
 # Arditi et al. 2024, appendix A: prompts per class
 SIZES: Mapping[str, int] = {"train": 128, "validation": 32, "test": 100}
 SEED = 42
@@ -40,7 +26,7 @@ class Dataset:
     name: str  # what ``datasets.load_dataset`` takes: a hub id, or a local folder
     config: str | None = None
     split: str = "train"
-    column: str | None = None  # with the prompts; None for the first of `FIELDS` that is there
+    column: str | None = None  # with the prompts; None for the first of `prompt_files.FIELDS`
     where: Mapping[str, str] | None = None  # only the rows whose columns have these values
 
 
@@ -62,7 +48,7 @@ _SPEC = re.compile(
 )
 
 
-def read_prompts(source: str | os.PathLike[str]) -> list[str]:
+def read_prompts(source: str | os.PathLike[str], column: str | None = None) -> list[str]:
     """Read prompts from a file, or from a dataset by its name.
 
     Parameters
@@ -71,12 +57,14 @@ def read_prompts(source: str | os.PathLike[str]) -> list[str]:
         One of, or several joined by "+":
 
         - a UTF-8 file. ``.txt``: one prompt per line, blank lines are skipped. ``.jsonl``: per line
-          a string, or an object with one of the `FIELDS` (the first of them that it has).
-          ``.json``: a list of such strings or objects. ``.csv``: with a header that names one of
-          the `FIELDS`.
+          a string, a list of messages, or an object with one of `prompt_files.FIELDS` (the first
+          that is there). ``.json``: a list of those, or JSON Lines. ``.csv``: with a header that
+          names one of them. ``.parquet``: with such a column.
         - the name of one of the `PRESETS`.
         - ``hf:NAME[:CONFIG][@SPLIT][#COLUMN]``, where NAME is a hub id (owner/name) or a local
           folder that the datasets library reads. The split is "train" where none is named.
+    column
+        The field or column with the prompts, not the first known one; presets have their own.
 
     Returns
     -------
@@ -91,12 +79,18 @@ def read_prompts(source: str | os.PathLike[str]) -> list[str]:
     """
     if isinstance(source, str) and not os.path.exists(source):
         if "+" in source:
-            return [prompt for part in source.split("+") for prompt in read_prompts(part)]
+            return [prompt for part in source.split("+") for prompt in read_prompts(part, column)]
         if source.lower() in PRESETS:
             return read_dataset(PRESETS[source.lower()])
         if source.startswith("hf:"):
-            return read_dataset(_parsed_spec(source))
-    return _read_file(Path(source))
+            dataset = _parsed_spec(source)
+            return read_dataset(replace(dataset, column=dataset.column or column))
+    if Path(source).suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"{source} is no prompt file; expected one of {', '.join(SUFFIXES)}, "
+            f"hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one of {', '.join(PRESETS)}"
+        )
+    return read_file(Path(source), column)
 
 
 def _parsed_spec(source: str) -> Dataset:
@@ -113,9 +107,9 @@ def _parsed_spec(source: str) -> Dataset:
 def read_dataset(dataset: Dataset) -> list[str]:
     """Read the prompts of a dataset with the datasets library, from the hub or a local folder."""
     table, name = _loaded(dataset)
-    column = dataset.column or _field_of(table.column_names)
+    column = dataset.column or find_field(table.column_names)
     prompts = [
-        _checked(prompt, f"the dataset {name}, row {i}")
+        check_prompt(prompt, f"the dataset {name}, row {i}")
         for i, (prompt,) in _rows(table, dataset, name, [column])
     ]
     if not prompts:
@@ -184,85 +178,6 @@ def _rows(
             yield i, [row[column] for column in columns]
 
 
-def _read_file(path: Path) -> list[str]:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"{path} is no prompt file; expected one of {', '.join(SUFFIXES)}, "
-            f"hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one of {', '.join(PRESETS)}"
-        )
-    text = read_text(path, "a prompt file")
-    if suffix != ".json" and max(map(text.count, "\n\r,")) > MOST_LINES:
-        raise InputError(f"{path} is too large; expected at most {MOST_LINES} lines")
-    if suffix == ".csv":
-        prompts = _from_csv(text, path)
-    elif suffix == ".json":
-        records = parse_json(text, str(path))
-        if not isinstance(records, list):
-            raise InputError(f"{path} holds a {type(records).__name__}; expected a list of prompts")
-        prompts = [_prompt_of(record, f"{path}, item {i}") for i, record in enumerate(records)]
-    else:
-        # Split at line feeds only: a JSON string may hold other separators, such as U+2028.
-        lines = ((i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-        if suffix == ".txt":
-            prompts = [_checked(line, f"{path}:{i}") for i, line in lines]
-        else:
-            prompts = [
-                _prompt_of(parse_json(line, f"{path}:{i}"), f"{path}:{i}") for i, line in lines
-            ]
-    if not prompts:
-        raise InputError(f"{path} holds no prompt; expected one at least")
-    return prompts
-
-
-def _from_csv(text: str, path: Path) -> list[str]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(rows, [])
-        field = _field_of([name.strip() for name in header])
-        if field is None:
-            raise InputError(f"{path} has no header with one of the columns {', '.join(FIELDS)}")
-        column = [name.strip() for name in header].index(field)
-        return [
-            _checked(row[column] if column < len(row) else "", f"{path}, line {rows.line_num}")
-            for row in rows
-            if any(row)
-        ]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}, is no CSV: {error}") from None
-
-
-def _field_of(names: Iterable[str]) -> str | None:
-    """Return the name that holds the prompts."""
-    by_lower_case = {name.lower(): name for name in reversed(list(names))}
-    return next((by_lower_case[field] for field in FIELDS if field in by_lower_case), None)
-
-
-def _prompt_of(record: Any, where: str) -> str:
-    if isinstance(record, dict):
-        record = record.get(_field_of(record))
-    if record is None or not isinstance(record, str):
-        record = ""
-    return _checked(record, where)
-
-
-def _checked(prompt: Any, where: str) -> str:
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(
-            f"{where} holds no prompt; expected a string or an object with one of the fields "
-            + ", ".join(FIELDS)
-        )
-    if len(prompt) > LONGEST_PROMPT:
-        raise InputError(
-            f"{where} holds a prompt of {len(prompt)} characters; expected {LONGEST_PROMPT} at most"
-        )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character, which no tokenizer takes
-        raise InputError(f"{where} holds a lone surrogate; expected Unicode text") from None
-    return prompt
-
-
 def split_prompts(
     prompts: Sequence[str], sizes: Mapping[str, int | None], seed: int = SEED
 ) -> dict[str, list[str]]:
@@ -302,20 +217,3 @@ def split_sizes(count: int) -> dict[str, int]:
     train, validation = min(SIZES["train"], train), min(SIZES["validation"], validation)
     test = min(SIZES["test"], count - train - validation)
     return {"train": train, "validation": validation, "test": test}
-
-
-def keep_refused(
-    prompts: Sequence[str], scores: "Tensor | Sequence[float]", threshold: float = 0.0
-) -> list[str]:
-    """The prompts that the model refuses: those whose refusal score (nats) is above the threshold.
-
-    0 is a probability of one half that the answer begins with a refusal token. NaN keeps nothing.
-    """
-    return [p for p, score in zip(prompts, scores, strict=True) if float(score) > threshold]
-
-
-def keep_answered(
-    prompts: Sequence[str], scores: "Tensor | Sequence[float]", threshold: float = 0.0
-) -> list[str]:
-    """The prompts that the model answers: those below the threshold, as for `keep_refused`."""
-    return [p for p, score in zip(prompts, scores, strict=True) if float(score) < threshold]

@@ -92,6 +92,63 @@ def test_select_says_why_nothing_is_left(folder, run, tmp_path):
         "select", "--candidates", out, *model, *prompts(folder), "--out", target
     )  # a random model refuses nothing
     assert code == 2 and "no refusal tokens" in err and not target.exists()
+    assert "--refusal-tokens" in err
+
+
+def test_select_without_a_winner_writes_all_but_the_direction(folder, run, tmp_path):
+    model, out = ("--model", folder / "model"), tmp_path / "candidates.safetensors"
+    extracted = run("extract", *model, *prompts(folder), "--split", "all", "--out", out)
+    assert (
+        extracted[0] == 0 and "3 harmful (" in extracted[1] and "harmful.txt, all)" in extracted[1]
+    )
+    target, found = tmp_path / "direction.safetensors", tmp_path / "found.json"
+    arguments = (
+        "select", "--candidates", out, *model, *prompts(folder), "--split", "all", "--out", target,
+        "--json", found, "--refusal-tokens", "I,8",
+    )  # fmt: skip
+    code, text, err = run(*arguments, "--kl-threshold=-1")
+    assert code == 1 and not target.exists() and target.with_suffix(".png").exists()
+    last = err.splitlines()[-1]
+    assert last.startswith("no direction: none of 12 candidates passed: ")
+    assert "(kl > -1)" in last and "--kl-threshold" in last and "--closest" in last
+    assert "refusal tokens: 7 'I', 8 \"I'm\"" in text and "kl > -1" in text
+    document = json.loads(found.read_text())
+    assert document["position"] is None and len(document["candidates"]) == 12
+    assert document["prompts"]["harmful"]["count"] == 3
+    # the scores are kept: another threshold measures nothing again
+    part = tmp_path / "direction.part.safetensors"
+    assert part.exists()
+    code, text, err = run(*arguments, "--kl-threshold=-1", "--closest")
+    assert code == 0 and target.exists() and not part.exists() and "selected (kl > -1)" in text
+    assert "warning: none of 12 candidates passed" in err
+    # an older direction is not taken for this run's
+    code, _, err = run(*arguments, "--prune-last", 1)
+    assert code == 1 and "12 (layer >= 0)" in err and f"{target} is of an earlier run" in err
+
+
+def test_evaluate_says_what_it_can_not_measure(folder, run, tmp_path):
+    model, out = ("--model", folder / "model"), tmp_path / "candidates.safetensors"
+    arguments = ("--direction", folder / "direction.safetensors", *model, *prompts(folder))
+    run("extract", *model, *prompts(folder), "--out", out, "--last-layer", 1)
+    short = ("--max-new-tokens", 2, "--random-controls", 0, "--strengths", "")
+    code, _, err = run("evaluate", *arguments, *short, "--candidates", out)
+    assert code == 0 and "note: refusal scores are not measured: no refusal tokens" in err
+    code, text, err = run("evaluate", *arguments, *short, "--refusal-tokens", "I")
+    assert code == 0 and "note:" not in err and "refusal tokens: 7 'I'" in text
+
+
+def test_generate_answers_the_prompts_of_a_file(folder, run, tmp_path):
+    out = tmp_path / "answers.json"
+    arguments = ("generate", "--model", folder / "model", "--max-new-tokens", 2, "--json", out)
+    code, text, _ = run(*arguments, "one", "--prompts", folder / "harmful.txt")
+    assert code == 0 and "curse the tea" in text
+    assert json.loads(out.read_text())["prompts"] == ["one", *(
+        f"curse the {word}" for word in ("box", "tea", "boat")
+    )]  # fmt: skip
+    code, text, _ = run(
+        *arguments, "one", "--direction", folder / "direction.safetensors", "--verbose"
+    )
+    assert code == 0 and "patch: 7 of 7 sites steered" in text and "layers.2.mlp: " in text
 
 
 def test_doctor(folder, run):
@@ -127,6 +184,7 @@ BAD = {
     "unknown dtype": (f"{GENERATE} --dtype int8", "dtype is 'int8'"),
     "unknown device": (f"{GENERATE} --device abacus", "device 'abacus'"),
     "no JSON": (f"{GENERATE} --edit [", "--edit is no JSON"),
+    "nothing to answer": ("generate --model model", "--prompts FILE"),
     "no intervention": (f"{GENERATE} --edit []", "an object"),
     "two ways to steer": (f"{STEERED} --edit []", "not both"),
     "a place without a direction": (f"{GENERATE} --layer 1", "need --direction"),

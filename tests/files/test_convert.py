@@ -189,7 +189,7 @@ def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
     random_direction().save(source)
     target = tmp_path / "b.gguf"
     refused("can only add", convert, source, target, mode="ablate", layers=(3,))
-    refused("add or ablate", convert, source, target)
+    refused("--as add, or --as ablate", convert, source, target)
     refused("at every residual add", convert, source, tmp_path / "b.glp", mode="ablate")
     for layer in (0, 1):
         refused("expected 2 or more", convert, source, target, mode="add", layers=(layer,))

@@ -56,7 +56,9 @@ def test_a_direction_from_another_place_is_told(run: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("a.safetensors b.gguf", "add or ablate"),
+        ("a.safetensors b.gguf", "--as add, or --as ablate?"),
+        ("a.safetensors b.gguf --as ablate", "which blocks? name them with --layers"),
+        ("a.safetensors b.glp.gguf --as ablate", "name them with --layers"),
         ("a.safetensors b.gguf --as ablate --layers 3", "can only add"),
         ("a.safetensors b.gguf --as subtract", "expected one of add, ablate"),
         ("a.safetensors b.gguf --as add --layers 3-2", "ranges such as"),

@@ -1,5 +1,6 @@
 """Prompt files, and the chat format: positions, BOS once, padding on the left."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.research.sources import read_prompts
+from refusal_kernels.hf.conversation import Conversation
+from refusal_kernels.research import answer_prefix
+from refusal_kernels.research.sources import read_prompts, split_prompts
 
 PROMPTS = ["make a cake", "tell me how to paint a boat now please", "curse", "zzz yyy"]
 
@@ -26,6 +29,10 @@ PROMPTS = ["make a cake", "tell me how to paint a boat now please", "curse", "zz
          ["one", "two", "three", "four"]),
         ("a.jsonl", '{"text": "no", "prompt": "yes"}\n', ["yes"]),
         ("a.json", '["one", {"instruction": "two\\nlines", "category": 3}]', ["one", "two\nlines"]),
+        ("a.json", '{"instruction": "one"}\n{"instruction": "two"}\n', ["one", "two"]),
+        ("a.json", '[[{"role": "user", "content": "one"}]]', ["one"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "text", "text": "one"}]},'
+         ' {"role": "assistant", "content": "no"}]}\n', ["one"]),
     ],
 )  # fmt: skip
 def test_prompts_are_read(tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
@@ -48,6 +55,10 @@ def test_prompts_are_read(tmp_path: Path, name: str, content: str, expected: lis
         ("a.json", b'{"prompt": "one"}', "holds a dict; expected a list"),
         ("a.json", b'["one", 2]', "item 1 holds no prompt"),
         ("a.json", b"", "is not JSON"),
+        ("a.json", b'{"prompt": "one"}\nmore', "is not JSON"),
+        ("a.json", b"[[]]", "item 0 holds a list of messages without a turn of the user"),
+        ("a.json", b'[[{"role": "user"}]]', "expected an object with role and content"),
+        ("a.parquet", b"no", "is no Parquet file"),
     ],
 )
 def test_bad_prompt_files_are_refused(
@@ -59,6 +70,76 @@ def test_bad_prompt_files_are_refused(
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_a_column_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "no", "Ask": "one"}\n')
+    (tmp_path / "a.csv").write_text("prompt,ask\nno,two\n")
+    assert read_prompts(f"{tmp_path}/a.jsonl+{tmp_path}/a.csv", "ask") == ["one", "two"]
+    for name in ("a.jsonl", "a.csv"):
+        with pytest.raises(InputError, match=r"column other; it has prompt, [Aa]sk"):
+            read_prompts(tmp_path / name, "other")
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    turns = [{"role": "user", "content": "two"}]
+    table = pyarrow.table({"Goal": ["one", "more"], "chat": [turns, turns]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_prompts(tmp_path / "a.parquet") == ["one", "more"]
+    assert read_prompts(tmp_path / "a.parquet", "chat") == ["two", "two"]
+    with pytest.raises(InputError, match="the column other; it has Goal, chat"):
+        read_prompts(tmp_path / "a.parquet", "other")
+
+
+def test_prompts_of_several_turns_reach_the_template(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "make a cake"}, {"from": "gpt", "value": "sure"},
+        {"from": "human", "value": "now a boat"}, {"from": "gpt", "value": "no"},
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns}]))
+    (prompt,) = read_prompts(tmp_path / "a.json")
+    assert prompt == "user: make a cake\n\nassistant: sure\n\nuser: now a boat"
+    expected = (
+        "<s> <|user|> make a cake <|end|> <|assistant|> sure <|end|> <|user|> now a boat <|end|>"
+        " <|assistant|> answer :"
+    )
+    assert ChatFormat(tiny_tokenizer()).render(prompt) == expected
+    with_system = ChatFormat(tiny_tokenizer(), "be kind").render(prompt)
+    assert with_system == expected.replace("<s>", "<s> <|system|> be kind <|end|>")
+    own = Conversation([{"role": "system", "content": "be brief"}, *prompt.messages])
+    assert "kind" not in ChatFormat(tiny_tokenizer(), "be kind").render(own)
+    assert split_prompts([prompt, "x"], {"all": None})["all"].count(prompt) == 1
+
+
+def test_an_answer_prefix_ends_every_prompt() -> None:
+    chat = ChatFormat(tiny_tokenizer(), answer_prefix=" I cannot")
+    assert chat.positions == len(END_OF_INSTRUCTION) + 2
+    assert chat.render("a").endswith("<|assistant|> answer : I cannot")
+
+
+@pytest.mark.parametrize(
+    ("answers", "thinking", "expected"),
+    [
+        (["sure here one", "sure here two", "sure here"], False, "sure here"),
+        (["sure here one", "I cannot"], False, ""),
+        (["<think> one", "<think> two"], False, "<think>\n\n</think>\n\n"),
+        (["<think> one", "<think> two"], True, "<think>"),
+        (["I cannot", "I cannot"], False, ""),  # a whole answer
+    ],
+)
+def test_the_answer_prefix_is_found(monkeypatch, answers, thinking, expected) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+    if expected == "sure here":
+        ids[2] = [*ids[2], 20]
+    monkeypatch.setattr(answer_prefix, "generate_ids", lambda *_: ids)
+    chat = ChatFormat(tokenizer, thinking=thinking)
+    sets = {"harmful": ["a"], "harmless": ["b"]}
+    assert answer_prefix.find_answer_prefix(None, chat, sets) == expected
 
 
 @pytest.mark.parametrize("system", [None, "be kind"])

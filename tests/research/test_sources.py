@@ -20,8 +20,6 @@ from refusal_kernels.research.selection.scoring import find_refusal_tokens, refu
 from refusal_kernels.research.sources import (
     PRESETS,
     SIZES,
-    keep_answered,
-    keep_refused,
     read_prompts,
     split_prompts,
     split_sizes,
@@ -254,6 +252,23 @@ def test_steps_of_an_experiment_get_disjoint_parts_of_a_file(tmp_path: Path) -> 
     refused("harmful: 2 different prompts", prompts_for, "toy", "test", tmp_path / "two.txt", None)
 
 
+def test_splits_can_have_sources_of_their_own(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(20)))
+    a, b, c = (tmp_path / f"{name}.txt" for name in ("a", "b", "c"))
+    given = f"train={a},validation={b},test={c}+{a}"
+    for split, names, count in (("train", "a", 20), ("validation", "b", 20), ("test", "ac", 40)):
+        found = prompts_for("a/model", split, given, a)["harmful"]
+        assert len(found) == count and {prompt[0] for prompt in found} == set(names)
+    assert len(prompts_for("a/model", None, given, a)["harmful"]) == 60
+    splits = splits_for("a/model", given, given)
+    assert [len(part["harmless"]) for part in splits.values()] == [20, 20, 40]
+    refused("--harmful has sources for train; expected one for test too", prompts_for,
+            "a/model", "test", f"train={a}", a)  # fmt: skip
+    for wrong in (f"train={a},{b}", f"train={a},train={b}", "train="):
+        refused("names no source for each split", prompts_for, "a/model", "train", wrong, a)
+
+
 def test_the_demo_gets_the_same_parts(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("\n".join(f"curse the box {i}" for i in range(20)))
@@ -269,29 +284,24 @@ def test_the_demo_gets_the_same_parts(tmp_path: Path) -> None:
 # Filters
 
 
-def test_prompts_are_kept_by_their_scores() -> None:
-    scores = torch.tensor([1.0, -1.0, 0.0, float("nan")], dtype=torch.float64)
-    assert keep_refused(list("abcd"), scores) == ["a"]
-    assert keep_answered(list("abcd"), scores) == ["b"]
-    assert keep_refused(list("abcd"), scores, -2.0) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        keep_refused(list("abc"), scores)
-
-
 def test_the_model_decides_what_is_kept() -> None:
     model, tokenizer = toy.load()
     harmful, harmless = (toy.prompts(name, "validation")[:12] for name in ("harmful", "harmless"))
     mixed = {"harmful": [*harmful, harmless[0]], "harmless": [*harmless, harmful[0]]}
     tokens = find_refusal_tokens(model, tokenizer, harmful, harmless)
-    kept = filtered(model, tokenizer, mixed, refusal_tokens=tokens)
+    result = filtered(model, tokenizer, mixed, refusal_tokens=tokens)
+    kept = result.kept
     for name, sign in (("harmful", 1), ("harmless", -1)):
         scores = refusal_score(last_logits(model, tokenizer, mixed[name]), tokens)
-        assert kept[name] == [p for p, s in zip(mixed[name], scores, strict=True) if sign * s > 0]
+        pairs = [*zip(mixed[name], scores.tolist(), strict=True)]
+        assert kept[name] == [prompt for prompt, score in pairs if sign * score > 0]
+        assert result.removed[name] == [
+            {"prompt": p, "refusal_score": s} for p, s in pairs if not sign * s > 0
+        ]
+        assert f"{len(result.removed[name])} of {len(pairs)} {name} prompts removed" in str(result)
     assert harmless[0] not in kept["harmful"] and harmful[0] not in kept["harmless"]
     assert len(kept["harmful"]) > 6 and len(kept["harmless"]) > 6
-    assert filtered(model, tokenizer, {"harmful": harmful, "harmless": harmless}) == {
-        "harmful": kept["harmful"], "harmless": kept["harmless"]
-    }  # fmt: skip
+    assert filtered(model, tokenizer, {"harmful": harmful, "harmless": harmless}).kept == kept
     nothing = {"harmful": harmless, "harmless": harmless}
     refused("refuses none of the 12 harmful", filtered, model, tokenizer, nothing,
             refusal_tokens=tokens)  # fmt: skip
@@ -314,7 +324,7 @@ def test_extract_filters_and_takes_a_system_prompt(tmp_path: Path) -> None:
     train = prompts_for("toy", "train", *files, 7)
     expected = mean_difference(model, tokenizer, train["harmful"], train["harmless"])
     assert torch.equal(extracted(), expected.vectors)
-    kept = filtered(model, tokenizer, train)
+    kept = filtered(model, tokenizer, train).kept
     assert kept != train
     expected = mean_difference(model, tokenizer, kept["harmful"], kept["harmless"])
     assert torch.equal(extracted("--filter"), expected.vectors)

@@ -22,6 +22,8 @@ from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
+DESTROYED_KL = 1.0  # nats: of an edit with more, a next token says nothing of the model
+
 
 @dataclass
 class Condition:

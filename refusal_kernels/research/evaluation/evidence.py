@@ -17,14 +17,14 @@ from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Ablate, Add, Intervention
 from refusal_kernels.patching.patch import patch
-from refusal_kernels.progress import Step, no_step
+from refusal_kernels.progress import Step, no_step, single_step
 from refusal_kernels.research.evaluation.conditions import Condition, ConditionRunner, DosePoint
 from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, make_judge
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
 from refusal_kernels.research.evaluation.projections import project
 from refusal_kernels.research.evaluation.rates import to_json
 from refusal_kernels.research.evaluation.tasks import Match
-from refusal_kernels.research.selection.scoring import find_refusal_tokens
+from refusal_kernels.research.selection.scoring import TokenSpec, find_refusal_tokens, given_tokens
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
 UNMODIFIED, ABLATED, ADDED, SUBTRACTED = "unmodified", "ablated", "added", "subtracted"
@@ -57,7 +57,9 @@ class Evidence:
         where the direction was read; for the input of every block and the output of the last, one
         number for each prompt.
     settings : dict
-        Seed, lengths, batch size and system prompt (None: the template's).
+        Seed, lengths, batch size, system prompt (None: the template's) and answer prefix.
+    notes : list of str
+        What could not be measured, and why.
     """
 
     direction: dict[str, Any]
@@ -69,6 +71,7 @@ class Evidence:
     dose_text: str | None
     projections: dict[str, list[list[float]]]
     settings: dict[str, Any]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON and for the page (`html.render`)."""
@@ -96,7 +99,7 @@ def evaluate(
     extra: Mapping[str, Sequence[str]] | None = None,
     judges: Sequence[Judge | str] | str = "substrings",
     candidates: Candidates | None = None,
-    refusal_tokens: Sequence[int] | None = None,
+    refusal_tokens: TokenSpec = None,
     layer: int | None = None,
     skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     match: Match | None = None,
@@ -129,11 +132,11 @@ def evaluate(
         Of the completions: judges, or their specs
         (`refusal_kernels.research.evaluation.judges.make_judge`). The first judges the dose.
     candidates
-        Floating point [position, layer, hidden]. With them the directions of other layers, read at
-        the same position, are controls, each with its own norm at its own layer.
+        With them the directions of other layers, read at the same position, are controls, each with
+        its own norm at its own layer. They may leave the last layers out.
     refusal_tokens
-        The tokens of the refusal scores; by default found on the prompts. If there are none, no
-        refusal scores are measured.
+        The tokens of the refusal scores, as `select` takes them; by default found on the prompts.
+        If none are found, no refusal scores are measured, and a note says why.
     layer
         The block at whose input the raw direction is added; by default the direction's layer.
     skills, match
@@ -173,8 +176,9 @@ def evaluate(
     if layer is None:
         raise InputError("the direction does not say at which layer to add; expected a layer")
     controls = _controls(model, direction, candidates, layer, random_controls, layer_controls, seed)
+    tokens = given_tokens(model, chat, refusal_tokens)
     inputs = JudgeInputs(
-        model, chat, sets["harmful"], sets["harmless"], refusal_tokens, input_device(model)
+        model, chat, sets["harmful"], sets["harmless"], tokens, input_device(model)
     )
     judges = [judges] if isinstance(judges, str) else judges
     chosen = [make_judge(judge, inputs) if isinstance(judge, str) else judge for judge in judges]
@@ -182,7 +186,14 @@ def evaluate(
         raise InputError("there is no judge; expected one at least")
     if twice := [name for name, n in Counter(judge.name for judge in chosen).items() if n > 1]:
         raise InputError(f"two judges have the name '{twice[0]}'; expected different ones")
-    tokens = _tokens(model, chat, sets, refusal_tokens, batch_size)
+    notes: list[str] = []
+    if tokens is None:
+        try:
+            with single_step(step("Find the refusal tokens")):
+                classes = sets["harmful"], sets["harmless"]
+                tokens = find_refusal_tokens(model, chat, *classes, batch_size)
+        except InputError as error:  # the model begins its answers alike on both sets
+            notes.append(f"refusal scores are not measured: {error}")
     runner = ConditionRunner(model, chat, sets, chosen, tokens, max_new_tokens, batch_size)
 
     edits: dict[str, Intervention] = {
@@ -201,7 +212,8 @@ def evaluate(
         for part in sets
     }
     position = -1 if direction.position is None else direction.position
-    projections = project(model, chat, sets, direction.unit, position, batch_size)
+    with single_step(step("Projections")):
+        projections = project(model, chat, sets, direction.unit, position, batch_size)
     completions = runner.unmodified(conditions[UNMODIFIED], step("Unmodified"))
     with patch(model, *([edit] for edit in edits.values())) as handle:
         programs = {name: number for number, name in enumerate(edits)}
@@ -234,7 +246,9 @@ def evaluate(
         settings={
             "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
             "random_controls": random_controls, "system": chat.system, "thinking": chat.thinking,
+            "answer_prefix": chat.answer_prefix or None,
         },
+        notes=notes,
     )  # fmt: skip
 
 
@@ -255,10 +269,10 @@ def _controls(
     if candidates is not None and others > 0:
         layers = len(decoder_layers(model))
         position = -1 if direction.position is None else direction.position
-        if (len(candidates.layers), candidates.hidden) != (layers, direction.hidden):
+        if len(candidates.layers) > layers or candidates.hidden != direction.hidden:
             raise InputError(
                 f"candidates {list(candidates.vectors.shape)}; "
-                f"expected [position, {layers} layers, {direction.hidden}]"
+                f"expected [position, {layers} layers or fewer, {direction.hidden}]"
             )
         if position not in candidates.positions:
             raise InputError(
@@ -279,18 +293,3 @@ def _controls(
         for name, (control, at) in chosen.items()
         for what, edit in ((ABLATED, Ablate(control)), (ADDED, Add(control, block_input=at)))
     }
-
-
-def _tokens(
-    model: Any,
-    chat: ChatFormat,
-    sets: Mapping[str, Sequence[str]],
-    given: Sequence[int] | None,
-    batch_size: int,
-) -> list[int] | None:
-    if given is not None:
-        return list(given)
-    try:
-        return find_refusal_tokens(model, chat, sets["harmful"], sets["harmless"], batch_size)
-    except InputError:  # the model begins its answers alike on both sets; the report says so
-        return None

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from refusal_kernels.files.atomic import replacing
 from refusal_kernels.research import plots
+from refusal_kernels.research.evaluation.conditions import DESTROYED_KL
 from refusal_kernels.research.evaluation.evidence import (
     ABLATED,
     ADDED,
@@ -18,7 +19,7 @@ from refusal_kernels.research.evaluation.evidence import (
     SUBTRACTED,
     UNMODIFIED,
 )
-from refusal_kernels.research.evaluation.statements import percent, statements
+from refusal_kernels.research.evaluation.statements import decimal, percent, statements
 
 TEMPLATE = "evidence.html"
 SHOWN = {"harmful": (ABLATED, SUBTRACTED), "harmless": (ADDED, ABLATED)}
@@ -46,18 +47,28 @@ def write_page(path: Path, document: Mapping[str, Any], *, samples: int = 4) -> 
 def render(document: Mapping[str, Any], *, samples: int = 4) -> str:
     """Return the page; everything in it that came from a model or a user is escaped.
 
-    The document is the result of `Evidence.to_dict`. It may also hold "model" (its name),
-    "selection" (`Selection.to_dict`), "lm_eval" (`lm_eval.run_tasks`), "versions", "device",
-    "command", "created", "sources" (of prompts and texts, by name) and "comparisons"
-    (`rows.Comparison.to_dict`). `samples` prompts of each set are shown with their completions.
+    The document is the result of `Evidence.to_dict`. It may also hold "model" and "title" (its
+    names), "selection" (`Selection.to_dict`), "lm_eval" (`lm_eval.run_tasks`), "versions",
+    "device", "command", "created", "sources" (of prompts and texts, by name) and "comparisons"
+    (`rows.Comparison.to_dict`). `samples` prompts of each set are there with their completions,
+    folded; 0 for none.
     """
     environment = templates(Path(__file__).parent)
-    environment.filters["percent"] = percent
+    environment.filters.update(
+        percent=percent, decimal=decimal, capitalize_first=lambda text: text[:1].upper() + text[1:]
+    )
     conditions = document["conditions"]
     optional = "model selection lm_eval versions device command created comparisons".split()
     parts = {name: document.get(name) for name in optional}
     return environment.get_template(TEMPLATE).render(
-        **{**document, **parts, "sources": document.get("sources") or {}},
+        **{
+            **document,
+            **parts,
+            "sources": document.get("sources") or {},
+            "notes": document.get("notes") or [],
+            "title": document.get("title") or document.get("model"),
+        },
+        destroyed_kl=DESTROYED_KL,
         main=[name for name in MAIN if name in conditions],
         controls=[name for name in conditions if name not in MAIN],
         statements=statements(document),
@@ -97,16 +108,21 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
         draw["controls"] = lambda file: plots.plot_controls(file, panels, counts)
     if document["dose"]:
         text = document["dose_text"]
-        draw["dose"] = lambda file: plots.plot_dose(file, document["dose"], counts, text)
+        draw["dose"] = lambda file: plots.plot_dose(
+            file, document["dose"], counts, text, DESTROYED_KL
+        )
     if document["projections"]:
         layer = document["direction"]["layer"]
         draw["projections"] = lambda file: plots.plot_projections(
             file, document["projections"], layer
         )
     if selection := document.get("selection"):
-        selected = selection["position"], selection["layer"]
+        place = selection["position"], selection["layer"]
+        selected = None if None in place else place
         rows = selection.get("candidates") or selection["scores"]  # the key's older name
-        draw["candidates"] = lambda file: plots.plot_candidates(file, rows, selected)
+        draw["candidates"] = lambda file: plots.plot_candidates(
+            file, rows, selected, selection.get("thresholds")
+        )
     return {name: _uri(picture) for name, picture in draw.items()}
 
 

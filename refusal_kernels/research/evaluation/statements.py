@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from refusal_kernels.research.evaluation.conditions import DESTROYED_KL
 from refusal_kernels.research.evaluation.evidence import ABLATED, ADDED, SUBTRACTED, UNMODIFIED
 
 ORTHOGONALIZED = "orthogonalized"
@@ -24,6 +25,12 @@ def percent(rate: Mapping[str, Any]) -> str:
     """Return a rate as text: "0.4 % [0.1, 2.3] of 240", with a no-break space before "%"."""
     low, high = (100 * end for end in rate["interval"])
     return f"{100 * rate['value']:.1f}\u00a0% [{low:.1f}, {high:.1f}] of {rate['n']}"
+
+
+def decimal(value: float, digits: int, signed: bool = False) -> str:
+    """Return a number with so many decimals, and zero without a sign."""
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text
 
 
 def statements(document: Document) -> list[Statement]:
@@ -85,19 +92,20 @@ def _sufficiency(document: Document) -> Statement:
 def _specificity(document: Document) -> list[Statement]:
     counts, name = _judge(document)
     answers = []
-    for kind, words in (("random", "random directions of the same norm"), ("layer", "")):
+    for kind in ("random", "layer"):
         names = [c for c in document["conditions"] if c.startswith(f"{kind} ")]
         ablated = [_rate(document, c, "harmful") for c in names if c.endswith(ABLATED)]
         added = [_rate(document, c, "harmless") for c in names if c.endswith(ADDED)]
         if not ablated:
             continue
         cosines = [abs(document["conditions"][c]["cosine"]) for c in names]
-        words = words or (
-            f"directions of other layers (cosine with this one {min(cosines):.2f} to "
-            f"{max(cosines):.2f})"
-        )
+        count, plural = len(ablated), "" if len(ablated) == 1 else "s"
+        words = f"{count} random direction{plural} of the same norm"
+        if kind == "layer":
+            around = " to ".join(dict.fromkeys(f"{f(cosines):.2f}" for f in (min, max)))
+            words = f"{count} direction{plural} of other layers (cosine with this one {around})"
         text = (
-            f"With {len(ablated)} {words}: of the harmful prompts {_span(ablated)} were {counts} "
+            f"With {words}: of the harmful prompts {_span(ablated)} were {counts} "
             f"under ablation, of the harmless ones {_span(added)} under addition (judge: {name})."
         )
         # Directions of other layers may be the same one at another layer: they decide nothing.
@@ -131,6 +139,11 @@ def _dose(document: Document) -> list[Statement]:
             f"(judge: {name}). The largest KL on harmless prompts is {worst['kl']:.3g} nats, "
             f"at {worst['strength']:g}."
         )
+        if ruined := [f"{row['strength']:g}" for row in rows if row["kl"] > DESTROYED_KL]:
+            text += (
+                f" Above {DESTROYED_KL:g} nats, as at {', '.join(ruined)}, the model is destroyed: "
+                "its answers say nothing of the direction."
+            )
         answers.append(Statement("Dose", text, None))
     return answers
 
@@ -140,7 +153,8 @@ def _capability(document: Document) -> list[Statement]:
     before, after = conditions[UNMODIFIED], conditions[ABLATED]
     for text, loss in before["losses"].items():
         moved = after["losses"][text]["nats"] - loss["nats"]
-        parts.append(f"cross-entropy on {text} {loss['nats']:.4f} nats, ablated {moved:+.4f}")
+        change = decimal(moved, 4, signed=True)
+        parts.append(f"cross-entropy on {text} {loss['nats']:.4f} nats, ablated {change}")
     for task, rate in before["skills"].items():
         parts.append(f"{task} {percent(rate)}, ablated {percent(after['skills'][task])}")
     lm_eval = document.get("lm_eval") or {}

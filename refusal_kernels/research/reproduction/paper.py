@@ -12,7 +12,8 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
-from refusal_kernels.research.prompts import prompts_for
+from refusal_kernels.research.prompts import prompts_for, split_sources
+from refusal_kernels.research.selection.scoring import TokenSpec
 from refusal_kernels.research.sources import (
     SEED,
     SIZES,
@@ -76,7 +77,9 @@ class ProtocolInputs:
     prompts: Prompts
     texts: Mapping[str, Sequence[Passage]] = field(default_factory=dict)  # for the cross-entropy
     skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
-    refusal_tokens: list[int] | None = None  # None: found on the training prompts
+    refusal_tokens: TokenSpec = None  # None: found on the training prompts
+    filter: bool = True  # whether prompts that are not treated as their class asks are removed
+    thresholds: Mapping[str, Any] = field(default_factory=dict)  # arguments of `select`
     direction: Direction | None = None  # measured instead of extracting and selecting one
     benchmarks: Benchmarks | None = None  # None to skip them
     max_new_tokens: int = 512
@@ -92,12 +95,14 @@ def read_protocol_prompts(
     harmless: str | None = None,
     harmful_test: str | None = None,
     seed: int = SEED,
+    column: str | None = None,
 ) -> Prompts:
     """Read the prompts of the protocol: the paper's sets, the toy model's own, or others.
 
     Harmful test prompts are removed from the train and validation prompts. Without ``harmful_test``
     they are JailbreakBench's if ``harmful`` is not given either, else a part of ``harmful``. A set
-    that is too small is cut in the same proportions.
+    that is too small is cut in the same proportions; one that names a source for each split
+    (`prompts_for`) is not cut.
     """
     if model == "toy" and not (harmful or harmless or harmful_test):
         parts = {split: prompts_for("toy", split, None, None) for split in SIZES}
@@ -106,22 +111,30 @@ def read_protocol_prompts(
         harmful_test = HARMFUL_TEST
     tested: list[str] = []
     if harmful_test is not None:
-        every = read_prompts(harmful_test)
+        every = read_prompts(harmful_test, column)
         tested = split_prompts(every, {"test": None}, seed)["test"][: SIZES["test"]]
     excluded = {prompt.strip().lower() for prompt in tested}
     cut = {}
     for category, source in (("harmful", harmful or HARMFUL), ("harmless", harmless or HARMLESS)):
-        every = [p for p in read_prompts(source) if p.strip().lower() not in excluded]
-        every = split_prompts(every, {"all": None}, seed)["all"]
+        parts = {
+            split: split_prompts(
+                [p for p in read_prompts(file, column) if p.strip().lower() not in excluded],
+                {"all": None}, seed,
+            )["all"]
+            for split, file in split_sources(source).items()
+        }  # fmt: skip
+        every = parts.get("all", [])
         try:
-            sizes = split_sizes(len(every))
+            sizes = split_sizes(len(every)) if every else {}
             if category == "harmful" and tested:
                 sizes |= {"test": 0}
-            cut[category] = split_prompts(every, sizes, seed)
+            cut[category] = split_prompts(every, sizes, seed) if every else parts
         except InputError as error:
             raise InputError(f"{category}: {error}") from None
-    if tested:
-        cut["harmful"]["test"] = tested
+        if category == "harmful" and tested:
+            cut[category]["test"] = tested
+        if missing := [split for split in SIZES if not cut[category].get(split)]:
+            raise InputError(f"{category}: there is no prompt for {missing[0]}; expected one")
     return {split: {c: cut[c][split] for c in cut} for split in SIZES}
 
 

@@ -6,7 +6,7 @@ under no edit, ablation, subtraction and addition. The result of each step is ke
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from refusal_kernels.research.reproduction.paper import BENCHMARKS, ProtocolInpu
 from refusal_kernels.research.reproduction.rows import Measured
 from refusal_kernels.research.reproduction.steps import StepCache
 from refusal_kernels.research.selection.algorithm import select
-from refusal_kernels.research.selection.scoring import find_refusal_tokens
+from refusal_kernels.research.selection.scoring import find_refusal_tokens, given_tokens
 from refusal_kernels.weights.in_memory import orthogonalize
 
 
@@ -45,9 +45,10 @@ class Reproduction:
     # named as the columns of paper.json: nats, rates from 0 to 1, benchmarks in percent
     numbers: dict[str, Measured]
     selection: dict[str, Any]  # `Selection.to_dict`
-    evidence: dict[str, Any]  # `Evidence.to_dict`
+    evidence: dict[str, Any]  # `Evidence.to_dict`; empty if no direction was selected
     benchmarks: dict[str, dict[str, Any]]  # by edit and benchmark: the harness's result
     prompts: dict[str, dict[str, int]]  # how many were used, by split and category
+    removed: dict[str, Any]  # those that the filter removed, by split and category
     notes: list[str] = field(default_factory=list)  # what could not be measured, and why
     reused: list[str] = field(default_factory=list)  # the steps whose kept results were used
 
@@ -73,17 +74,34 @@ class _Protocol:
             "skills": inputs.skills, "max_new_tokens": inputs.max_new_tokens,
             "batch_size": self.size,
         }  # fmt: skip
-        options = [self.chat.system, self.chat.thinking, str(next(self.model.parameters()).dtype)]
+        chat, dtype = self.chat, str(next(self.model.parameters()).dtype)
+        options = [chat.system, chat.thinking, chat.answer_prefix, dtype]
         self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
         self.edited = False
 
     def run(self) -> Reproduction:
         inputs, cache, notes = self.inputs, self.cache, list[str]()
         asked = {split: inputs.prompts[split] for split in ("train", "validation")}
-        used = cache.step("prompts", self.filter, asked, inputs.refusal_tokens)
+        used = cache.step("prompts", self.filter, asked, inputs.refusal_tokens, inputs.filter)
+        used |= {split: _as_asked(used[split], asked[split]) for split in asked}
         candidates = self.candidates(used["train"])
         given = inputs.direction and inputs.direction.vector.tolist()
-        selection = cache.step("selection", lambda: self.select(candidates, used), given)
+        selection = cache.step(
+            "selection", lambda: self.select(candidates, used), given, choices=inputs.thresholds
+        )
+        counted = {
+            split: {category: len(prompts) for category, prompts in part.items()}
+            for split, part in {
+                **inputs.prompts, "train": used["train"], "validation": used["validation"]
+            }.items()
+        }  # fmt: skip
+        if selection["problem"]:
+            notes.append(selection["problem"])
+        if selection["position"] is None:
+            found = {"selection": selection, "prompts": counted, "removed": used["removed"]}
+            return Reproduction(
+                numbers={}, evidence={}, benchmarks={}, notes=notes, reused=cache.reused, **found
+            )
         direction = candidates.at(selection["layer"], selection["position"])
         direction.save(self.folder / "direction.safetensors")
 
@@ -100,33 +118,35 @@ class _Protocol:
             notes.append(f"orthogonalized weights are not measured: {why}")
         else:
             benchmarks |= self.benchmarks("orthogonalized", direction)
-        counted = {**inputs.prompts, "train": used["train"], "validation": used["validation"]}
         return Reproduction(
             numbers=_numbers(selection, evidence, orthogonalized, benchmarks),
             selection=selection,
             evidence=evidence,
             benchmarks=benchmarks,
-            prompts={
-                split: {category: len(prompts) for category, prompts in part.items()}
-                for split, part in counted.items()
-            },
+            prompts=counted,
+            removed=used["removed"],
             notes=notes,
             reused=cache.reused,
         )
 
     def filter(self) -> dict[str, Any]:
         """Keep the harmful prompts that the model refuses and the harmless ones it answers."""
-        train, tokens = self.inputs.prompts["train"], self.inputs.refusal_tokens
+        every, train = self.inputs.prompts, self.inputs.prompts["train"]
+        splits = ("train", "validation")
         with single_step(self.announce("Filter by refusal score")):
+            tokens = given_tokens(self.model, self.chat, self.inputs.refusal_tokens)
             if tokens is None:
                 tokens = find_refusal_tokens(
                     self.model, self.chat, train["harmful"], train["harmless"], self.size
                 )
+            result: dict[str, Any] = {"refusal_tokens": tokens, "removed": {}}
+            if not self.inputs.filter:
+                return result | {split: every[split] for split in splits}
             options: dict[str, Any] = {"refusal_tokens": tokens, "batch_size": self.size}
-            return {"refusal_tokens": tokens} | {
-                split: filtered(self.model, self.chat, self.inputs.prompts[split], **options)
-                for split in ("train", "validation")
-            }
+            for split in splits:
+                left = filtered(self.model, self.chat, every[split], **options)
+                result[split], result["removed"][split] = left.kept, left.removed
+            return result
 
     def candidates(self, train: Mapping[str, list[str]]) -> Candidates:
         """Return the mean differences, or the given direction alone."""
@@ -154,14 +174,14 @@ class _Protocol:
 
     def select(self, candidates: Candidates, used: Mapping[str, Any]) -> dict[str, Any]:
         """Select; a given direction is only measured, whatever its scores."""
-        anyway: dict[str, Any] = {}
+        thresholds = dict(self.inputs.thresholds)
         if self.inputs.direction is not None:
-            anyway = {"kl_threshold": torch.inf, "induce_threshold": -torch.inf, "prune_last": 0.0}
+            thresholds = {"kl_threshold": 1e9, "induce_threshold": -1e9, "prune_last": 0.0}
         return select(
             self.model, self.chat, candidates,
             used["validation"]["harmful"], used["validation"]["harmless"],
             refusal_tokens=used["refusal_tokens"], batch_size=self.size, checkpoint=self.cache.part,
-            progress=self.announce("Select: three scores"), **anyway,
+            progress=self.announce("Select: three scores"), **thresholds,
         ).to_dict()  # fmt: skip
 
     def evaluate(
@@ -209,6 +229,14 @@ class _Protocol:
 
         depends = BENCHMARKS, harness.limit, harness.seed
         return {edit: self.cache.step(f"benchmarks_{edit}", measure, *depends, aside=True)}
+
+
+def _as_asked(
+    kept: Mapping[str, Sequence[str]], asked: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Return the prompts of a kept result as they were asked: JSON has no turns."""
+    by_text = {str(prompt): prompt for part in asked.values() for prompt in part}
+    return {name: [by_text[prompt] for prompt in prompts] for name, prompts in kept.items()}
 
 
 def _read_candidates(file: Path) -> Candidates | None:

@@ -10,7 +10,7 @@ from refusal_kernels import __version__
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json, write_json
 
-LAYOUT = 2  # of the results: those of another layout are computed again
+LAYOUT = 3  # of the results: those of another layout are computed again
 
 
 class StepCache:
@@ -27,14 +27,21 @@ class StepCache:
         self.key = _digest([__version__, LAYOUT, *depends])
 
     def step(
-        self, name: str, make: Callable[[], dict[str, Any]], *depends: Any, aside: bool = False
+        self,
+        name: str,
+        make: Callable[[], dict[str, Any]],
+        *depends: Any,
+        choices: Any = None,
+        aside: bool = False,
     ) -> dict[str, Any]:
         """Return the kept result of a step, or run the step and keep its result.
 
         The result is kept under a digest of all that the step depends on and of the steps before
-        it, except those with ``aside``.
+        it, except those with ``aside``. The result depends on `choices` too, the unfinished state
+        does not: it stays if the result names a "problem", for another choice.
         """
-        key = _digest([self.key, name, *depends])
+        before = _digest([self.key, name, *depends])
+        key = _digest([before, choices])
         if not aside:
             self.key = key
         path = self.folder / f"{name}.json"
@@ -46,10 +53,11 @@ class StepCache:
             self.reused.append(name)
             result: dict[str, Any] = kept["result"]
             return result
-        self.part = self.folder / f"{name}-{key[:16]}.part"
+        self.part = self.folder / f"{name}-{before[:16]}.part"
         result = make()
         write_json(path, {"key": key, "result": result})
-        self.part.unlink(missing_ok=True)
+        if not result.get("problem"):
+            self.part.unlink(missing_ok=True)
         return result
 
 

@@ -6,7 +6,8 @@ Direction" (arXiv 2406.11717), section 2.3, with the constants of the paper's co
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,17 @@ from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import batch_logits
-from refusal_kernels.hf.model import decoder_layers, hidden_size, text_config
+from refusal_kernels.hf.model import decoder_layers, hidden_size
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
 from refusal_kernels.research.selection.scoring import (
-    check_tokens,
+    TokenSpec,
     distinctive_tokens,
-    paper_refusal_tokens,
+    given_tokens,
     refusal_score,
+    token_texts,
 )
 
-AUTO, PAPER = "auto", "paper"
 NOT_FINITE = "not finite"
 # At the first layer the template's tokens have the same embedding whatever the instruction: the
 # difference is zero, or rounding, and rounding must not be scaled up to a unit vector.
@@ -55,35 +56,67 @@ class Selection:
 
     Attributes
     ----------
-    direction : Direction
-        The winner, with its raw norm.
-    layer, position : int
+    direction : Direction or None
+        The winner, with its raw norm; None if no candidate passed the thresholds.
+    passed : bool
+        Whether the winner passed them; False also for the closest one that was asked for.
+    layer, position : int or None
         Where it was read; the position counts from the end.
-    bypass, induce, kl : float
+    bypass, induce, kl : float or None
         Its selection scores, as in `ScoredCandidate`.
     unmodified_harmful, unmodified_harmless : float
         Mean refusal score of the unmodified model on the harmful and on the harmless prompts.
     refusal_tokens : list of int
         The tokens whose probability the refusal score sums.
+    refusal_texts : list of str
+        Their texts.
+    thresholds : dict of str to float
+        "kl", "induce" and "prune_last", as `select` was given them.
     candidates : list of ScoredCandidate
         All candidates with their selection scores, by position and layer.
     """
 
-    direction: Direction
-    layer: int
-    position: int
-    bypass: float
-    induce: float
-    kl: float
+    direction: Direction | None
+    passed: bool
+    layer: int | None
+    position: int | None
+    bypass: float | None
+    induce: float | None
+    kl: float | None
     unmodified_harmful: float
     unmodified_harmless: float
     refusal_tokens: list[int]
+    refusal_texts: list[str]
+    thresholds: dict[str, float]
     candidates: list[ScoredCandidate]
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Position and layer of the winner."""
+        if self.position is None or self.layer is None:
+            return None
+        return self.position, self.layer
+
+    @property
+    def winner(self) -> Direction:
+        """The direction; an `InputError` with `problem` if there is none."""
+        if self.direction is None:
+            raise InputError(str(self.problem))
+        return self.direction
+
+    @property
+    def problem(self) -> str | None:
+        """One line that says why no candidate passed, and with which thresholds one would.
+
+        None if one passed.
+        """
+        return None if self.passed else _problem(self.candidates, self.thresholds)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vector itself, ready for JSON."""
         fields = {key: value for key, value in vars(self).items() if key != "direction"}
-        return {**fields, "candidates": [asdict(row) for row in self.candidates]}
+        rows = [asdict(row) for row in self.candidates]
+        return {**fields, "problem": self.problem, "candidates": rows}
 
 
 def select(
@@ -93,10 +126,11 @@ def select(
     harmful: Sequence[str],
     harmless: Sequence[str],
     *,
-    refusal_tokens: Sequence[int] | str | None = None,
+    refusal_tokens: TokenSpec = None,
     kl_threshold: float = 0.1,
     induce_threshold: float = 0.0,
     prune_last: float = 0.2,
+    closest: bool = False,
     batch_size: int = 64,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -118,14 +152,17 @@ def select(
     harmful, harmless
         Validation prompts that the candidates were not read from.
     refusal_tokens
-        Tokens that begin a refusal. None or "auto": as `find_refusal_tokens` finds them; "paper":
-        the paper's tokens for the model's family (`paper_refusal_tokens`).
+        Tokens that begin a refusal: ids, or texts whose first tokens are meant. None or "auto": as
+        `find_refusal_tokens` finds them; "paper": the paper's tokens for the model's family
+        (`paper_refusal_tokens`).
     kl_threshold
         Discard a candidate with a larger KL.
     induce_threshold
         Discard a candidate with a lower induce score.
     prune_last
         Discard this share of the layers, counted from the last, without measuring them.
+    closest
+        If no candidate passes the thresholds, take the one that misses them by the least.
     batch_size
         Rows at once; each is a prompt under one candidate. The unmodified inputs of the candidates'
         layers are kept for at most this many prompts.
@@ -138,14 +175,14 @@ def select(
     Returns
     -------
     Selection
-        The winner, and the selection scores of every candidate.
+        The winner, and the selection scores of every candidate. Where no candidate passes, there
+        is no winner, and `Selection.problem` says why.
 
     Raises
     ------
     InputError
-        If the candidates do not fit the model, there are no refusal tokens, the checkpoint is of
-        another run, or no candidate is left; the message names the closest one and why it was
-        discarded.
+        If the candidates do not fit the model, a threshold is none, there are no refusal tokens, or
+        the checkpoint is of another run.
     """
     layers, hidden = len(decoder_layers(model)), hidden_size(model)
     if not isinstance(candidates, Candidates):
@@ -157,13 +194,18 @@ def select(
         )
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
+    if not 0.0 <= prune_last <= 1.0 or math.isnan(kl_threshold) or math.isnan(induce_threshold):
+        raise InputError(
+            f"the thresholds are kl {kl_threshold}, induce {induce_threshold}, prune_last "
+            f"{prune_last}; expected numbers, and for prune_last a share from 0 to 1"
+        )
     chat = ChatFormat.of(tokenizer)
-    given = _given_tokens(model, chat, refusal_tokens)
+    given = given_tokens(model, chat, refusal_tokens)
     ids = chat.encode(harmful), chat.encode(harmless)
 
     unmodified = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
     parts = unmodified[: len(ids[0])], unmodified[len(ids[0]) :]
-    tokens = distinctive_tokens(*parts) if given is None else given
+    tokens = distinctive_tokens(parts[0], parts[1], chat) if given is None else given
     unfit = _unfit(candidates, int(layers * (1.0 - prune_last)))
     measured = {
         (position, layer): candidates.at(layer, position)
@@ -185,36 +227,26 @@ def select(
         else _judged(at, mean_scores[at], kl_threshold, induce_threshold)
         for at, reason in unfit.items()
     ]
-    winner = _best(rows, kl_threshold, induce_threshold)
-    assert winner.bypass is not None and winner.induce is not None and winner.kl is not None
+    thresholds = {"kl": kl_threshold, "induce": induce_threshold, "prune_last": prune_last}
+    left = [row for row in rows if row.discarded is None]
+    best = min(left, key=lambda row: row.bypass or 0.0, default=None)
+    if closest and best is None:
+        best = _closest(rows, thresholds)
     return Selection(
-        direction=measured[winner.position, winner.layer],
-        layer=winner.layer,
-        position=winner.position,
-        bypass=winner.bypass,
-        induce=winner.induce,
-        kl=winner.kl,
+        direction=None if best is None else measured[best.position, best.layer],
+        passed=bool(left),
+        layer=best and best.layer,
+        position=best and best.position,
+        bypass=best and best.bypass,
+        induce=best and best.induce,
+        kl=best and best.kl,
         unmodified_harmful=float(refusal_score(parts[0], tokens).mean()),
         unmodified_harmless=float(refusal_score(parts[1], tokens).mean()),
         refusal_tokens=tokens,
+        refusal_texts=token_texts(chat, tokens),
+        thresholds=thresholds,
         candidates=rows,
     )
-
-
-def _given_tokens(
-    model: Any, chat: ChatFormat, refusal_tokens: Sequence[int] | str | None
-) -> list[int] | None:
-    """Return the refusal tokens that are known before the model runs; None to find them."""
-    if refusal_tokens is None or refusal_tokens == AUTO:
-        return None
-    if refusal_tokens == PAPER:
-        return paper_refusal_tokens(model, chat)
-    if isinstance(refusal_tokens, str):
-        raise InputError(
-            f"the refusal tokens are {refusal_tokens!r}; expected {AUTO!r}, {PAPER!r} or token ids"
-        )
-    check_tokens(refusal_tokens, int(text_config(model).vocab_size))
-    return list(refusal_tokens)
 
 
 def _judged(
@@ -251,24 +283,35 @@ def _unfit(candidates: Candidates, limit: int) -> dict[tuple[int, int], str | No
     return reasons
 
 
-def _best(
-    rows: list[ScoredCandidate], kl_threshold: float, induce_threshold: float
-) -> ScoredCandidate:
-    left = [row for row in rows if row.discarded is None]
-    if left:
-        return min(left, key=lambda row: row.bypass or 0.0)
+def _closest(
+    rows: Sequence[ScoredCandidate], thresholds: Mapping[str, float]
+) -> ScoredCandidate | None:
+    """Return the measured candidate that misses the thresholds by the least, if there is one."""
 
     def shortfall(row: ScoredCandidate) -> float:
         # Both scores are in nats, so the larger miss says how far a candidate is from staying.
-        return max((row.kl or 0.0) - kl_threshold, induce_threshold - (row.induce or 0.0))
+        misses = (row.kl or 0.0) - thresholds["kl"], thresholds["induce"] - (row.induce or 0.0)
+        return max(misses)
 
     measured = [row for row in rows if row.kl is not None and row.discarded != NOT_FINITE]
-    if not measured:
-        reasons = sorted({str(row.discarded) for row in rows})
-        raise InputError(f"no candidate is left of {len(rows)}: {', '.join(reasons)}")
-    closest = min(measured, key=shortfall)
-    raise InputError(
-        f"no candidate is left of {len(rows)}: the closest, position {closest.position} layer "
-        f"{closest.layer}, was discarded for {closest.discarded} "
-        f"(kl {closest.kl:.4g}, induce {closest.induce:.4g}, bypass {closest.bypass:.4g})"
+    return min(measured, key=shortfall, default=None)
+
+
+def _problem(rows: Sequence[ScoredCandidate], thresholds: Mapping[str, float]) -> str:
+    counts = Counter(str(row.discarded) for row in rows)
+    why = ", ".join(f"{count} ({reason})" for reason, count in counts.most_common())
+    text = f"none of {len(rows)} candidates passed: {why}"
+    closest = _closest(rows, thresholds)
+    if closest is None:
+        return text
+    assert closest.bypass is not None and closest.induce is not None and closest.kl is not None
+    asked = []  # rounded away from the scores, so that the closest one passes
+    if closest.kl > thresholds["kl"]:
+        asked.append(f"a KL threshold of {math.ceil(closest.kl * 1000) / 1000:g}")
+    if closest.induce < thresholds["induce"]:
+        asked.append(f"an induce threshold of {math.floor(closest.induce * 1000) / 1000:g}")
+    return (
+        f"{text}; the closest, position {closest.position} layer {closest.layer} (kl "
+        f"{closest.kl:.4g}, induce {closest.induce:.4g}, bypass {closest.bypass:.4g}), passes with "
+        + " and ".join(asked)
     )

@@ -14,8 +14,12 @@ from refusal_kernels.hf.model import text_config
 
 SCORE_EPS = 1e-8
 KL_EPS = 1e-6
-MIN_PROBABILITY = 0.05
-MIN_RATIO = 10.0
+MIN_PROBABILITY = 0.05  # of a refusal token, mean over the harmful prompts
+MIN_ODDS_RATIO = 10.0  # of refusal tokens, harmful prompts over harmless ones
+MIN_ODDS_RATIO_EACH = 3.0  # of each, where only all of them together reach the former
+AUTO, PAPER = "auto", "paper"
+TokenSpec = Sequence[int | str] | str | None
+"""Refusal tokens: ids, or texts whose first tokens are meant; `AUTO` or None, or `PAPER`."""
 
 
 def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -58,25 +62,77 @@ def find_refusal_tokens(
     """Find the tokens with which the model begins a refusal, from its own behavior.
 
     These are the next tokens whose mean probability is at least 0.05 on the harmful prompts, and
-    at least 10 times that on the harmless ones: ids, the most probable first.
+    whose odds there are at least 10 times those on the harmless ones: ids, the most probable first.
+    (Odds, because a model that also refuses harmless prompts has no ratio of probabilities of 10.)
+    If no token reaches 10, those that reach 3 count if all of them together reach 10: a model may
+    begin its refusals in several ways.
     """
     chat = ChatFormat.of(tokenizer)
-    logits = [last_logits(model, chat, prompts, batch_size) for prompts in (harmful, harmless)]
-    return distinctive_tokens(*logits)
+    p, q = (last_logits(model, chat, prompts, batch_size) for prompts in (harmful, harmless))
+    return distinctive_tokens(p, q, chat)
 
 
-def distinctive_tokens(harmful: Tensor, harmless: Tensor) -> list[int]:
+def distinctive_tokens(harmful: Tensor, harmless: Tensor, chat: ChatFormat) -> list[int]:
     """`find_refusal_tokens`, from logits [prompts, vocabulary]."""
     p, q = (logits.double().softmax(dim=-1).mean(dim=0) for logits in (harmful, harmless))
-    tokens = ((p >= MIN_PROBABILITY) & (p >= MIN_RATIO * q)).nonzero().flatten().tolist()
-    if not tokens:
-        top = int(p.argmax())
+    odds_ratio = _odds_ratio(p, q)
+    frequent = p >= MIN_PROBABILITY
+    chosen = frequent & (odds_ratio >= MIN_ODDS_RATIO)
+    if not chosen.any():
+        several = frequent & (odds_ratio >= MIN_ODDS_RATIO_EACH)
+        if _odds_ratio(p[several].sum(), q[several].sum()) >= MIN_ODDS_RATIO:
+            chosen = several
+    tokens: list[int] = chosen.nonzero().flatten().tolist()
+    if tokens:
+        return sorted(tokens, key=lambda token: -float(p[token]))
+    top = int(p.argmax())
+    message = (
+        "no refusal tokens: no next token is frequent on harmful prompts and rare on harmless ones "
+        f"(the likeliest, {named_tokens(chat, [top])}, has a probability of {float(p[top]):.3f} "
+        f"and {float(q[top]):.3f}); name them with --refusal-tokens"
+    )
+    if min(float(p[top]), float(q[top])) > 0.9:
+        message += ", or read what comes after it with --answer-prefix"
+    raise InputError(message)
+
+
+def _odds_ratio(p: Tensor, q: Tensor) -> Tensor:
+    tiny = torch.finfo(p.dtype).tiny
+    return p * (1 - q) / (q * (1 - p)).clamp(min=tiny)
+
+
+def token_texts(chat: ChatFormat, tokens: Sequence[int]) -> list[str]:
+    """Return the text of each token."""
+    return [str(chat.tokenizer.decode([token])) for token in tokens]
+
+
+def named_tokens(chat: ChatFormat, tokens: Sequence[int]) -> str:
+    """Return tokens with their texts, for a message: "40 'I', 2121 'As'"."""
+    texts = token_texts(chat, tokens)
+    return ", ".join(f"{token} {text!r}" for token, text in zip(tokens, texts, strict=True))
+
+
+def given_tokens(model: Any, chat: ChatFormat, tokens: TokenSpec) -> list[int] | None:
+    """Return the refusal tokens that are known before the model runs; None to find them."""
+    if tokens is None or tokens == AUTO:
+        return None
+    if tokens == PAPER:
+        return paper_refusal_tokens(model, chat)
+    if isinstance(tokens, str):
         raise InputError(
-            "no refusal tokens: no next token is frequent on harmful prompts and rare on harmless "
-            f"ones (the likeliest, {top}, has {float(p[top]):.3f} and {float(q[top]):.3f}); "
-            "name them with refusal_tokens"
+            f"the refusal tokens are {tokens!r}; expected {AUTO!r}, {PAPER!r}, or a list of token "
+            "ids and texts"
         )
-    return sorted(tokens, key=lambda token: -float(p[token]))
+    ids = [_first_token(chat, token) if isinstance(token, str) else token for token in tokens]
+    check_tokens(ids, int(text_config(model).vocab_size))
+    return list(dict.fromkeys(ids))
+
+
+def _first_token(chat: ChatFormat, text: str) -> int:
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] == chat.tokenizer.unk_token_id:
+        raise InputError(f"the refusal token {text!r} is none of this tokenizer's")
+    return int(ids[0])
 
 
 @dataclass(frozen=True)

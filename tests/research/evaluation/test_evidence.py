@@ -142,6 +142,19 @@ def test_controls_of_other_layers(tiny) -> None:
     assert evidence.conditions["ablated"].cosine is None
 
 
+def test_controls_need_not_reach_the_last_layer(tiny) -> None:
+    """What `extract --last-layer` wrote."""
+    model, tokenizer, direction, vectors, *_ = tiny
+    evidence = evaluate(
+        model, tokenizer, direction, harmful=HARMFUL, harmless=HARMLESS, refusal_tokens=TOKENS,
+        candidates=Candidates(torch.cat([vectors[:, 2:], vectors[:, 1:2]], dim=1)), strengths=(),
+        random_controls=0, max_new_tokens=1,
+    )  # fmt: skip
+    assert {n for n in evidence.conditions if n.startswith("layer")} == {
+        "layer 0 ablated", "layer 0 added",
+    }  # fmt: skip
+
+
 def test_the_dose_is_the_dial(tiny) -> None:
     model, tokenizer, direction, _, judges, evidence, _ = tiny
     pairs = answers(tokenizer, [("make tea", "sure here is the tea"),
@@ -225,8 +238,8 @@ def test_all_of_it_is_json_and_progress_ends(tiny) -> None:
     assert document["direction"]["layer"] == 1 and document["settings"]["seed"] == 7
     assert document["dose"]["ablation"][0]["harmful"]["interval"][0] >= 0.0
     assert list(steps) == [
-        "Unmodified", "Ablated, added, controls", "Capability", "Dose of the ablation",
-        "Dose of the addition",
+        "Projections", "Unmodified", "Ablated, added, controls", "Capability",
+        "Dose of the ablation", "Dose of the addition",
     ]  # fmt: skip
     for calls in steps.values():
         assert calls[-1][0] == calls[-1][1] and [c[0] for c in calls] == sorted(c[0] for c in calls)
@@ -241,7 +254,7 @@ def test_bad_input_before_any_work() -> None:
         ({"extra": {"more": []}}, "'more' are empty"),
         ({"judges": []}, "there is no judge"),
         ({"judges": [SubstringJudge(), SubstringJudge()]}, "the name '12 substrings'"),
-        ({"candidates": Candidates(torch.randn(4, 5, 64))}, r"expected \[position, 3 layers, 64\]"),
+        ({"candidates": Candidates(torch.randn(4, 5, 64))}, r"3 layers or fewer, 64\]"),
         ({"candidates": Candidates(torch.randn(1, 3, 64))}, "have 1 positions"),
         ({"layer": 9}, "the model has 3 blocks"),
     ):
@@ -259,6 +272,8 @@ def test_without_refusal_tokens_there_are_no_scores() -> None:
         strengths=(1.0,), random_controls=0, max_new_tokens=1,
     )  # fmt: skip
     assert evidence.refusal_tokens is None
+    (note,) = evidence.notes
+    assert note.startswith("refusal scores are not measured: no refusal tokens") and "--ref" in note
     assert evidence.conditions["ablated"].refusal_scores == {} and evidence.conditions["ablated"].kl
     assert evidence.dose["ablation"][0].refusal_scores == {}
     document = json.loads(json.dumps(evidence.to_dict(), allow_nan=False))
@@ -386,7 +401,7 @@ BAD = {
     "{d} --prompts mixed": "--prompts is 'mixed'; expected NAME=",
     "{d} --prompts harmful={f}/mixed.txt": "a set of that name already",
     "{d} --strengths=1,x": "--strengths is '1,x'; expected numbers",
-    "{d} --split half": "--split is 'half'; expected one of test",
+    "{d} --split half": "--split is 'half'; expected one of train, validation, test, all",
     "{d} --match nearly": "--match is 'nearly'; expected one of exact, contains",
     "{d} --selection {f}/other.json": "is no selection",
     "{d} --selection {f}/nowhere.json": "nowhere.json",

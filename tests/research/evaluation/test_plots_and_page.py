@@ -1,6 +1,7 @@
 """The pictures and the page: what is in them, and how a browser shows them."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from refusal_kernels.research.evaluation.html import render, write_page
 from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudge
 from refusal_kernels.research.evaluation.likelihood import answers
 from refusal_kernels.research.evaluation.rates import Rate
-from refusal_kernels.research.evaluation.statements import percent
+from refusal_kernels.research.evaluation.statements import decimal, percent
 from refusal_kernels.research.selection.algorithm import ScoredCandidate
 
 ATTACK = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&"
@@ -134,9 +136,55 @@ def test_a_page_of_less(document) -> None:
         for name, condition in document["conditions"].items() if " " not in name
     }  # fmt: skip
     little |= {"conditions": conditions, "dose": {}, "refusal_tokens": None, "dose_text": None}
+    little["notes"] = ["refusal scores are not measured: they are alike"]
     read = Reader(render(little))
     assert read.tags.count("img") == 2  # refusals and projections
-    assert "No refusal scores" in read.text and "Dose" not in read.text
+    assert (
+        "Refusal scores are not measured: they are alike." in read.text and "Dose" not in read.text
+    )
+
+
+def test_completions_are_folded_and_can_be_left_out(document) -> None:
+    text = render(document)
+    harmful = [prompt for prompt in document["prompts"]["harmful"] if "<" not in prompt]
+    folded = "".join(re.findall(r"<details>(.*?)</details>", text, re.DOTALL))
+    assert len(harmful) == 2 and "<details open" not in text
+    for prompt in harmful:
+        assert folded.count(prompt) == text.count(prompt) > 0
+    assert "2 harmless prompts and their completions" in text
+    assert "1 xstest prompt and its completions" in text and "1 xstest prompts" not in text
+    bare = render(document, samples=0)
+    assert "Completions" not in bare and not any(prompt in bare for prompt in harmful)
+    assert render(document, samples=1).count('class="sample"') == 3
+
+
+def test_a_dose_that_destroys_the_model_is_marked(document) -> None:
+    rows = [
+        {**row, "kl": kl}
+        for row, kl in zip(document["dose"]["ablation"], (0, 0, 2, 3), strict=True)
+    ]
+    page = render({**document, "dose": {"ablation": rows}})
+    assert page.count('class="ruined"') == 2
+    assert "Above 1 nats, as at 1, 2.5, the model is destroyed" in page
+    rows = [{**row, "kl": -1e-9} for row in document["dose"]["ablation"]]
+    page = render({**document, "dose": {"ablation": rows}})
+    assert 'class="ruined"' not in page and "the model is destroyed:" not in page
+    assert "-0.0000" not in page and "0.0000" in page
+
+
+def test_the_title_is_a_name(document) -> None:
+    page = render({**document, "model": "/some/folder/of/a-model", "title": "a-model"})
+    assert "<h1>Evidence about one direction of a-model</h1>" in page
+
+
+def test_decimals() -> None:
+    assert [decimal(x, 2) for x in (-0.004, 0.004, -0.006, 1.5)] == [
+        "0.00",
+        "0.00",
+        "-0.01",
+        "1.50",
+    ]
+    assert [decimal(x, 1, signed=True) for x in (-0.01, 0.5, -2.0)] == ["0.0", "+0.5", "-2.0"]
 
 
 def test_percent() -> None:
@@ -261,10 +309,23 @@ def drawn(path: Path) -> np.ndarray:
     return pixels
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """The figures that are drawn, open until the test ends."""
+    from matplotlib import pyplot as plt
+
+    figures: list[Any] = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    yield figures
+    for figure in figures:
+        close(figure)
+
+
 def test_pictures_go_to_files_and_streams(tmp_path) -> None:
     rows = candidates()
     for name in ("a.png", "b.svg"):
-        plots.plot_candidates(tmp_path / name, rows)
+        plots.plot_candidates(tmp_path / name, rows, (-2, 2))
     drawn(tmp_path / "a.png")
     stream = io.BytesIO()
     plots.plot_candidates(stream, [vars(row) for row in rows], (-2, 2))
@@ -276,17 +337,13 @@ def test_pictures_go_to_files_and_streams(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.svg"]
 
 
-def test_candidates_show_the_winner_and_the_discarded(tmp_path, monkeypatch) -> None:
-    from matplotlib import pyplot as plt
-
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
+def test_candidates_show_the_winner_and_the_discarded(tmp_path, kept) -> None:
     rows = candidates()
-    plots.plot_candidates(tmp_path / "a.png", rows)
+    plots.plot_candidates(tmp_path / "a.png", rows, (-1, 2))
     (figure,) = kept
     frames = [p for axes in figure.axes for p in axes.patches if p.get_linewidth() == 2.5]
     hatched = [p for axes in figure.axes for p in axes.patches if p.get_hatch()]
-    # the lowest bypass of those kept is that of the last position and layer 2: row 2, column 2
+    # the last position and layer 2: row 2, column 2
     assert [p.get_xy() for p in frames] == [(1.5, 1.5)] * 3
     assert len(hatched) == 3 * sum(row.discarded is not None for row in rows)
     table = figure.axes[0].images[0].get_array().filled(np.nan)
@@ -297,11 +354,62 @@ def test_candidates_show_the_winner_and_the_discarded(tmp_path, monkeypatch) -> 
     assert [p.get_xy() for p in frames] == [(0.5, -0.5)] * 3
 
 
-def test_rates_are_drawn_where_they_are(tmp_path, monkeypatch) -> None:
-    from matplotlib import pyplot as plt
+@pytest.mark.parametrize("measured", ["all", "one", "none"])
+def test_candidates_without_a_winner(tmp_path, kept, measured) -> None:
+    """The KL has a logarithmic scale, and the thresholds are in the color bars, within them."""
+    from matplotlib.colors import LogNorm
 
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
+    rows = [
+        ScoredCandidate(-1, layer, *((1.0, -2.0, kl) if measured != "none" else (None,) * 3), "x")
+        for layer, kl in enumerate((0.0, -1e-9, 0.02, 3.0) if measured == "all" else (0.5,))
+    ]
+    limits = {"kl": 0.1, "induce": 0.0, "prune_last": 0.2}
+    plots.plot_candidates(tmp_path / "a.png", rows, None, limits)
+    drawn(tmp_path / "a.png")
+    (figure,) = kept
+    panels, bars = figure.axes[:3], figure.axes[3:]
+    assert (
+        isinstance(panels[2].images[0].norm, LogNorm) and "none selected" in panels[2].get_xlabel()
+    )
+    for bar, name in zip(bars, ("bypass", "induce", "kl"), strict=True):
+        lines = [float(line.get_ydata()[0]) for line in bar.lines]
+        assert lines == ([limits[name]] * 2 if name in limits else [])  # and an arrow
+        low, high = bar.get_ylim()
+        assert all(low - 1e-9 <= line <= high + 1e-9 for line in lines), (name, low, high)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 16, 17, 31, 80, 127])
+def test_labels_of_many_layers_do_not_overlap(tmp_path, kept, layers) -> None:
+    rows = [ScoredCandidate(-1, layer, 1.0, 1.0, 0.01, None) for layer in range(layers)]
+    plots.plot_candidates(tmp_path / "a.png", rows, (-1, 0))
+    values = {"harmful": [[0.0, 1.0]] * (layers + 1), "harmless": [[2.0, 3.0]] * (layers + 1)}
+    plots.plot_projections(tmp_path / "b.png", values, 0)
+    for figure, axes in ((kept[0], kept[0].axes[2]), (kept[1], kept[1].axes[0])):
+        figure.canvas.draw()
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert kept[1].axes[0].get_xticklabels()[-1].get_text() == "out"
+
+
+def test_numbers_stand_clear_of_the_bars(tmp_path, kept) -> None:
+    rates = {
+        name: {"harmful": Rate(k, 9).to_dict(), "harmless": Rate(9 - k, 9).to_dict()}
+        for name, k in (("unmodified", 9), ("ablated", 1), ("added", 0), ("subtracted", 4))
+    }
+    plots.plot_rates(tmp_path / "a.png", rates)
+    axes = kept[0].axes[0]
+    kept[0].canvas.draw()
+    tops = sorted(
+        (segment[0][0], max(y for _, y in segment))
+        for c in axes.collections for segment in c.get_segments()
+    )  # fmt: skip
+    numbers = sorted((text.xy[0], text.get_window_extent()) for text in axes.texts)
+    for (x, top), (place, box) in zip(tops, numbers, strict=True):
+        assert x == place and box.y0 > axes.transData.transform((x, top))[1]
+        assert box.y1 < axes.bbox.y1
+
+
+def test_rates_are_drawn_where_they_are(tmp_path, kept) -> None:
     rates = {
         "unmodified": {"harmful": Rate(9, 10).to_dict(), "harmless": Rate(1, 10).to_dict()},
         "ablated": {"harmful": Rate(2, 10).to_dict(), "harmless": Rate(0, 10).to_dict()},

@@ -193,6 +193,39 @@ def test_an_unknown_model_has_no_row_and_that_is_said(
     assert code == 2 and "--row is 'Gemma 3B'; expected one of Qwen 1.8B" in err
 
 
+@pytest.mark.full
+def test_without_a_winner_the_scores_are_written(
+    small: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    code, shown, err = reproduce(capsys, *small, "--kl-threshold=-1")
+    out = tmp_path / "out"
+    assert code == 1 and "no direction: none of" in err and "--closest" in err
+    assert "no direction (prompts: train" in shown and "refusal tokens: " in shown
+    assert (out / "candidates.png").exists() and not (out / "direction.safetensors").exists()
+    document = json.loads((out / "reproduction.json").read_text())
+    assert document["selection"]["position"] is None and document["notes"]
+    # the scores are kept, and the run goes on from them
+    assert [path.suffix for path in (out / "steps").glob("selection-*")] == [".part"]
+    code, shown, _ = reproduce(capsys, *small, "--kl-threshold=-1", "--closest")
+    assert code == 0 and "used again: prompts, candidates\n" in shown
+    assert "note: none of" in shown and (out / "direction.safetensors").exists()
+
+
+@pytest.mark.full
+def test_what_the_filter_removes_is_said(small: list[Any], tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "harmful.txt"
+    file.write_text("\n".join([file.read_text(), *toy.prompts("harmless", "train")[-4:]]))
+    reproduce(capsys, *small, "--kl-threshold=-1")
+    document = json.loads((tmp_path / "out" / "reproduction.json").read_text())
+    gone = [row for part in document["removed"].values() for row in part["harmful"]]
+    assert gone and {row["prompt"] for row in gone} <= {*toy.prompts("harmless", "train")[-4:]}
+    assert all(row["refusal_score"] < 0 for row in gone)
+    _, shown, _ = reproduce(capsys, *small, "--kl-threshold=-1", "--no-filter")
+    assert "filter:" not in shown
+    kept = json.loads((tmp_path / "out" / "reproduction.json").read_text())["prompts"]
+    assert sum(part["harmful"] for part in kept.values()) == 52
+
+
 def test_benchmarks_are_asked_before_and_after_the_edit(
     small: list[Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +283,7 @@ def test_prompts_are_the_papers_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     tests = [f"test {i}" for i in range(100)]
 
-    def read_prompts(source: str) -> list[str]:
+    def read_prompts(source: str, column: Any) -> list[str]:
         read.append(source)
         if source == paper.HARMFUL_TEST:
             return tests

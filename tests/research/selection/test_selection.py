@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,18 +169,42 @@ def test_a_score_that_is_not_finite_is_discarded(model: Any, candidates: torch.T
 def test_no_survivor_names_the_closest(model: Any, candidates: torch.Tensor) -> None:
     rows = [row for row in run(model, candidates).candidates if row.kl is not None]
     closest = min(rows, key=lambda row: row.kl or 0.0)
-    with pytest.raises(InputError, match="no candidate is left of 20") as caught:
-        run(model, candidates, kl_threshold=-1.0)
-    assert f"position {closest.position} layer {closest.layer}, " in str(caught.value)
-    assert "discarded for kl > -1" in str(caught.value) and "\n" not in str(caught.value)
-    for option, words in (
-        ({"induce_threshold": 100.0}, "induce < 100"),
-        ({"prune_last": 1.0}, "layer >= 0"),
+    selection = run(model, candidates, kl_threshold=-1.0)
+    assert (selection.direction, selection.passed, selection.place) == (None, False, None)
+    assert len(selection.candidates) == 20 and {row.kl for row in rows} <= {
+        row.kl for row in selection.candidates
+    }
+    problem = str(selection.problem)
+    assert problem.startswith(
+        "none of 20 candidates passed: 12 (kl > -1), 4 (zero), 4 (layer >= 4)"
+    )
+    assert f"position {closest.position} layer {closest.layer} (kl " in problem
+    assert "passes with a KL threshold of " in problem and "\n" not in problem
+    with pytest.raises(InputError, match="none of 20 candidates passed"):
+        _ = selection.winner
+    document = json.loads(json.dumps(selection.to_dict(), allow_nan=False))
+    assert document["position"] is None and document["problem"] == problem
+    for options, words in (
+        ({"induce_threshold": 100.0}, r"12 \(induce < 100\).*an induce threshold of "),
+        ({"prune_last": 1.0}, r"16 \(layer >= 0\), 4 \(zero\)$|20 \(layer >= 0\)$"),
     ):
-        with pytest.raises(InputError, match=words):
-            run(model, candidates, **option)
-    with pytest.raises(InputError, match="not finite"):
-        run(model, candidates * float("nan"), prune_last=0.0)
+        assert re.search(words, str(run(model, candidates, **options).problem))
+    nothing = run(model, candidates * float("nan"), prune_last=0.0, closest=True)
+    assert nothing.direction is None and "20 (not finite)" in str(nothing.problem)
+
+
+def test_the_closest_can_be_taken(model: Any, candidates: torch.Tensor) -> None:
+    kls = {row.kl: row for row in run(model, candidates).candidates if row.kl is not None}
+    closest = kls[min(kls)]
+    selection = run(model, candidates, kl_threshold=-1.0, closest=True)
+    assert selection.place == (closest.position, closest.layer) and not selection.passed
+    assert torch.equal(selection.winner.vector, candidates[closest.position, closest.layer])
+    # with the threshold that the message names it passes, and is the only one
+    asked = float(str(selection.problem).rpartition(" ")[2])
+    again = run(model, candidates, kl_threshold=asked)
+    assert again.place == selection.place and again.passed and again.problem is None
+    # where others pass, the option changes nothing
+    assert run(model, candidates, closest=True).to_dict() == run(model, candidates).to_dict()
 
 
 def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tensor) -> None:
@@ -198,7 +223,10 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
             with pytest.raises(InputError, match="expected token ids below 47"):
                 run(model, candidates, refusal_tokens=tokens)
         for option, words in (
-            ({"refusal_tokens": "none"}, "'none'; expected 'auto', 'paper' or token ids"),
+            ({"refusal_tokens": "none"}, "'none'; expected 'auto', 'paper', or a list of token"),
+            ({"refusal_tokens": ["zzz"]}, "'zzz' is none of this tokenizer's"),
+            ({"prune_last": 1.5}, "prune_last 1.5; expected"),
+            ({"kl_threshold": math.nan}, "kl nan"),
             ({"refusal_tokens": "paper"}, "for 'qwen3' with a vocabulary of 47"),
             ({"batch_size": 0}, "batch size is 0"),
         ):
@@ -262,9 +290,38 @@ def test_refusal_tokens_come_from_the_models_behavior() -> None:
     assert find_refusal_tokens(model, tiny_tokenizer(), *sets) == [11, 10]
     same = with_answers({13: 1.0}, {13: 1.0})
     with pytest.raises(
-        InputError, match=r"no refusal tokens.*likeliest, 13, has 1\.000 and 1\.000"
+        InputError,
+        match=r"no refusal tokens.*likeliest, 13 'answer', has .*1\.000 and 1\.000.*--answer-pre",
     ):
         find_refusal_tokens(same, tiny_tokenizer(), *sets)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "tokens"),
+    [
+        ({10: 0.86, 12: 0.14}, {10: 0.13, 12: 0.87}, [10]),  # refuses every eighth harmless one
+        ({10: 0.95, 12: 0.05}, {10: 0.4, 12: 0.6}, [10]),
+        # two ways to refuse, neither of which reaches the ratio alone
+        ({10: 0.5, 11: 0.45, 12: 0.05}, {10: 0.15, 11: 0.15, 12: 0.7}, [10, 11]),
+        ({10: 0.5, 11: 0.5}, {10: 0.3, 11: 0.2, 12: 0.5}, None),  # not the same refusals
+        ({10: 0.3, 12: 0.7}, {10: 0.2, 12: 0.8}, None),  # it refuses both classes alike
+    ],
+)
+def test_refusal_tokens_of_a_model_that_refuses_too_much(harmful, harmless, tokens) -> None:
+    sets = ["curse a boat", "curse tea"], ["make tea", "fix a boat", "paint a cake"]
+    model = with_answers(harmful, harmless)
+    if tokens is None:
+        with pytest.raises(InputError, match="no refusal tokens"):
+            find_refusal_tokens(model, tiny_tokenizer(), *sets)
+    else:
+        assert find_refusal_tokens(model, tiny_tokenizer(), *sets) == tokens
+
+
+def test_refusal_tokens_are_given_as_ids_and_texts(model: Any, candidates: torch.Tensor) -> None:
+    first = tiny_tokenizer().convert_tokens_to_ids("sorry")
+    selection = run(model, candidates, refusal_tokens=[7, "sorry please", 7])
+    assert selection.refusal_tokens == [7, first]
+    assert selection.refusal_texts == ["I", "sorry"]
 
 
 def test_select_finds_the_tokens_itself(model: Any, candidates: torch.Tensor) -> None:
