@@ -5,8 +5,7 @@ model is unchanged. A shorter list of layers would not do: some families count t
 configuration, or index masks and caches by them.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch
-from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.model import decoder, decoder_layers, input_device
+from refusal_kernels.hf.model import decoder, decoder_layers, input_device, layer_input
 
 LAST = torch.tensor([-1])
 """``logits_to_keep`` for the last position alone.
@@ -23,12 +21,6 @@ LAST = torch.tensor([-1])
 Given the number 1 a model slices, and `torch.nn.functional.linear` makes a batched product of what
 is not contiguous: in bfloat16 on a CPU it copies the head's weights for every row of the batch.
 """
-
-
-def last_alone(model: Any) -> dict[str, Any]:
-    """Return the option `LAST` for ``model.generate``, which passes the number 1 by default."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": LAST} if known else {}
 
 
 class _Enough(Exception):
@@ -55,17 +47,22 @@ def read_inputs(
 ) -> None:
     """Run the model up to the input of `last_layer`; that layer and later ones do not run.
 
-    `read` gets every layer up to that one, with its input [batch, tokens, hidden]. A pass that ends
-    without calling all of them is an InputError.
+    `read` gets every layer up to that one, with its input [batch, tokens, hidden]: where a layer is
+    called again, that of the first call; where one is passed over, as cross-attention is without
+    images, that of the next one. A pass that ends before `last_layer` is an InputError.
     """
     layers = decoder_layers(model)[: last_layer + 1]
-    seen = 0
+    unread = 0  # the first layer that has not been called
 
     def reader(layer: int) -> Callable[..., None]:
-        def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal seen
-            read(layer, args[0] if args else kwargs["hidden_states"])
-            seen += 1
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal unread
+            if layer < unread:
+                return  # it is called again
+            stream = layer_input(module, args, kwargs)
+            for skipped in range(unread, layer + 1):  # a layer that is not called changes nothing
+                read(skipped, stream)
+            unread = layer + 1
             if layer == last_layer:
                 raise _Enough
 
@@ -83,21 +80,19 @@ def read_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    if seen != len(layers):
+    if unread != len(layers):
         raise InputError(
-            f"{seen} of the {len(layers)} decoder layers of {type(model).__name__} were called in "
-            "order; expected every one of them once"
+            f"{type(model).__name__} does not call layer {last_layer} for text; expected an "
+            f"earlier last layer, such as {unread - 1}"
         )
 
 
-def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Return the logits at every prompt's last token: float32 [prompts, vocabulary] on the CPU."""
-    return batch_logits(model, ChatFormat.of(tokenizer).batches(prompts, batch_size))
-
-
 @torch.inference_mode()
-def batch_logits(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """`last_logits` of tokenized prompts, in the order of the prompts."""
+def batch_logits(model: Any, batches: Iterable[Batch]) -> Tensor:
+    """Return the logits at the last token of tokenized prompts, in the order of the prompts.
+
+    Float32 [prompts, vocabulary] on the CPU.
+    """
     rows, logits = [], []
     for batch in batches:
         inputs = model_inputs(batch, input_device(model))

@@ -8,8 +8,9 @@ import torch
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import last_alone
+from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.model import input_device
+from refusal_kernels.hf.padding import fitted
 from refusal_kernels.progress import Progress
 
 
@@ -33,7 +34,8 @@ def generate(
     max_new_tokens
         The most tokens of an answer.
     batch_size
-        Prompts at once. Batches are sorted by length and padded on the left.
+        Prompts at once. Batches are sorted by length and padded on the left, or of equal lengths
+        where padding would change the answers.
 
     Returns
     -------
@@ -73,35 +75,14 @@ def generate_ids(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-    from transformers import GenerationConfig  # slow to import
-
-    ends = _end_tokens(model, chat)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=chat.pad_id,
-        # What is not set here is taken from the model's own config; a repetition penalty there,
-        # for example, would change the greedy answers.
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        # These do nothing in a greedy search, but other values bring a warning.
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-    )
+    ends = end_tokens(model, chat.tokenizer)
     answers: list[list[int]] = [[]] * len(prompts)
     device = input_device(model)
     done = 0
-    for batch in chat.batches(prompts, batch_size):
+    for batch in fitted(model, chat.stream(prompts, batch_size), decoding=True):
+        given = batch.input_ids.to(device), batch.attention_mask.to(device)
         with nullcontext() if around is None else around(batch.rows):
-            out = model.generate(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                generation_config=config,
-                **last_alone(model),
-            )
+            out = decode(model, *given, max_new_tokens, ends, chat.pad_id)
         for row, ids in zip(batch.rows, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
             # A row that ended is filled with the pad token, which may not be a special token.
             stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
@@ -110,10 +91,3 @@ def generate_ids(
         if progress is not None:
             progress(done, len(prompts))
     return answers
-
-
-def _end_tokens(model: Any, chat: ChatFormat) -> list[int]:
-    """Return the end tokens of the model, of which there may be several, and of the tokenizer."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    return sorted({token for token in (*ends, chat.tokenizer.eos_token_id) if token is not None})

@@ -9,6 +9,8 @@ from refusal_kernels.errors import InputError
 
 # What families call the list of their blocks.
 LISTS = ("layers", "h", "blocks", "block", "layer")
+# The classes of blocks whose stream is [tokens, batch, hidden].
+TOKENS_FIRST = {"XLNetLayer"}
 
 
 def decoder(model: Any) -> nn.Module:
@@ -43,6 +45,17 @@ def decoder_layers(model: Any) -> nn.ModuleList:
             "expected a decoder-only transformers model"
         )
     return named_list[1]
+
+
+def tokens_first(layer: nn.Module) -> bool:
+    """Whether the stream of a decoder layer is [tokens, batch, hidden]."""
+    return any(cls.__name__ in TOKENS_FIRST for cls in type(layer).__mro__)
+
+
+def layer_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return what a decoder layer is called with, as a pre-hook sees it: [batch, tokens, ...]."""
+    stream: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return stream.transpose(0, 1) if tokens_first(layer) else stream
 
 
 def text_config(model: Any) -> Any:

@@ -8,6 +8,7 @@ needs no record.
 from dataclasses import dataclass, fields
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.model import TOKENS_FIRST
 
 # Functions that add a residual themselves; `Site` has a method of each name.
 ADDING_FUNCTIONS = ("dropout_add", "bias_dropout_add")
@@ -111,6 +112,7 @@ def register_family(*families: Family, replace: bool = False) -> None:
             if not replace and _BY_CLASS.get(name, family) != family:
                 raise InputError(f"{name} belongs to another family already; replace=True replaces")
     _BY_CLASS.update({name: family for family in families for name in family.classes})
+    TOKENS_FIRST.update(*(family.classes for family in families if family.tokens_first))
 
 
 def family_of(cls: type) -> Family:
@@ -179,7 +181,6 @@ register_family(
     Family(
         ("XLNetLayer",),
         hooked=(("rel_attn.layer_norm", "attn"), ("ff.layer_norm", "mlp")),
-        tokens_first=True,
     ),
     Family(("ZambaHybridLayer", "Zamba2HybridLayer"), adders=(("mamba_decoder", None, "attn"),)),
     Family(

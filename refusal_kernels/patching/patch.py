@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.model import decoder_layers, hidden_size
+from refusal_kernels.hf.model import decoder_layers, hidden_size, tokens_first
 from refusal_kernels.interventions import Intervention
-from refusal_kernels.patching.families import family_of
 from refusal_kernels.patching.handle import PatchHandle, copied, is_patched
-from refusal_kernels.patching.places import FUSED, HOOK, Place, base_class, places
+from refusal_kernels.patching.places import FUSED, HOOK, Place, places
 from refusal_kernels.patching.route import Route, TokensFirst
 from refusal_kernels.patching.site import Site, SiteProgram
 
@@ -68,8 +67,8 @@ def patch(
     programs = copied(_programs(interventions))
     written = places(model, norms=fuse_norms)
     _check(model, programs, written)
-    tokens_first = family_of(base_class(decoder_layers(model)[0])).tokens_first
-    route = (TokensFirst if tokens_first else Route)(len(programs))
+    kind = TokensFirst if tokens_first(decoder_layers(model)[0]) else Route
+    route = kind(len(programs))
     groups: dict[tuple[tuple[int, ...], ...], SiteProgram] = {}
     met: set[int] = set()
     steered: list[tuple[Place, Site]] = []

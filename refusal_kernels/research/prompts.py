@@ -8,7 +8,7 @@ from typing import Any
 from refusal_kernels import smollm2, toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import last_logits
+from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.research.selection.scoring import (
     TokenSpec,
     distinctive_tokens,

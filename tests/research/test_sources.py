@@ -13,7 +13,7 @@ from refusal_kernels import toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.files import convert
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import last_logits
+from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.research.extraction.collect import mean_difference
 from refusal_kernels.research.prompts import filtered, prompts_for, splits_for
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score

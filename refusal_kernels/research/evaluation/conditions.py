@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import LAST, batch_logits, model_inputs
+from refusal_kernels.hf.forward import LAST, model_inputs
 from refusal_kernels.hf.generate import decoded, generate_ids
+from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.hf.model import input_device
+from refusal_kernels.hf.padding import fitted
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.patching.handle import PatchHandle
 from refusal_kernels.patching.patch import patch
@@ -75,7 +77,7 @@ class ConditionRunner:
 
     def __post_init__(self) -> None:
         self.logits = {
-            name: batch_logits(self.model, self.chat.batches(prompts, self.batch_size))
+            name: last_logits(self.model, self.chat, prompts, self.batch_size)
             for name, prompts in self.sets.items()
         }
 
@@ -200,7 +202,7 @@ class ConditionRunner:
         size, device = len(self.sets[part]), input_device(self.model)
         kl = torch.zeros(len(prompts), dtype=torch.float64)
         scores = torch.zeros_like(kl)
-        for batch in self.chat.batches(prompts, self.batch_size):
+        for batch in fitted(self.model, self.chat.stream(prompts, self.batch_size)):
             with contextlib.nullcontext() if around is None else around(batch.rows):
                 inputs = model_inputs(batch, device)
                 out = self.model(**inputs, use_cache=False, logits_to_keep=LAST)

@@ -8,10 +8,14 @@ import torch
 from jinja2 import TemplateError
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.forward import last_alone
+from refusal_kernels.hf.batches import cut
+from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import input_device
+from refusal_kernels.hf.padding import batch_limits
 from refusal_kernels.research.evaluation.likelihood import pad_left
+
+NEW_TOKENS = 16  # of a guard's answer
 
 
 class ClassifierJudge:
@@ -102,6 +106,8 @@ class GuardJudge:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the guard's tokenizer has no chat template; expected a guard model")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad = int(next(i for i in ids if i is not None))
         self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -116,8 +122,10 @@ class GuardJudge:
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         answers: dict[int, GuardAnswer] = {}
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        ends = [ids[order[end]] for end in (0, -1)]
+        limits = batch_limits(self.model, self.batch_size, ends, self._pad, decoding=True)
+        for start, end in cut([len(ids[i]) for i in order], *limits):
+            rows = order[start:end]
             answers.update(zip(rows, self._ask([ids[row] for row in rows]), strict=True))
         return [answers[i] for i in range(len(ids))]
 
@@ -142,23 +150,12 @@ class GuardJudge:
         )
 
     def _ask(self, ids: list[list[int]]) -> list[GuardAnswer]:
-        pad = next(
-            i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-            if i is not None
-        )  # fmt: skip
-        input_ids, mask = pad_left(ids, pad)
+        input_ids, mask = pad_left(ids, self._pad)
         device = input_device(self.model)
-        out = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=16,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **last_alone(self.model),
-        )
+        ends = end_tokens(self.model, self.tokenizer)
+        options = {"return_dict_in_generate": True, "output_logits": True}
+        given = input_ids.to(device), mask.to(device)
+        out = decode(self.model, *given, NEW_TOKENS, ends, self._pad, **options)
         new = out.sequences[:, input_ids.shape[1] :].tolist()
         return [
             self._read(answer, [step[row] for step in out.logits]) for row, answer in enumerate(new)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import last_logits
+from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.research.evaluation.judge_models import load_judge
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score

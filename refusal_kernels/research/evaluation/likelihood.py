@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_text
+from refusal_kernels.hf.batches import cut
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
+from refusal_kernels.hf.padding import batch_limits
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.tasks import (
     ANSWER_FIELDS,
@@ -132,7 +134,8 @@ def cross_entropy(
 ) -> Loss:
     """Compute the mean negative log likelihood of the scored tokens, in nats, summed in float64.
 
-    A batch holds passages of similar length, padded on the left. Only the scored tokens get logits,
+    A batch holds passages of similar length, padded on the left, or of equal length where padding
+    would change the result. Only the scored tokens get logits,
     in chunks: the logits of a whole batch would be the largest tensor of the run. The softmax is
     computed in float32.
     """
@@ -146,13 +149,13 @@ def cross_entropy(
     if not passages:
         raise InputError("there is no text to score; expected two tokens at least")
     order = sorted(passages, key=lambda p: -len(p.ids))
+    limits = batch_limits(model, batch_size, [p.ids for p in (order[0], order[-1])])
     total, count = 0.0, 0
-    for i in range(0, len(order), batch_size):
-        batch = order[i : i + batch_size]
-        nats = _negative_log_likelihoods(model, batch)
+    for start, end in cut([len(p.ids) for p in order], *limits):
+        nats = _negative_log_likelihoods(model, order[start:end])
         total, count = total + float(nats.double().sum()), count + nats.numel()
         if progress is not None:
-            progress(min(i + batch_size, len(order)), len(order))
+            progress(end, len(order))
     if not math.isfinite(total):
         raise InputError("the cross-entropy is not finite: NaN or infinity came out of the model")
     return Loss(total / count, count)

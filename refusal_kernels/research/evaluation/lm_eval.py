@@ -16,6 +16,7 @@ from typing import Any
 from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.greedy import bare
 from refusal_kernels.intervention_base import PLACE_FIELDS
 from refusal_kernels.interventions import INTERVENTIONS, Intervention
 from refusal_kernels.patching.patch import patch
@@ -140,13 +141,14 @@ def run_tasks(
         logger.setLevel(logging.ERROR)  # its warnings are about being called from Python
         lm = SteeredLM(model, edit, intervention=NONE, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            result = lm_eval.simple_evaluate(
-                model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
-                num_fewshot=num_fewshot, apply_chat_template=chat,
-                system_instruction=system, log_samples=True,
-                bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
-                torch_random_seed=seed, fewshot_random_seed=seed,
-            )  # fmt: skip
+            with bare(model, "bos_token_id", "eos_token_id", "pad_token_id"):
+                result = lm_eval.simple_evaluate(
+                    model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
+                    num_fewshot=num_fewshot, apply_chat_template=chat,
+                    system_instruction=system, log_samples=True,
+                    bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+                    torch_random_seed=seed, fewshot_random_seed=seed,
+                )  # fmt: skip
         except (OSError, ConnectionError) as error:  # data that cannot be downloaded
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the tasks' data cannot be loaded: {reason}") from None

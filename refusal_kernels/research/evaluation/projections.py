@@ -8,7 +8,8 @@ from torch import Tensor
 
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST, model_inputs
-from refusal_kernels.hf.model import decoder_layers, input_device
+from refusal_kernels.hf.model import decoder_layers, input_device, layer_input
+from refusal_kernels.hf.padding import fitted
 
 
 @torch.inference_mode()
@@ -34,10 +35,12 @@ def project(
             table[layer][row] = value
 
     def input_hook(layer: int) -> Callable[..., None]:
-        return lambda _, args, kwargs: see(layer, args[0] if args else kwargs["hidden_states"])
+        return lambda module, args, kwargs: see(layer, layer_input(module, args, kwargs))
 
-    def output_hook(_: Any, __: Any, output: Any) -> None:
-        see(len(layers), output[0] if isinstance(output, tuple) else output)
+    def output_hook(module: Any, _: Any, output: Any) -> None:
+        see(
+            len(layers), layer_input(module, output if isinstance(output, tuple) else (output,), {})
+        )
 
     hooks = [
         layer.register_forward_pre_hook(input_hook(number), with_kwargs=True)
@@ -47,7 +50,7 @@ def project(
     try:
         for part, prompts in sets.items():
             table = projections[part] = [[0.0] * len(prompts) for _ in range(len(layers) + 1)]
-            for batch in chat.batches(prompts, batch_size):
+            for batch in fitted(model, chat.stream(prompts, batch_size)):
                 inputs = model_inputs(batch, input_device(model))
                 model(**inputs, use_cache=False, logits_to_keep=LAST)
     finally:

@@ -14,6 +14,7 @@ from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
 from refusal_kernels.hf.forward import read_inputs
 from refusal_kernels.hf.model import decoder_layers, hidden_size, input_device, text_config
+from refusal_kernels.hf.padding import fitted
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.extraction.distributed import Team, team
 from refusal_kernels.research.extraction.moments import Moments
@@ -164,6 +165,19 @@ def layers_to_read(model: Any, last_layer: int | None) -> int:
     return last + 1
 
 
+def last_tokens(model: Any, stream: Tensor, positions: int) -> Tensor:
+    """Return a layer's input at the last tokens, a view [batch, positions, hidden].
+
+    Raises InputError if a token has several streams.
+    """
+    if stream.ndim != 3:
+        raise InputError(
+            f"the blocks of {type(model).__name__} keep several streams of each token, "
+            f"{list(stream.shape)}; expected one residual stream, [batch, tokens, hidden]"
+        )
+    return stream[:, -positions:]
+
+
 def _new_moments(
     model: Any,
     chat: ChatFormat,
@@ -199,9 +213,9 @@ def _stream(
     Every batch's moments are computed alone and then merged in order, so one process and several
     give the same bits.
     """
+    parts = [(group, fitted(model, batches)) for group, batches in parts]
     jobs = [(group, batches, i) for group, batches in parts for i in range(len(batches))]
-    sizes = [min(b.batch_size, b.prompts - i * b.batch_size) for _, b, i in jobs]
-    ends = list(accumulate(sizes))
+    ends = list(accumulate(batches.size(i) for _, batches, i in jobs))
     fresh = Moments(*moments.shape, ("batch",), moments.device)
     with team(model) as processes:
         saved, done = None, 0
@@ -262,7 +276,8 @@ def _read(model: Any, batch: Batch, moments: Moments) -> None:
     group = torch.zeros(len(mask), dtype=torch.int32, device=moments.device)
 
     def read(layer: int, stream: Tensor) -> None:
-        last = stream[:, -moments.positions :].to(moments.device)  # a view on one device
+        last = last_tokens(model, stream, moments.positions)
+        last = last.to(moments.device)  # a view on one device
         moments.update(layer, last, index, group)
 
     read_inputs(model, batch, moments.layers - 1, read)

@@ -20,8 +20,13 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
 from refusal_kernels.hf.forward import read_inputs
 from refusal_kernels.hf.model import hidden_size
+from refusal_kernels.hf.padding import fitted
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.extraction.collect import layers_to_read, mean_difference
+from refusal_kernels.research.extraction.collect import (
+    last_tokens,
+    layers_to_read,
+    mean_difference,
+)
 
 Fit = Callable[[Tensor, Tensor], Tensor]
 """From activations [harmful prompts, hidden] and [harmless prompts, hidden], float64, to a vector
@@ -184,12 +189,13 @@ def _activations(
     """Block inputs at the last tokens of every prompt: [prompts, layers, positions, hidden]."""
     kept: Tensor | None = None
     done = 0
-    for batch in chat.batches(prompts, batch_size):
+    for batch in fitted(model, chat.stream(prompts, batch_size)):
         if int(batch.attention_mask[:, -positions:].sum()) < len(batch.rows) * positions:
             raise InputError(f"a prompt is shorter than the {positions} positions that are read")
         inputs: dict[int, Tensor] = {}
         read_inputs(model, batch, layers - 1, inputs.__setitem__)
-        last = torch.stack([stream[:, -positions:].cpu() for stream in inputs.values()], dim=1)
+        read = [last_tokens(model, stream, positions).cpu() for stream in inputs.values()]
+        last = torch.stack(read, dim=1)
         if kept is None:
             kept = last.new_empty(len(prompts), *last.shape[1:])
         kept[batch.rows] = last

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import last_logits
+from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.hf.model import text_config
 
 SCORE_EPS = 1e-8

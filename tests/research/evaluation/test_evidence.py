@@ -11,8 +11,8 @@ from refusal_kernels import toy
 from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import last_logits
 from refusal_kernels.hf.generate import generate, generate_ids
+from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
 from refusal_kernels.patching.patch import patch

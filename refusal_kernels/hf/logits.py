@@ -1,0 +1,16 @@
+"""The logits with which a model begins its answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.forward import batch_logits
+from refusal_kernels.hf.padding import fitted
+
+
+def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """Return the logits at every prompt's last token: float32 [prompts, vocabulary] on the CPU."""
+    batches = ChatFormat.of(tokenizer).stream(prompts, batch_size)
+    return batch_logits(model, fitted(model, batches))
