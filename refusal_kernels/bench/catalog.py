@@ -1,6 +1,7 @@
 """Methods by name: those of this package, the peers, and any file."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,11 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     wanted: list[str] = [BASE]
     for name in names if names is not None else ("own", "peers"):
         wanted += groups.get(name, [name])
-    return [_one(name, peers) for name in dict.fromkeys(wanted)]
+    methods = [_one(name, peers) for name in dict.fromkeys(wanted)]
+    for method, count in Counter(method.name for method in methods).items():
+        if count > 1:  # results are kept by name
+            raise InputError(f"--methods: {count} methods are called '{method}'; rename a file")
+    return methods
 
 
 def _one(name: str, peers: Path) -> BenchMethod:

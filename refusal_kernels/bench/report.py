@@ -39,6 +39,11 @@ def remarks(row: Mapping[str, Any]) -> str:
         return "not at run time"
     if row["verdict"] == "part":
         return f"edits {', '.join(row['sites'])} only, exactly"
+    if row["verdict"] == "no":
+        error = row["logits_error_at_sites"] or row["logits_error"]
+        if error > row["logits_allowed"]:
+            return f"logits off, as an edit of {', '.join(row['sites'])} (its SITES)"
+        return "some of the direction is left"
     return ""
 
 

@@ -157,7 +157,7 @@ class Run:
 
     def _too_late(self) -> str:
         minutes = self.settings.grid.limit_s / 60
-        return f"{results.NOT_MEASURED}: the limit of {minutes:g} minutes was reached"
+        return f"{results.NOT_MEASURED}: the limit was reached (--minutes {minutes:g})"
 
     def _say(self, text: str) -> None:
         self.say(text, self.done, self.total)

@@ -12,7 +12,7 @@ from bench_methods import DIES, DIES_OF_FLOAT32, HALF, RAISES, SLEEPS, SLOW, by_
 from tiny import run_command
 
 from refusal_kernels import environment
-from refusal_kernels.bench import results, run, settings
+from refusal_kernels.bench import catalog, results, run, settings
 from refusal_kernels.errors import InputError
 
 
@@ -232,7 +232,7 @@ def test_cells_beyond_the_limit_are_rows(bench, method, name, minutes):
     )
     assert result.exit_code == 0 and document["complete"]
     for row in document["rows"]:
-        assert row["status"] == f"not measured: the limit of {minutes:g} minutes was reached"
+        assert row["status"] == f"not measured: the limit was reached (--minutes {minutes:g})"
         assert row["ratio"] is None
 
 
@@ -268,6 +268,11 @@ def test_bad_options_give_one_line(bench, option, value, message):
     result, document = bench(option, value)
     assert isinstance(result.exception, InputError) and document is None
     assert message in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_file_named_like_a_method_is_refused(bench, method):
+    with pytest.raises(InputError, match="2 methods are called 'hooks'; rename a file"):
+        catalog.find(["hooks", str(method("hooks", "def steer(model, task): ..."))], "cpu")
 
 
 def test_the_exit_code_of_bad_input_is_two(capsys):

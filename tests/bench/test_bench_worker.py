@@ -33,7 +33,7 @@ def test_a_worker_that_hangs_or_does_not_start_says_so(tmp_path):
 
 def test_a_methods_file_may_read_its_own_names_in_a_compiled_model(method):
     half = serve.read_method(
-        method("own_names", "SHARE = 0.5\n\ndef half(x):\n    return SHARE * x\n")
+        method("own_names", "SHARE = 0.5\nsteer = None\n\ndef half(x):\n    return SHARE * x\n")
     ).half
 
     def called(x):  # the compiler comes to the file's names from outside of it
@@ -41,6 +41,12 @@ def test_a_methods_file_may_read_its_own_names_in_a_compiled_model(method):
 
     compiled = torch.compile(called, backend="eager", fullgraph=True)
     assert compiled(torch.tensor(4.0)).item() == 3.0
+
+
+@pytest.mark.parametrize("sites", ['"input"', '("input")', '("block",)'])
+def test_sites_that_are_none_are_refused(method, sites):
+    with pytest.raises(TypeError, match="expected a tuple of attn, input, mlp, output"):
+        serve.read_method(method("odd_sites", f"SITES = {sites}\n\ndef steer(model, task): ...\n"))
 
 
 def test_no_method_runs_or_looks_through_the_compiled_graphs_of_another():

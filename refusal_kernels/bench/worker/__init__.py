@@ -25,5 +25,6 @@ the first three), and ``during(task)``, a context in which it is run. What it ca
 
 BASE = "unmodified"
 SITES = ("input", "attn", "mlp")
+EVERY_SITE = {*SITES, "output"}
 FAR = 1e9  # JSON has no infinity
 MOST = 16  # steps in one measurement, and room for them in the cache

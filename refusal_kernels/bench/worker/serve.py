@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import BASE, MOST, SITES
+from . import BASE, EVERY_SITE, MOST, SITES
 from .models import around_the_same_weights, load
 from .observe import MemoryMark, launches, left_of
 from .step import SteeringTask, TimedStep
@@ -30,6 +30,11 @@ def read_method(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile looks up by name what a file's functions read
     spec.loader.exec_module(module)
+    if not hasattr(module, "steer"):
+        raise TypeError("there is no function steer(model, task)")
+    sites = getattr(module, "SITES", SITES)
+    if isinstance(sites, str) or not set(sites) <= EVERY_SITE:
+        raise TypeError(f"SITES is {sites!r}; expected a tuple of {', '.join(sorted(EVERY_SITE))}")
     return module
 
 
