@@ -77,24 +77,31 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     return residual ? s + load_element<T>(residual, j) : s;
   };
 
-  const RowProgram program = row_program(args, row, hidden);
-  const int64_t active = program.index < 0 ? 0 : slots;
+  const int64_t program = program_of(args.programs, row);
+  const int64_t active = program < 0 ? 0 : slots;
+  // as in row_program, which would cost up to five registers here
+  const float* read = args.programs.bank + (program < 0 ? 0 : program) * 2 * slots * hidden;
+  const float* write = read + slots * hidden;
+  if (args.saved) {
+    const float* swap = read;
+    read = write, write = swap;
+  }
   for (int64_t slot = 0; slot < slots; slot++) {
     Wide dot = 0;
-    if (program.index >= 0)
-      dot =
-          sum_over_row([&](int64_t j) { return Wide{s_at(j)} * program.read[slot * hidden + j]; });
+    if (program >= 0)
+      dot = sum_over_row([&](int64_t j) { return Wide{s_at(j)} * read[slot * hidden + j]; });
     if (threadIdx.x == 0) {
       const int64_t at = row * slots + slot;
       if (args.scores) args.scores[at] = static_cast<float>(dot);
-      if (program.index >= 0) coefficients[slot] = coefficient(args, at, program.phis[slot], dot);
+      if (program >= 0)
+        coefficients[slot] = coefficient(args, at, args.programs.phis[program * slots + slot], dot);
     }
   }
   __syncthreads();
   const auto h_at = [&](int64_t j) {
     Wide value = s_at(j);
     for (int64_t slot = 0; slot < active; slot++)
-      value = multiply_add(coefficients[slot], Wide{program.write[slot * hidden + j]}, value);
+      value = multiply_add(coefficients[slot], Wide{write[slot * hidden + j]}, value);
     return static_cast<float>(value);
   };
 

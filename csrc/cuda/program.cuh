@@ -11,24 +11,26 @@ RK_DEVICE int64_t program_of(const Programs& programs, int64_t row) {
   return program < programs.count && programs.slots > 0 ? program : -1;
 }
 
-// The vectors of a row's program, of program 0 if the row is not edited: the pointers stay valid.
+// The program of a row; its vectors are those of program 0 if the row is not edited, so that the
+// pointers stay valid.
 struct RowProgram {
   int64_t index;  // -1: the row is not edited
   const float *read, *write;
   const Phi* phis;
 };
 
-// `hidden` is args.hidden in the type that the kernel counts channels in.
-template <class Int>
-RK_DEVICE RowProgram row_program(const SteerArgs& args, int64_t row, Int hidden) {
-  const int64_t index = program_of(args.programs, row), slots = args.programs.slots;
+// `slots` and `hidden` are those of `args`, as the kernel has read them. `phis` comes before the
+// swap because the order decides about registers.
+RK_DEVICE RowProgram row_program(const SteerArgs& args, int64_t row, int64_t slots, int hidden) {
+  const int64_t index = program_of(args.programs, row);
   const float* read = args.programs.bank + (index < 0 ? 0 : index) * 2 * slots * hidden;
   const float* write = read + slots * hidden;
+  const Phi* phis = args.programs.phis + index * slots;
   if (args.saved) {  // the adjoint of an edit is the edit with read and write vectors swapped
     const float* swap = read;
     read = write, write = swap;
   }
-  return {index, read, write, args.programs.phis + index * slots};
+  return {index, read, write, phis};
 }
 
 // phi(t), see Phi. A NaN score compares false twice and stays a NaN.

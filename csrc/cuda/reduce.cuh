@@ -47,7 +47,7 @@ struct TeamSum {
     }
     const int index = kSums == 4 ? (lane & 1) * 2 + (lane & 2) / 2 : lane % kSums;
     Number sum = add_lanes<kSums, 32>(sums[0]);
-    if constexpr (kWarps > 1) sum = add_warps<kSums>(sum, index);
+    if constexpr (kWarps > 1) sum = add_warps<kSums>(sum, lane, index);
     sums[0] = sum;
     if constexpr (kSums > 1)
 #pragma unroll
@@ -58,8 +58,7 @@ struct TeamSum {
  private:
   // Adds up the sums of all warps: of each sum, a lane holds the one that `index` names.
   template <int kSums>
-  RK_DEVICE Number add_warps(Number sum, int index) {
-    const int lane = threadIdx.x % 32;
+  RK_DEVICE Number add_warps(Number sum, int lane, int index) {
     auto& buffer = buffers[turn];
     turn ^= 1;
     if constexpr (kCluster > 1) {

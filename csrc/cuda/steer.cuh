@@ -37,7 +37,7 @@ constexpr auto kTrustedShare = static_cast<float>(sizeof(Wide) == 8 ? cancellati
 // The squares of h as derived from sums over s, and the value above which they are trusted.
 template <class Wide>
 struct DerivedSquares {
-  Wide value = 0, threshold = 0;
+  Wide threshold = 0, value = 0;
 };
 
 // What a row needs beside itself, the part of one thread.
@@ -80,48 +80,13 @@ RK_DEVICE void apply_norm_adjoint(const SteerArgs& args, const RowSlice& slice,
   for (int i = 0; i < RowSlice::kValues; i++) s[i] = scale * fmaf(-share_of_h, h[i], s[i]);
 }
 
-// s += phi(v . s) u, and with the norm |h|^2 from dot products of the same reduction.
-template <class T, Mode kMode, bool kOperandsLoaded, class RowSlice, class Kept, class Sum>
-RK_DEVICE auto edit_one_slot(const SteerArgs& args, const RowSlice& slice, int64_t row,
-                             const RowProgram& program, Sum& team_sum, Operands<RowSlice>& operands,
-                             float* scores, Kept* s) {
-  using Wide = typename RowSlice::Wide;
-  auto& [read, write, gain, loaded_phi] = operands;
-  if (!kOperandsLoaded) slice.read_vector(program.read, read);
-  Wide amount;  // of u
-  DerivedSquares<Wide> squares;
-  const Phi& phi = kOperandsLoaded ? loaded_phi : program.phis[0];
-  if constexpr (kMode == Mode::norm) {
-    if (!kOperandsLoaded) slice.read_vector(program.write, write);
-    Wide sums[4] = {RowSlice::dot(s, read), RowSlice::dot(s, s), RowSlice::dot(s, write),
-                    RowSlice::dot(write, write)};
-    team_sum(sums);
-    if (scores) scores[0] = static_cast<float>(sums[0]);
-    amount = coefficient(args, row, phi, sums[0]);
-    squares.value = multiply_add(amount, multiply_add(amount, sums[3], 2 * sums[2]), sums[1]);
-    squares.threshold = kTrustedShare<T, Wide> * sums[1];
-  } else {
-    Wide sums[1] = {RowSlice::dot(s, read)};
-    team_sum(sums);
-    if (scores) scores[0] = static_cast<float>(sums[0]);
-    amount = coefficient(args, row, phi, sums[0]);
-  }
-  if (!kOperandsLoaded) slice.read_vector(program.write, write);
-#pragma unroll
-  for (int i = 0; i < RowSlice::kValues; i++)
-    s[i] = static_cast<Kept>(multiply_add(amount, Wide{write[i]}, Wide{s[i]}));
-  return squares;
-}
-
-// s += sum_j phi_j(v_j . s) u_j; kSlotsAtOnce dot products share a reduction.
+// change += sum_j phi_j(v_j . s) u_j; kSlotsAtOnce dot products share a reduction.
 template <int kSlotsAtOnce, class RowSlice, class Kept, class Sum>
-RK_DEVICE void edit_several_slots(const SteerArgs& args, const RowSlice& slice, int64_t row,
-                                  const RowProgram& program, Sum& team_sum, float* vector,
-                                  float* scores, Kept* s) {
+RK_DEVICE void add_changes(const SteerArgs& args, const RowSlice& slice, int64_t row, int64_t slots,
+                           const RowProgram& program, Sum& team_sum, float* vector, float* scores,
+                           Kept* s, typename RowSlice::Wide* change) {
   using Wide = typename RowSlice::Wide;
-  const int64_t slots = args.programs.slots;
   const int hidden = slice.hidden;
-  Wide change[RowSlice::kValues] = {};
   for (int64_t first = 0; first < slots; first += kSlotsAtOnce) {
     Wide sums[kSlotsAtOnce] = {};
 #pragma unroll
@@ -143,8 +108,6 @@ RK_DEVICE void edit_several_slots(const SteerArgs& args, const RowSlice& slice, 
         change[i] = multiply_add(phi, Wide{vector[i]}, change[i]);
     }
   }
-#pragma unroll
-  for (int i = 0; i < RowSlice::kValues; i++) s[i] = static_cast<Kept>(s[i] + change[i]);
 }
 
 // normed = rms_norm(s), where s holds the edited row.
@@ -170,15 +133,18 @@ RK_DEVICE void write_normed(const SteerArgs& args, const RowSlice& slice, int64_
 
 // One row, whose x is in raw_x, and whose residual is in raw_residual unless kDelayResidual.
 // kSlotsAtOnce slots share a reduction: 1 for the usual single direction, else 4 (2 for float32).
+//
+// The edit of one slot is not a function of its own because that moves registers in some kernels.
 template <class T, Mode kMode, int kSlotsAtOnce, bool kDelayResidual, class RowSlice, class Sum>
 RK_DEVICE void steer_row(const SteerArgs& args, const RowSlice slice, int64_t row, Sum& team_sum,
                          typename RowSlice::Raw& raw_x, typename RowSlice::Raw& raw_residual) {
   using Wide = typename RowSlice::Wide;
   constexpr bool kOneSlot = kSlotsAtOnce == 1, kAdjoint = kMode == Mode::norm_adjoint;
   constexpr bool kLoadOperandsFirst = kOneSlot && RowSlice::kValues <= 8 && T::kPack == 8;
+  const int64_t slots = args.programs.slots;
   typename RowSlice::Raw raw_h;
   if constexpr (kAdjoint) slice.fetch(args.h, row, raw_h);
-  const RowProgram program = row_program(args, row, slice.hidden);
+  const RowProgram program = row_program(args, row, slots, slice.hidden);
   Operands<RowSlice> operands;
   if constexpr (kLoadOperandsFirst) load_operands<kMode>(args, slice, program, operands);
 
@@ -194,7 +160,6 @@ RK_DEVICE void steer_row(const SteerArgs& args, const RowSlice slice, int64_t ro
     for (int i = 0; i < RowSlice::kValues; i++) s[i] += residual[i];
   }
 
-  const int64_t slots = args.programs.slots;
   float* scores = args.scores && slice.lane == 0 ? args.scores + row * slots : nullptr;
   DerivedSquares<Wide> squares;
   if (program.index < 0) {  // the plain add, bit for bit
@@ -202,10 +167,35 @@ RK_DEVICE void steer_row(const SteerArgs& args, const RowSlice slice, int64_t ro
 #pragma unroll 1
       for (int64_t slot = 0; slot < slots; slot++) scores[slot] = 0.0f;
   } else if constexpr (kOneSlot) {
-    squares = edit_one_slot<T, kMode, kLoadOperandsFirst>(args, slice, row, program, team_sum,
-                                                          operands, scores, s);
+    auto& [read, write, gain, loaded_phi] = operands;
+    if (!kLoadOperandsFirst) slice.read_vector(program.read, read);
+    Wide amount;  // of the write vector
+    const Phi& phi = kLoadOperandsFirst ? loaded_phi : program.phis[0];
+    if constexpr (kMode == Mode::norm) {  // |h|^2 comes from the same reduction
+      if (!kLoadOperandsFirst) slice.read_vector(program.write, write);
+      Wide sums[4] = {RowSlice::dot(s, read), RowSlice::dot(s, s), RowSlice::dot(s, write),
+                      RowSlice::dot(write, write)};
+      team_sum(sums);
+      if (scores) scores[0] = static_cast<float>(sums[0]);
+      amount = coefficient(args, row, phi, sums[0]);
+      squares.value = multiply_add(amount, multiply_add(amount, sums[3], 2 * sums[2]), sums[1]);
+      squares.threshold = kTrustedShare<T, Wide> * sums[1];
+    } else {
+      Wide sums[1] = {RowSlice::dot(s, read)};
+      team_sum(sums);
+      if (scores) scores[0] = static_cast<float>(sums[0]);
+      amount = coefficient(args, row, phi, sums[0]);
+    }
+    if (!kLoadOperandsFirst) slice.read_vector(program.write, write);
+#pragma unroll
+    for (int i = 0; i < RowSlice::kValues; i++)
+      s[i] = static_cast<Kept>(multiply_add(amount, Wide{write[i]}, Wide{s[i]}));
   } else {
-    edit_several_slots<kSlotsAtOnce>(args, slice, row, program, team_sum, operands.read, scores, s);
+    Wide change[RowSlice::kValues] = {};
+    add_changes<kSlotsAtOnce>(args, slice, row, slots, program, team_sum, operands.read, scores, s,
+                              change);
+#pragma unroll
+    for (int i = 0; i < RowSlice::kValues; i++) s[i] = static_cast<Kept>(s[i] + change[i]);
   }
   if (args.out.data) slice.write(args.out, row, s);
   if constexpr (kMode == Mode::norm)

@@ -20,17 +20,6 @@ template <class T, int kPlan, Mode kMode, int kSlotsAtOnce, bool kAligned>
 constexpr bool kPersistent = kAligned && T::kPack == 8 && kSlotsAtOnce == 1 &&
                              kMode != Mode::norm_adjoint && is_persistent(kPlans[kPlan]);
 
-// Prefetches into L2 what the previous kernel does not write, while that one still runs.
-template <Mode kMode, class RowSlice>
-RK_DEVICE void prefetch_bank_and_weight(const SteerArgs& args) {
-  if (!args.programs.route)
-    prefetch_bytes(args.programs.bank, 2 * args.programs.slots * args.hidden * 4, threadIdx.x,
-                   RowSlice::kBlock);
-  if (kMode != Mode::add)
-    prefetch_bytes(args.weight.data, args.hidden * (args.weight.dtype == Dtype::f32 ? 4 : 2),
-                   threadIdx.x, RowSlice::kBlock);
-}
-
 // The rows of a persistent block, each copied into shared memory during the row before. With
 // `bank_in_shared` the vectors of the one program lie there too: in L1 the vectors of such long
 // rows and the weight would evict each other.
@@ -85,7 +74,15 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
   const RowSlice slice{lane % RowSlice::kThreads, static_cast<int>(args.hidden)};
 
   touch_arguments(args.x.data, args.programs.bank, args.weight.data, args.normed.data, args.h.data);
-  if (blockIdx.x == 0) prefetch_bank_and_weight<kMode, RowSlice>(args);
+  // what the previous kernel does not write goes into L2 while that one still runs
+  if (blockIdx.x == 0) {
+    if (!args.programs.route)
+      prefetch_bytes(args.programs.bank, 2 * args.programs.slots * args.hidden * 4, threadIdx.x,
+                     RowSlice::kBlock);
+    if (kMode != Mode::add)
+      prefetch_bytes(args.weight.data, args.hidden * (args.weight.dtype == Dtype::f32 ? 4 : 2),
+                     threadIdx.x, RowSlice::kBlock);
+  }
   wait_for_previous_kernel();
   start_next_kernel();
   if (kCluster > 1) wait_for_cluster();  // shared memory exists only in blocks that have begun
@@ -94,19 +91,25 @@ __global__ void __launch_bounds__(kPlans[kPlan].block(),
   // two raw rows of 32 float32 values would leave no registers for anything else
   constexpr bool kDelayResidual = RowSlice::kPacks > 4;
   typename RowSlice::Raw raw_x, raw_residual;
-  const auto fetch_and_steer = [&] {
-    slice.fetch(args.x, row, raw_x);
-    if (!kDelayResidual && args.residual.data) slice.fetch(args.residual, row, raw_residual);
+  const auto fetch = [&](int64_t fetched_row) {
+    slice.fetch(args.x, fetched_row, raw_x);
+    if (!kDelayResidual && args.residual.data)
+      slice.fetch(args.residual, fetched_row, raw_residual);
+  };
+  if constexpr (!kPersistent<T, kPlan, kMode, kSlotsAtOnce, kAligned>) {
+    fetch(row);
     steer_row<T, kMode, kSlotsAtOnce, kDelayResidual>(args, slice, row, team_sum, raw_x,
                                                       raw_residual);
-  };
-  if constexpr (!kPersistent<T, kPlan, kMode, kSlotsAtOnce, kAligned>)
-    fetch_and_steer();
-  else if constexpr (!kPrefetchesNextRow)
-    for (; row < tokens; row += gridDim.x) fetch_and_steer();
-  else
+  } else if constexpr (!kPrefetchesNextRow) {
+    for (; row < tokens; row += gridDim.x) {
+      fetch(row);
+      steer_row<T, kMode, kSlotsAtOnce, kDelayResidual>(args, slice, row, team_sum, raw_x,
+                                                        raw_residual);
+    }
+  } else {
     steer_prefetched_rows<T, kMode>(args, slice, row, tokens, bank_in_shared, team_sum, raw_x,
                                     raw_residual);
+  }
 }
 
 }  // namespace rk::cuda
