@@ -258,6 +258,12 @@ def experiment() -> str:
     text = "the same over add and norm without an edit"
     alone = span(row["formula_us"] / row["none_us"] for row in edits)
     lines.append([text, alone, "compiled-cpu"])
+    started = {row["program"]: row for row in rows_of("startup-cpu")}
+    torch, both = (started[p]["seconds"] for p in ("import torch", "import torch, refusal_kernels"))
+    text = "`import refusal_kernels` beyond `import torch` (medians)"
+    lines.append([text, f"{both - torch:.2f} s", "startup-cpu"])
+    helped = started["refusal-kernels --help"]
+    lines.append(["`refusal-kernels --help`", f"{spread(helped, 'seconds')} s", "startup-cpu"])
     return table(["what", "measured (quartiles)", "file"], lines)
 
 

@@ -304,8 +304,8 @@ MUTANTS = [
     Mutant(
         "the worst candidate wins",
         "research/selection/algorithm.py",
-        "return min(left, key=",
-        "return max(left, key=",
+        "best = min(left, key=",
+        "best = max(left, key=",
         "tests/research/selection",
     ),
     Mutant(
