@@ -225,8 +225,8 @@ def read_selection(path: Path) -> dict[str, Any]:
         chosen, *places = [(row["position"], row["layer"]) for row in (selection, *rows)]
         scores = [row[name] for row in rows for name in ("bypass", "induce", "kl")]
         fits = (
-            isinstance(tokens, list) and len(tokens) > 0 and chosen in places
-            and all(type(number) is int for number in (*chosen, *tokens))
+            isinstance(tokens, list) and len(tokens) > 0 and chosen in (*places, (None, None))
+            and all(type(number) is int for number in tokens)
             and all(type(n) is int and abs(n) < 1000 for place in places for n in place)
             and all(score is None or isinstance(score, int | float) for score in scores)
             and all("discarded" in row for row in rows)

@@ -64,6 +64,7 @@ def select(
         raise InputError(f"two of these are one file: {', '.join(map(str, names))}")
 
     from refusal_kernels.direction import Candidates
+    from refusal_kernels.hf.chat import INSTRUCTION
     from refusal_kernels.research import plots
     from refusal_kernels.research.selection import algorithm
 
@@ -71,6 +72,8 @@ def select(
     loaded = Candidates.load(candidates)
     common.prepare(*written)
     model, template = chat.load(loading, texts)
+    if loaded.template not in (None, template.render(INSTRUCTION)):
+        common.errors.print("warning: the candidates were read in another chat format")
     texts, removed = selective.apply(model, template, texts, refusals, chat.batch_size)
     with progress_bars() as step:
         selection = algorithm.select(

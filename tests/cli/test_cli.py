@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_command, tiny_model, tiny_tokenizer
 
+from refusal_kernels.cli.evaluate import read_selection
 from refusal_kernels.direction import Direction
 
 
@@ -117,10 +118,14 @@ def test_select_without_a_winner_writes_all_but_the_direction(folder, run, tmp_p
     assert document["prompts"]["harmful"]["count"] == 3
     # the scores are kept: another threshold measures nothing again
     part = tmp_path / "direction.part.safetensors"
-    assert part.exists()
+    assert part.exists() and "another chat format" not in err
+    selection = read_selection(found)  # also where there is no winner
+    assert selection["refusal_tokens"] == [7, 8]
     code, text, err = run(*arguments, "--kl-threshold=-1", "--closest")
     assert code == 0 and target.exists() and not part.exists() and "selected (kl > -1)" in text
     assert "warning: none of 12 candidates passed" in err
+    code, _, err = run(*arguments, "--system", "be kind", "--checkpoint", tmp_path / "other")
+    assert "warning: the candidates were read in another chat format" in err
     # an older direction is not taken for this run's
     code, _, err = run(*arguments, "--prune-last", 1)
     assert code == 1 and "12 (layer >= 0)" in err and f"{target} is of an earlier run" in err

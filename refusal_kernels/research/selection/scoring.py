@@ -17,6 +17,7 @@ KL_EPS = 1e-6
 MIN_PROBABILITY = 0.05  # of a refusal token, mean over the harmful prompts
 MIN_ODDS_RATIO = 10.0  # of refusal tokens, harmful prompts over harmless ones
 MIN_ODDS_RATIO_EACH = 3.0  # of each, where only all of them together reach the former
+SAME = 0.9  # above this probability on both sets, the answers begin alike
 AUTO, PAPER = "auto", "paper"
 TokenSpec = Sequence[int | str] | str | None
 """Refusal tokens: ids, or texts whose first tokens are meant; `AUTO` or None, or `PAPER`."""
@@ -85,13 +86,15 @@ def distinctive_tokens(harmful: Tensor, harmless: Tensor, chat: ChatFormat) -> l
     tokens: list[int] = chosen.nonzero().flatten().tolist()
     if tokens:
         return sorted(tokens, key=lambda token: -float(p[token]))
-    top = int(p.argmax())
+    shown = ", ".join(
+        f"{named_tokens(chat, [token])} {float(p[token]):.3f} and {float(q[token]):.3f}"
+        for token in p.topk(3).indices.tolist()
+    )
     message = (
         "no refusal tokens: no next token is frequent on harmful prompts and rare on harmless ones "
-        f"(the likeliest, {named_tokens(chat, [top])}, has a probability of {float(p[top]):.3f} "
-        f"and {float(q[top]):.3f}); name them with --refusal-tokens"
+        f"(the likeliest, with the probability on both: {shown}); name them with --refusal-tokens"
     )
-    if min(float(p[top]), float(q[top])) > 0.9:
+    if float(torch.minimum(p, q).max()) > SAME:
         message += ", or read what comes after it with --answer-prefix"
     raise InputError(message)
 

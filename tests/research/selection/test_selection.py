@@ -291,7 +291,7 @@ def test_refusal_tokens_come_from_the_models_behavior() -> None:
     same = with_answers({13: 1.0}, {13: 1.0})
     with pytest.raises(
         InputError,
-        match=r"no refusal tokens.*likeliest, 13 'answer', has .*1\.000 and 1\.000.*--answer-pre",
+        match=r"no refusal tokens.*13 'answer' 1\.000 and 1\.000.*-tokens, or .*--answer-prefix$",
     ):
         find_refusal_tokens(same, tiny_tokenizer(), *sets)
 
