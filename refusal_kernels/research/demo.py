@@ -109,6 +109,7 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int = 15) -> DemoR
     )  # fmt: skip
     write_json(out / "selection.json", selection.to_dict())
     direction = selection.winner
+    assert selection.layer is not None and selection.position is not None
     with single_step(step("Orthogonalize a copy of the weights")):
         edited = copy.deepcopy(model)
         orthogonalize(edited, direction)

@@ -28,12 +28,12 @@ Source = str | os.PathLike[str]
 Parts = dict[str, Sequence[str]]
 CATEGORIES = ("harmful", "harmless")
 _SPLITS: tuple[Any, ...] = tuple(SIZES)
-# The prompts of the models that bring their own, by category and split
-_EMBEDDED: Mapping[str, Callable[[Any, Any], list[str]]] = {
+OWN_PROMPTS: Mapping[str, Callable[[Any, Any], list[str]]] = {
     "toy": toy.prompts,
     "smollm2": smollm2.prompts,
     "smollm2-refuses": smollm2.prompts,
 }
+"""The prompts of the models that bring their own: by category and split."""
 
 
 def prompts_for(
@@ -65,7 +65,7 @@ def _all_prompts(
 ) -> dict[str, Parts]:
     """Read all prompts of both categories, under "all"; those that have splits in them too."""
     given: dict[Any, Source | None] = {"harmful": harmful, "harmless": harmless}
-    own = _EMBEDDED.get(model)
+    own = OWN_PROMPTS.get(model)
     parts: dict[str, Parts] = {}
     for name, source in given.items():
         if source is not None:
@@ -80,7 +80,9 @@ def _all_prompts(
             splits = {split: own(name, split) for split in _SPLITS}
             parts[name] = {**splits, "all": [p for split in splits.values() for p in split]}
         else:
-            raise InputError(f"--{name} FILE is needed: only {', '.join(_EMBEDDED)} bring prompts")
+            raise InputError(
+                f"--{name} FILE is needed: only {', '.join(OWN_PROMPTS)} bring prompts"
+            )
     return parts
 
 

@@ -12,7 +12,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
-from refusal_kernels.research.prompts import prompts_for, split_sources
+from refusal_kernels.research.prompts import OWN_PROMPTS, prompts_for, split_sources
 from refusal_kernels.research.selection.scoring import TokenSpec
 from refusal_kernels.research.sources import (
     SEED,
@@ -97,24 +97,24 @@ def read_protocol_prompts(
     seed: int = SEED,
     column: str | None = None,
 ) -> Prompts:
-    """Read the prompts of the protocol: the paper's sets, the toy model's own, or others.
+    """Read the prompts of the protocol: the paper's sets, an embedded model's own, or others.
 
     Harmful test prompts are removed from the train and validation prompts. Without ``harmful_test``
     they are JailbreakBench's if ``harmful`` is not given either, else a part of ``harmful``. A set
     that is too small is cut in the same proportions; one that names a source for each split
     (`prompts_for`) is not cut.
     """
-    if model == "toy" and not (harmful or harmless or harmful_test):
-        parts = {split: prompts_for("toy", split, None, None) for split in SIZES}
-        return {s: {c: list(p)[: SIZES[s]] for c, p in part.items()} for s, part in parts.items()}
+    if model in OWN_PROMPTS and not (harmful or harmless or harmful_test):
+        own = {split: prompts_for(model, split, None, None) for split in SIZES}
+        return {s: {c: list(p)[: SIZES[s]] for c, p in part.items()} for s, part in own.items()}
     if harmful_test is None and harmful is None:
         harmful_test = HARMFUL_TEST
     tested: list[str] = []
     if harmful_test is not None:
-        every = read_prompts(harmful_test, column)
-        tested = split_prompts(every, {"test": None}, seed)["test"][: SIZES["test"]]
+        asked = read_prompts(harmful_test, column)
+        tested = split_prompts(asked, {"test": None}, seed)["test"][: SIZES["test"]]
     excluded = {prompt.strip().lower() for prompt in tested}
-    cut = {}
+    cut: dict[str, dict[str, list[str]]] = {}
     for category, source in (("harmful", harmful or HARMFUL), ("harmless", harmless or HARMLESS)):
         parts = {
             split: split_prompts(
@@ -123,12 +123,15 @@ def read_protocol_prompts(
             )["all"]
             for split, file in split_sources(source).items()
         }  # fmt: skip
-        every = parts.get("all", [])
+        every = parts.get("all")
         try:
-            sizes = split_sizes(len(every)) if every else {}
-            if category == "harmful" and tested:
-                sizes |= {"test": 0}
-            cut[category] = split_prompts(every, sizes, seed) if every else parts
+            if every is None:
+                cut[category] = parts
+            else:
+                sizes = split_sizes(len(every))
+                if category == "harmful" and tested:
+                    sizes |= {"test": 0}
+                cut[category] = split_prompts(every, sizes, seed)
         except InputError as error:
             raise InputError(f"{category}: {error}") from None
         if category == "harmful" and tested:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import run_command
 
-from refusal_kernels import cli, toy
+from refusal_kernels import cli, smollm2, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
@@ -315,6 +315,15 @@ def test_own_prompts_are_cut_in_three(tmp_path: Path) -> None:
     assert [len(part["harmful"]) for part in prompts.values()] == [20, 10, 10]
     prompts = paper.read_protocol_prompts("org/model", *files, str(tmp_path / "test.txt"))
     assert [len(part["harmful"]) for part in prompts.values()] == [20, 10, 40]
+    files = str(tmp_path / "test.txt"), str(tmp_path / "harmless.txt")
+    given = f"train={files[0]},validation={files[1]},test={files[0]}"
+    prompts = paper.read_protocol_prompts("org/model", given, given)
+    assert [len(part["harmful"]) for part in prompts.values()] == [40, 40, 40]
+    with pytest.raises(InputError, match="there is no prompt for validation"):
+        paper.read_protocol_prompts("org/model", f"train={files[0]}", given)
+    prompts = paper.read_protocol_prompts("smollm2")
+    assert prompts["validation"]["harmful"] == smollm2.prompts("harmful", "validation")[:32]
+    files = str(tmp_path / "harmful.txt"), str(tmp_path / "harmless.txt")
     (tmp_path / "harmful.txt").write_text("one\ntwo")
     with pytest.raises(InputError, match="harmful: 2 different prompts"):
         paper.read_protocol_prompts("org/model", *files)
