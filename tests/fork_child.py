@@ -38,7 +38,7 @@ def tell_of_batches(tell: Any) -> None:
 def command_line(arguments: list[str], die_at: tuple[str, int] | None, tell: Any) -> None:
     """Run the command line; `die_at` is a moment, and the which of its kind."""
     tell_of_batches(tell)
-    loading.load = lambda *_: LOADED  # it is here already
+    loading.load = lambda *_, **__: LOADED  # it is here already
     if die_at is not None:
         _plan_death(*die_at)
     for stream in (1, 2):

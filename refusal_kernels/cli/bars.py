@@ -24,7 +24,7 @@ def progress_bars(visible: bool = True) -> Iterator[Step]:
 
     On a terminal it is a bar; elsewhere a line every `LINE_S` seconds, and one at the step's end.
     """
-    if not visible:
+    if not visible or common.console.quiet:
         yield no_step
     elif common.errors.is_terminal:
         with _bars() as step:

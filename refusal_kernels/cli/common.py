@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,9 +28,7 @@ def choose_device(device: str) -> str:
     from refusal_kernels.hf.load import find_device
 
     chosen = find_device(device)
-    if chosen.type != "cpu" and chosen.index is None and "LOCAL_RANK" in os.environ:
-        chosen = find_device(f"{chosen.type}:{os.environ['LOCAL_RANK']}")
-    if device == "auto":
+    if device == "auto" and not console.quiet:
         errors.print(Text(f"device: {chosen} ({describe_device(chosen)})"), soft_wrap=True)
     return str(chosen)
 
@@ -44,11 +41,12 @@ def title_of(model: str) -> str:
 def provenance(model: str, language_model: Any) -> dict[str, Any]:
     """Return what a result depends on: model, versions, device, command and time."""
     from refusal_kernels.environment import describe_device, versions
+    from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.hf.model import input_device
 
     return {
         "model": "the toy model" if model == "toy" else model,
-        "title": "the toy model" if model == "toy" else title_of(model),
+        "title": EMBEDDED[model].title if model in EMBEDDED else title_of(model),
         "versions": versions(),
         "device": describe_device(input_device(language_model)),
         "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),

@@ -38,16 +38,15 @@ def demo(
     from refusal_kernels.research import demo as experiment
 
     prepare(json_file)
-    where = choose_device(loading.device)
-    sources = prompts.harmful, prompts.harmless
+    choose_device(loading.device)
     inputs = experiment.read_inputs(
         loading.model,
-        *sources,
-        where,
-        loading.dtype,
-        prompts.seed,
-        prompts.column,
-        {"refusal_tokens": refusals.tokens, **thresholds.arguments()},
+        prompts.harmful,
+        prompts.harmless,
+        seed=prompts.seed,
+        column=prompts.column,
+        selection={"refusal_tokens": refusals.tokens, **thresholds.arguments()},
+        **vars(loading.how()),
     )
     with progress_bars() as step:
         result = experiment.run(inputs, out, step, rounds=rounds)

@@ -20,6 +20,7 @@ def doctor(
     from refusal_kernels import ops
     from refusal_kernels.direction import Direction
     from refusal_kernels.environment import describe_device, versions
+    from refusal_kernels.hf.memory import block_devices, held_bytes, needed_bytes
     from refusal_kernels.hf.model import hidden_size, input_device
     from refusal_kernels.interventions import Ablate
     from refusal_kernels.patching.patch import patch
@@ -35,6 +36,12 @@ def doctor(
         facts[f"patch of {loading.model}"] = str(handle.report())
         details = handle.report().details
     facts["device"] = describe_device(input_device(model))
+    facts["weights"] = _sizes(held_bytes(model))
+    facts["weights, loaded in"] = _sizes(needed_bytes(model))
+    facts["blocks"] = "; ".join(
+        f"{_ranges(blocks)} on {place}" if place != "offloaded" else f"{_ranges(blocks)} {place}"
+        for place, blocks in block_devices(model).items()
+    )
     table = Table("what", "found", title="refusal-kernels doctor")
     for name, value in facts.items():
         table.add_row(name, value)
@@ -42,3 +49,15 @@ def doctor(
     if verbose:
         console.print(Text(details), soft_wrap=True)
     finish(None, json_file, facts)
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write ascending numbers as ranges: 0 to 3, 8."""
+    ends = [i for i, n in enumerate(numbers) if n + 1 not in numbers[i + 1 : i + 2]]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    spans = [(numbers[a], numbers[b]) for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans)

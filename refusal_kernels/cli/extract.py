@@ -72,7 +72,7 @@ def extract(
     check_method(method)
     if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
-    with joined() as (rank, _):
+    with joined(one_model=loading.tensor_parallel) as (rank, _):
         texts = prompts.read(loading.model, "train")
         common.prepare(out, state, json_file)
         if rank == 0:

@@ -7,7 +7,9 @@ with an annotation of `options` and a default.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -16,6 +18,7 @@ from rich.text import Text
 
 from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.hf.load_options import LoadOptions
 from refusal_kernels.progress import single_step
 from refusal_kernels.research.sources import SEED
 
@@ -31,12 +34,40 @@ class LoadingOptions:
     model: options.Model = "toy"
     device: options.Device = "auto"
     dtype: options.Dtype = "auto"
+    load_in: options.LoadIn = None
+    tensor_parallel: options.TensorParallel = False
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    attn: options.Attention = None
+    adapter: options.Adapter = None
+    offline: options.Offline = False
+
+    def __post_init__(self) -> None:
+        """Check the values, before anything heavy is imported."""
+        self.how()
+        if self.offline:  # read by the libraries that fetch models and data sets, at their import
+            os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+    def how(self) -> LoadOptions:
+        """Return how any model of the command is loaded."""
+        values = {field.name: getattr(self, field.name) for field in fields(LoadOptions)}
+        return LoadOptions(**values)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Run a command in all processes that share the model; the first one alone prints."""
+        from refusal_kernels.research.extraction.distributed import joined
+
+        with joined(one_model=True) as (rank, _):
+            common.console.quiet = rank > 0
+            yield
 
     def load(self, direction: Direction | None = None) -> tuple[Any, Any]:
         """Load the model and its tokenizer, and check that a direction fits it."""
         from refusal_kernels.hf.load import load
 
-        return load(self.model, common.choose_device(self.device), self.dtype, direction)
+        common.choose_device(self.device)
+        return load(self.model, direction=direction, **vars(self.how()))
 
 
 @dataclass(frozen=True)
@@ -208,7 +239,9 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
             name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
         }
-        return command(**values, **made)
+        loading = next((g for g in made.values() if isinstance(g, LoadingOptions)), None)
+        with loading.shared() if loading and loading.tensor_parallel else nullcontext():
+            return command(**values, **made)
 
     keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]

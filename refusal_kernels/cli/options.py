@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from typer import CallbackParam, Option
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.load_options import ATTENTIONS, DTYPES, PRECISIONS
 from refusal_kernels.research.prompt_files import SUFFIXES
 from refusal_kernels.research.sources import PRESETS, SIZES
 
@@ -44,7 +45,6 @@ def choice(text: str, values: tuple[str, ...], *flags: str) -> Any:
     return Option(*flags, help=text.format(", ".join(values)), callback=check)
 
 
-_DTYPES = names("hf.load", "DTYPES")
 _EMBEDDED = ", ".join(names("hf.embedded", "EMBEDDED"))
 _PROMPTS = (
     f"Prompts: a file ({', '.join(SUFFIXES)}), hf:OWNER/NAME[:CONFIG][@SPLIT][#COLUMN], or one of "
@@ -59,10 +59,31 @@ Device = Annotated[
     str,
     Option(
         "--device",
-        help="cpu, cuda, cuda:1, mps, ...; auto: an accelerator if there is one, else the CPU.",
+        help="cpu, cuda, cuda:1, mps, ...; auto: all accelerators, with what does not fit there "
+        "on the CPU.",
     ),
 ]
-Dtype = Annotated[str, choice("{}; auto: the checkpoint's.", _DTYPES, "--dtype")]
+Dtype = Annotated[str, choice("{}; auto: the checkpoint's.", DTYPES, "--dtype")]
+LoadIn = Annotated[
+    str | None,
+    choice("{}: quantize at load, by bitsandbytes or torchao.", PRECISIONS, "--load-in"),
+]
+TensorParallel = Annotated[
+    bool, Option("--tensor-parallel", help="The processes of torchrun share one model.")
+]
+Revision = Annotated[
+    str | None, Option("--revision", help="A branch, tag or commit of the model on the hub.")
+]
+TrustRemoteCode = Annotated[
+    bool, Option("--trust-remote-code", help="Run the code that comes with the model.")
+]
+Attention = Annotated[
+    str | None, choice("{}; default: transformers chooses.", ATTENTIONS, "--attn")
+]
+Adapter = Annotated[
+    str | None, Option("--adapter", help="A PEFT adapter for the model, merged if it can be.")
+]
+Offline = Annotated[bool, Option("--offline", help="Use only files that are on this machine.")]
 Batch = Annotated[
     int, Option("--batch-size", min=1, help="Prompts at once; fewer take less memory.")
 ]

@@ -48,17 +48,21 @@ def orthogonalize(
 
     The model itself stays as it is. A certificate says how far the copy is from the ablated model.
     A local folder is edited shard by shard: that takes little more memory than the largest tensor,
-    and an interrupted run resumes. A model of the hub, another --dtype and --lora load the model.
+    and an interrupted run resumes. A model of the hub, another --dtype, --adapter and --lora load
+    the model.
     """
     from refusal_kernels.files.atomic import check_new
+    from refusal_kernels.hf.embedded import EMBEDDED
 
     check_new(out)
     common.prepare(out)
     loaded = common.read_direction(direction)
     loading = replace(loading, device=common.choose_device(loading.device))
-    local = loading.model != "toy" and Path(loading.model).is_dir()
+    # whatever changes the weights at load has to be loaded
+    changed = lora or in_memory or loading.dtype != "auto" or loading.adapter or loading.load_in
+    local = loading.model not in EMBEDDED and Path(loading.model).is_dir()
     with progress_bars() as step:
-        if local and not lora and not in_memory and loading.dtype == "auto":
+        if local and not changed:
             result = _by_shards(loading, out, loaded, text_only, certify, step)
         else:
             result = _in_memory(loading, out, loaded, text_only, lora, step)

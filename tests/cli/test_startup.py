@@ -74,7 +74,6 @@ def test_a_bad_value_is_refused_before_anything_heavy_loads():
         ("bench.grid", "PROFILES"),
         ("bench.shapes", "SHAPES"),
         ("hf.embedded", "EMBEDDED"),
-        ("hf.load", "DTYPES"),
         ("research.evaluation.judges", "JUDGES"),
         ("research.evaluation.tasks", "MATCHES"),
         ("research.extraction.methods", "FITS"),

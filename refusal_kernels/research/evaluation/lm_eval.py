@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal_kernels import toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.hf.greedy import bare
 from refusal_kernels.intervention_base import PLACE_FIELDS
 from refusal_kernels.interventions import INTERVENTIONS, Intervention
@@ -74,7 +74,8 @@ class SteeredLM(HFLM):
     """The harness's own Hugging Face model under one edit, or none.
 
     Without `edit` it is made of the other arguments by `intervention_of`. `pretrained` is a hub id,
-    a folder, "toy", or a transformers model; the harness's type ``hf`` takes all that is left.
+    a folder, a key of `EMBEDDED`, or a transformers model; the harness's type ``hf`` takes all that
+    is left.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class SteeredLM(HFLM):
         settings = {name: kwargs.pop(name) for name in names}
         if edit is None:
             edit = intervention_of(direction, intervention, **settings)
-        if pretrained == "toy":
-            pretrained = str(toy.PATH)
-            kwargs = {"dtype": "float32"} | kwargs  # as everywhere: its file is only small
+        if embedded := EMBEDDED.get(pretrained):
+            pretrained = str(embedded.folder())
+            adapter = {"peft": str(embedded.adapter)} if embedded.adapter else {}
+            kwargs = {"dtype": "float32", **adapter, **kwargs}  # as everywhere
         super().__init__(pretrained=pretrained, **kwargs)
         self.handle = None if edit is None else patch(self.model, edit)
 

@@ -95,24 +95,33 @@ def team(model: Any) -> Iterator[Team]:
 
 
 @contextmanager
-def joined(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[int, int]]:
-    """Connect to the other processes of `torchrun`, if any; give (rank, local rank)."""
+def joined(timeout_s: float = TIMEOUT_S, *, one_model: bool = False) -> Iterator[tuple[int, int]]:
+    """Connect to the other processes of `torchrun`, if any; give (rank, local rank).
+
+    With `one_model` they share a model: they reach each other's devices, and the end waits for all.
+    """
+    connects = False
     try:
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", rank))
-        if size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        connects = size > 1 and not dist.is_initialized()
+        if connects:
+            backend = None if one_model else "gloo"  # None: one for every kind of device
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (ValueError, RuntimeError) as error:
         message = f"the processes of torchrun do not meet: {first_line(error)}"
         raise InputError(message) from None
     try:
         yield rank, local
+        if one_model and size > 1:
+            dist.barrier()
     finally:
-        if dist.is_initialized():
+        if connects and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _spread(model: Any) -> bool:
     """Whether the processes hold parts of one model."""
-    parts = any(isinstance(p, DTensor) for p in model.parameters())
-    return parts or (getattr(model, "tp_size", None) or 1) > 1
+    return (getattr(model, "tp_size", None) or 1) > 1 or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
