@@ -6,19 +6,23 @@ Import what is slow to import (torch, transformers, most of this package) inside
 every module here is imported to show a help text.
 """
 
+import errno
 import importlib
 import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.text import Text
 
-from refusal_kernels.cli.common import errors
+from refusal_kernels.cli.common import clean_up, errors
 from refusal_kernels.cli.groups import expanded
 from refusal_kernels.errors import InputError
+
+# what a disk or a folder can bring at any write
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def commands() -> Iterator[Callable[..., Any]]:
@@ -46,6 +50,12 @@ for command in commands():
     app.command(short_help=(command.__doc__ or "").partition("\n")[0])(expanded(command))
 
 
+def _refuse(reason: str) -> NoReturn:
+    clean_up()
+    errors.print(Text(f"error: {reason}", style="red"), soft_wrap=True)
+    sys.exit(2)
+
+
 def main() -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 2."""
     # SIGTERM is treated as Ctrl-C: what is done is kept, and temporary files are removed
@@ -53,8 +63,11 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)

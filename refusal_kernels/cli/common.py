@@ -6,6 +6,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.files.atomic import check_writable, write_json
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from refusal_kernels.direction import Direction
@@ -68,14 +69,28 @@ def read_direction(path: Path) -> Direction:
     return content
 
 
+made: list[Path] = []
+"""The folders that `prepare` has made, the outer ones first."""
+
+
 def prepare(*paths: Path | None) -> None:
     """Make the folders of the files that will be written, before the long work."""
-    for path in paths:
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
+    for path in filter(None, paths):
+        made.extend(parent for parent in reversed(path.parents) if not parent.exists())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path.parent} cannot be made: {error.strerror}") from None
+        check_writable(path.parent)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; expected the name of a file")
+
+
+def clean_up() -> None:
+    """Remove the folders that `prepare` has made and nothing was written to."""
+    while made:
+        with suppress(OSError):
+            made.pop().rmdir()
 
 
 def unfinished(path: Path) -> Path:

@@ -129,7 +129,7 @@ def _in_memory(
     lora: bool,
     step: Step,
 ) -> dict[str, Any]:
-    from refusal_kernels.files.atomic import new_folder
+    from refusal_kernels.files.atomic import check_space, new_folder
     from refusal_kernels.weights.in_memory import orthogonalize
     from refusal_kernels.weights.lora import orthogonalize_lora
 
@@ -137,6 +137,8 @@ def _in_memory(
     more: tuple[str, ...]
     with single_step(step("Load the model")):
         model, tokenizer = loading.load(direction)
+    if not lora:
+        check_space(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
     if lora:
         way, more = "adapter", ("biases", "tied")
         with single_step(step("Write the adapter, and certify it")):

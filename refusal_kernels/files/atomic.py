@@ -34,7 +34,24 @@ def replacing(path: Path) -> Iterator[Path]:
     except SafetensorError as error:  # its own name for an OSError
         raise InputError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that can not be written to says so above
+            temporary.unlink()
+
+
+def check_space(folder: Path, size_bytes: int) -> None:
+    """Refuse a folder, there or not yet, whose disk has less room than something will take."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if size_bytes > free:
+        raise InputError(
+            f"{folder} has {free >> 20} MiB free; expected {(size_bytes >> 20) + 1} MiB"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written to; expected a folder that can")
 
 
 def check_new(folder: Path) -> None:
@@ -54,6 +71,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise InputError(f"{folder} cannot be written: {' '.join(str(error).split())}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

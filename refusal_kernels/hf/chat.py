@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.conversation import Conversation
+from refusal_kernels.hf.templates import DATE, apply_template, own_ids, read_date
 
 INSTRUCTION = "{instruction}"  # its place in a format that is kept as text
+PROBE = "Hello 123"  # a prompt that a template has to show
 CHUNK = 512  # prompts tokenized at once: the tokenizer's output takes 100 times their memory
 
 
@@ -20,7 +21,7 @@ class ChatFormat:
     Parameters
     ----------
     tokenizer
-        A transformers tokenizer with a chat template.
+        A transformers tokenizer with a chat template, or one that makes tokens of chats without.
     system : str, optional
         A system prompt. Results depend on it. By default the template decides.
     thinking : bool
@@ -29,6 +30,8 @@ class ChatFormat:
         opens the block (DeepSeek-R1's) still does, and the next token begins a thought.
     answer_prefix : str
         What every answer begins with; the model goes on from there. Its tokens end every prompt.
+    date : str
+        What a template that writes today's date is told: the same at every run.
 
     Attributes
     ----------
@@ -40,8 +43,8 @@ class ChatFormat:
     Raises
     ------
     InputError
-        If there is no chat template, it refuses or omits the system prompt, or nothing follows the
-        instruction.
+        If there is no chat template, it refuses or omits the system prompt or the instruction, or
+        nothing follows the instruction.
     """
 
     def __init__(
@@ -51,8 +54,9 @@ class ChatFormat:
         *,
         thinking: bool = False,
         answer_prefix: str = "",
+        date: str = DATE,
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
+        if not getattr(tokenizer, "chat_template", None) and not own_ids(tokenizer):
             raise InputError(
                 "the tokenizer has no chat template; expected that of an instruction-tuned model"
             )
@@ -60,8 +64,11 @@ class ChatFormat:
         self.system = system
         self.thinking = thinking
         self.answer_prefix = answer_prefix
+        self.date = str(read_date(date))
+        self._parts = False  # whether the template takes contents as lists of parts
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id = int(next(i for i in ids if i is not None))  # masked, so any will do
+        self._find_parts()
         if system is not None and system.strip() not in self.render("a"):
             raise InputError("the chat template leaves the system prompt out; expected one with it")
         self.positions = self._end_of_instruction()
@@ -73,18 +80,33 @@ class ChatFormat:
 
     def render(self, prompt: str) -> str:
         """Return the text that the model is given for a prompt."""
-        messages = [{"role": "user", "content": prompt}]
+        shown = self._apply(prompt)
+        text = shown if isinstance(shown, str) else self.tokenizer.decode(shown)
+        return f"{text}{self.answer_prefix}"
+
+    def _apply(self, prompt: str) -> str | list[int]:
+        """Show a prompt, as text or as tokens, without the answer's prefix."""
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
         if isinstance(prompt, Conversation):
             messages = [dict(turn) for turn in prompt.messages]
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinking
-            )
-        except TemplateError as error:
-            raise InputError(f"the chat template refuses the conversation: {error}") from None
-        return f"{text}{self.answer_prefix}"
+        if self._parts:
+            for turn in messages:
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
+        shown = apply_template(self.tokenizer, messages, self.date, enable_thinking=self.thinking)
+        return shown if isinstance(shown, str) else list(shown)
+
+    def _find_parts(self) -> None:
+        """Find out how the template takes a content: some drop strings, or raise."""
+        why = "the chat template leaves the instruction out; expected one with it"
+        for self._parts in (False, True):
+            try:
+                if PROBE in self.render(PROBE) or own_ids(self.tokenizer):
+                    return
+            except InputError as error:
+                why = why if self._parts else str(error)
+        raise InputError(why)
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of every prompt in its chat format, of different lengths.
@@ -133,9 +155,14 @@ class ChatFormat:
         if not prompts:
             raise InputError("there is no prompt; expected one at least")
         for start in range(0, len(prompts), CHUNK):
-            texts = [self.render(prompt) for prompt in prompts[start : start + CHUNK]]
+            chunk = prompts[start : start + CHUNK]
             # The template has written the special tokens; adding them again would double BOS.
-            yield from self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            if own_ids(self.tokenizer):
+                after = self.tokenizer(self.answer_prefix, add_special_tokens=False)["input_ids"]
+                yield from ([*self._apply(prompt), *after] for prompt in chunk)
+            else:
+                texts = [self.render(prompt) for prompt in chunk]
+                yield from self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _end_of_instruction(self) -> int:
         """Count the last tokens that are the same after every instruction."""

@@ -18,7 +18,7 @@ import torch
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import check_new, read_json, write_json
+from refusal_kernels.files.atomic import check_new, check_space, read_json, write_json
 from refusal_kernels.progress import Progress
 from refusal_kernels.weights.checkpoint_plan import (
     CheckpointPlan,
@@ -123,6 +123,7 @@ def orthogonalize_checkpoint(
             partial.rename(target)
             _sync(target.parent)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{target} cannot be written: {error.strerror or error}") from error
     return OrthogonalizedCheckpoint(
         target,
@@ -149,9 +150,7 @@ def _check_space(where: Path, partial: Path, shards: list[Shard]) -> None:
     there = sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
     largest = max(entry.size for shard in shards for entry in shard.entries)
     needed = sum(shard.size for shard in shards) + largest - there
-    free = shutil.disk_usage(where).free
-    if needed > free:
-        raise InputError(f"{where} has {free >> 20} MiB free; expected {needed >> 20} MiB")
+    check_space(where, needed)
 
 
 def _key(source: Path, shards: list[Shard], direction: Direction, plan: CheckpointPlan) -> str:

@@ -169,7 +169,7 @@ def test_positions_of_other_templates() -> None:
             ChatFormat(template("<|user|> ", after))
     silent = tiny_tokenizer()
     silent.chat_template = "<|user|> :"  # the instruction does not occur at all
-    with pytest.raises(InputError, match="end-of-instruction"):
+    with pytest.raises(InputError, match="leaves the instruction out"):
         ChatFormat(silent)
 
 

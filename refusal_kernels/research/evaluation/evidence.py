@@ -246,6 +246,7 @@ def evaluate(
         settings={
             "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
             "random_controls": random_controls, "system": chat.system, "thinking": chat.thinking,
+            "date": chat.date,
             "answer_prefix": chat.answer_prefix or None,
         },
         notes=notes,

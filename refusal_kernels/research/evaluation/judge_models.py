@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import cut
@@ -13,6 +12,7 @@ from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.hf.padding import batch_limits
+from refusal_kernels.hf.templates import apply_template
 from refusal_kernels.research.evaluation.likelihood import pad_left
 
 NEW_TOKENS = 16  # of a guard's answer
@@ -137,10 +137,8 @@ class GuardJudge:
                 {"role": "assistant", "content": wrap(completion)},
             ]
             try:
-                text = self.tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, tokenize=False
-                )
-            except (TemplateError, TypeError):  # some guards take contents as lists only
+                text = apply_template(self.tokenizer, chat)
+            except InputError:  # some guards take contents as lists only
                 continue
             if prompt.strip() in text and completion.strip() in text:
                 return str(text)

@@ -75,7 +75,7 @@ class _Protocol:
             "batch_size": self.size,
         }  # fmt: skip
         chat, dtype = self.chat, str(next(self.model.parameters()).dtype)
-        options = [chat.system, chat.thinking, chat.answer_prefix, dtype]
+        options = [chat.system, chat.thinking, chat.answer_prefix, chat.date, dtype]
         self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
         self.edited = False
 
