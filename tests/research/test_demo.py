@@ -68,8 +68,9 @@ def test_files(out, report):
     import matplotlib.image
 
     names = {path.name for path in out.iterdir()}
-    pictures = {"projections.png", "refusals.png", "speed.png"}
-    assert names == {"report.json", "samples.json", "direction.safetensors"} | pictures
+    pictures = {f"{name}.png" for name in ("candidates", "projections", "refusals", "speed")}
+    documents = {f"{name}.json" for name in ("report", "samples", "selection")}
+    assert names == {"direction.safetensors"} | documents | pictures
     for name in pictures:
         pixels = matplotlib.image.imread(out / name)
         assert pixels.shape[1] > 500 and pixels[..., :3].std() > 0.05, "an empty picture"

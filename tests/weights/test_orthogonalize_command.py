@@ -42,7 +42,7 @@ def run(capsys: Any, folder: Path, tmp_path: Path) -> Callable[..., Any]:
 def test_a_folder(folder: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     expected = ablated(AutoModelForCausalLM.from_pretrained(folder / "model"))
     for way, options in (
-        ("shard by shard", []),
+        ("shard by shard", ["-v"]),
         ("in memory", ["--in-memory", "--dtype", "float32"]),
     ):
         out = tmp_path / way
@@ -56,7 +56,7 @@ def test_a_folder(folder: Path, run: Callable[..., Any], tmp_path: Path) -> None
         assert certificate["logit_difference"] < 1e-3 < certificate["effect"]
         for words in (f"13 tensors edited, {way}", "untied", "certificate: on 64 tokens: |r.h| <="):
             assert words in text
-        assert "layers.2 " in text and f"written: {out}" in text
+        assert ("layers.2 " in text) is ("-v" in options) and f"written: {out}" in text
         model = AutoModelForCausalLM.from_pretrained(out)
         is_close(model, expected, 2e-5 * float(expected.abs().max()))
         assert AutoTokenizer.from_pretrained(out)("tea").input_ids
