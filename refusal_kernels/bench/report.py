@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from refusal_kernels.bench import plots, results
 from refusal_kernels.bench.catalog import PACKAGE
@@ -88,12 +89,12 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
     for rows in by_cell(document["rows"]).values():
         table.add_section()
         reason = one_reason(rows)
-        table.add_row(f"[bold]{cell_text(rows[0])}[/bold]", *[""] * 7, reason or "")
+        table.add_row(Text(cell_text(rows[0]), style="bold"), *[""] * 7, reason or "")
         for row in () if reason else rows:
             style = STYLES.get(row["verdict"] or "")
             green = row["method"].startswith("refusal_kernels")
-            name = f"[green]{row['method']}[/green]" if green else row["method"]
-            table.add_row(f"  {name}", *columns(row), remarks(row), style=style)
+            name = Text(f"  {row['method']}", style="green" if green else "")
+            table.add_row(name, *columns(row), remarks(row), style=style)
     console.print(table)
     for text in slower_cells(document):
         console.print(f"not the fastest: {text}", markup=False, highlight=False)

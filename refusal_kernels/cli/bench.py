@@ -116,7 +116,7 @@ def bench(
             if errors.is_terminal or text.split(":")[0] == last:
                 return
             last = text.split(":")[0]
-            errors.print(text, markup=False, highlight=False)
+            errors.print(text, highlight=False)
 
         document = Run(settings, resume, say)()
     wide = console if console.is_terminal else Console(width=200)
@@ -130,7 +130,7 @@ def bench(
     if old is not None:
         worse, compared = compare(document, old)
         for text in worse:
-            console.print(f"slower: {text}", markup=False, highlight=False)
+            console.print(f"slower: {text}", highlight=False)
         console.print(f"{len(worse)} of {compared} rows fell by more than the noise")
         if worse:
             raise Exit(1)

@@ -19,8 +19,9 @@ from refusal_kernels.files.atomic import check_writable, write_json
 if TYPE_CHECKING:  # torch takes seconds to import
     from refusal_kernels.direction import Direction
 
-console = Console()
-errors = Console(stderr=True)
+# paths and models may hold brackets, which are no markup
+console = Console(markup=False)
+errors = Console(stderr=True, markup=False)
 
 
 def choose_device(device: str) -> str:

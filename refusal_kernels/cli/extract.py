@@ -96,7 +96,7 @@ def extract(
                     progress=step("Extract"),
                 )
             except PeerError as error:
-                common.errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+                common.errors.print(f"error: {error}", style="red", soft_wrap=True)
                 raise Exit(1) from None
     if rank == 0:
         candidates.save(out)

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 
 LIMIT_BYTES = 64 << 20  # no prompt file, index or direction comes near
 DEPTH = 64
@@ -90,8 +90,11 @@ def sweep(path: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a document as indented JSON; NaN is refused."""
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    """Write a document as indented JSON; NaN and infinities are refused."""
+    try:
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise InputError(f"{path} cannot be written: {first_line(error)}") from None
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

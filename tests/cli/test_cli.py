@@ -156,6 +156,12 @@ def test_generate_answers_the_prompts_of_a_file(folder, run, tmp_path):
     assert code == 0 and "patch: 7 of 7 sites steered" in text and "layers.2.mlp: " in text
 
 
+def test_brackets_in_a_path_are_shown_as_they_are(folder, run, tmp_path):
+    written = tmp_path / "run[v2]" / "x[" / "]"  # as markup, the first would vanish
+    code, out, _ = run("doctor", "--model", folder / "model", "--json", written)
+    assert code == 0 and written.is_file() and str(written) in out
+
+
 def test_doctor(folder, run):
     code, text, _ = run("doctor", "--model", folder / "model")
     assert code == 0 and "7 of 7 sites steered" in text
