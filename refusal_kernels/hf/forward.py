@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch
+from refusal_kernels.hf.checks import check_numbers, check_tokens
 from refusal_kernels.hf.model import decoder, decoder_layers, input_device, layer_input
 
 LAST = torch.tensor([-1])
@@ -95,9 +96,11 @@ def batch_logits(model: Any, batches: Iterable[Batch]) -> Tensor:
     """
     rows, logits = [], []
     for batch in batches:
+        check_tokens(model, int(batch.input_ids.max()), batch.input_ids.shape[1])
         inputs = model_inputs(batch, input_device(model))
         # one row of logits a prompt: the logits of every token would be the run's largest tensor
         out = model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
         logits.append(out.to("cpu", torch.float32))
+        check_numbers(logits[-1], batch.rows)
         rows += batch.rows
     return torch.cat(logits)[torch.tensor(rows).argsort()]

@@ -8,6 +8,7 @@ import torch
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.checks import NoNumbers
 from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.hf.padding import fitted
@@ -45,7 +46,8 @@ def generate(
     Raises
     ------
     InputError
-        If there is no prompt, or a number is below 1.
+        If there is no prompt, a number is below 1, the model has too few positions or no embedding
+        of a token, or its logits are no numbers.
     """
     chat = ChatFormat.of(tokenizer)
     return decoded(chat, generate_ids(model, chat, prompts, max_new_tokens, batch_size))
@@ -79,10 +81,14 @@ def generate_ids(
     answers: list[list[int]] = [[]] * len(prompts)
     device = input_device(model)
     done = 0
-    for batch in fitted(model, chat.stream(prompts, batch_size), decoding=True):
+    batches = fitted(model, chat.stream(prompts, batch_size), new_tokens=max_new_tokens)
+    for batch in batches:
         given = batch.input_ids.to(device), batch.attention_mask.to(device)
         with nullcontext() if around is None else around(batch.rows):
-            out = decode(model, *given, max_new_tokens, ends, chat.pad_id)
+            try:
+                out = decode(model, *given, max_new_tokens, ends, batches.pad_id)
+            except NoNumbers as error:
+                raise NoNumbers(batch.rows[error.row]) from None
         for row, ids in zip(batch.rows, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
             # A row that ended is filled with the pad token, which may not be a special token.
             stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from refusal_kernels.hf.checks import NoNumbers
 from refusal_kernels.hf.forward import LAST
 
 
@@ -58,8 +60,19 @@ def decode(
         The token that fills the rows that have ended.
     more
         Of a `transformers.GenerationConfig`, what the result should have besides the tokens.
+
+    Raises
+    ------
+    NoNumbers
+        If logits are NaN or infinite, with the row of the batch.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    broken: list[Tensor] = []  # of every step: bool [batch]
+
+    def look(_: Tensor, logits: Tensor) -> Tensor:
+        broken.append(~logits.amax(dim=-1).isfinite())
+        return logits
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -70,12 +83,17 @@ def decode(
         **more,
     )
     with bare(model):
-        return model.generate(
+        out = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
+            logits_processor=LogitsProcessorList([look]),
             **last_alone(model),
         )
+    rows = torch.stack(broken).any(dim=0).nonzero()
+    if len(rows):
+        raise NoNumbers(int(rows[0]))
+    return out
 
 
 def last_alone(model: Any) -> dict[str, Any]:

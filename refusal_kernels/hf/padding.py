@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.hf.batches import Batch, Batches
+from refusal_kernels.hf.checks import check_tokens, embedded_tokens
 from refusal_kernels.hf.forward import LAST, model_inputs
 from refusal_kernels.hf.greedy import decode
 from refusal_kernels.hf.model import decoder_layers, input_device, layer_input, text_config
@@ -36,7 +37,7 @@ class _Known(NamedTuple):
 _KNOWN: WeakKeyDictionary[nn.Module, dict[bool, _Known]] = WeakKeyDictionary()
 
 
-def fitted(model: Any, batches: Batches, *, decoding: bool = False) -> Batches:
+def fitted(model: Any, batches: Batches, *, new_tokens: int = 0) -> Batches:
     """Return batches that give a prompt the same result in every batch.
 
     Parameters
@@ -46,14 +47,24 @@ def fitted(model: Any, batches: Batches, *, decoding: bool = False) -> Batches:
     batches
         The prompts. Where padding changes their results they are batched by equal lengths, and
         where other prompts do, one by one.
-    decoding
-        Whether tokens are decoded with a cache, not only read.
+    new_tokens
+        How many tokens are decoded after each prompt, with a cache.
+
+    Raises
+    ------
+    InputError
+        If the model has no embedding of a token, or too few positions.
     """
     count = batches.prompts
+    if count:
+        check_tokens(model, int(batches.tokens.max()), int(batches.ends.diff().max()), new_tokens)
     some = sorted({(count - 1) * k // (PROMPTS - 1) for k in range(PROMPTS)}) if count else []
     rows = [batches.ids(int(batches.order[place])) for place in some]
     given = batches.batch_size, rows, batches.pad_id
-    return batches.cut(*batch_limits(model, *given, decoding=decoding))
+    fit = batches.cut(*batch_limits(model, *given, decoding=new_tokens > 0))
+    if fit.pad_id >= (embedded_tokens(model) or fit.pad_id + 1):
+        fit.pad_id = 0  # masked, so any will do that has an embedding
+    return fit
 
 
 def batch_limits(

@@ -65,7 +65,7 @@ def first_logits(model, batch_size):
 @torch.inference_mode()
 def decoded(model, batch_size):
     answers = [None] * len(LENGTHS)
-    for batch in fitted(model, Batches(prompts(), 0, batch_size), decoding=True):
+    for batch in fitted(model, Batches(prompts(), 0, batch_size), new_tokens=3):
         out = decode(
             model, batch.input_ids, batch.attention_mask, 3, (), 0,
             output_logits=True, return_dict_in_generate=True,

@@ -1,14 +1,16 @@
 """The conditions of an evaluation, and the runner that measures a model under each of them."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.checks import NoNumbers, check_numbers
 from refusal_kernels.hf.forward import LAST, model_inputs
 from refusal_kernels.hf.generate import decoded, generate_ids
 from refusal_kernels.hf.logits import last_logits
@@ -59,6 +61,15 @@ class DosePoint:
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
         return dict(to_json(vars(self)))
+
+
+@contextlib.contextmanager
+def _naming(name: Callable[[int], str]) -> Iterator[None]:
+    """Say under which edit a model gave no numbers, by the row."""
+    try:
+        yield
+    except NoNumbers as error:
+        raise InputError(f"{name(error.row)}: {error}") from None
 
 
 @dataclass
@@ -123,11 +134,12 @@ class ConditionRunner:
                 return handle.route([owners[row] for row in rows])
 
             before = done
-            ids = self.answer(
-                every, around=around, progress=lambda now, _, b=before: progress(b + now, total)
-            )
-            done += len(every)
-            scores, kl = self._last(part, every, around)
+            with _naming(lambda row, names=names, size=size: names[row // size]):
+                ids = self.answer(
+                    every, around=around, progress=lambda now, _, b=before: progress(b + now, total)
+                )
+                done += len(every)
+                scores, kl = self._last(part, every, around)
             for k, name in enumerate(names):
                 rows = slice(k * size, (k + 1) * size)
                 condition = conditions[name]
@@ -149,7 +161,8 @@ class ConditionRunner:
         """Measure right answers and cross-entropy under each of the edits; None for no edit."""
         total, done = len(edits) * (len(skills) + len(passages)), 0
         for name, edit in edits.items():
-            with contextlib.nullcontext() if edit is None else patch(self.model, edit):
+            steered = contextlib.nullcontext() if edit is None else patch(self.model, edit)
+            with steered, _naming(lambda _, name=name: name):
                 for task, items in skills.items():
                     texts = decoded(self.chat, self.answer([prompt for prompt, _ in items]))
                     right = exact_match(texts, [answer for _, answer in items], match or exact)
@@ -172,15 +185,16 @@ class ConditionRunner:
             for number, strength in enumerate(sorted(strengths), 1):
                 handle.strength = strength
                 rates, scores, kl = {}, {}, 0.0
-                for part in ("harmful", "harmless"):
-                    prompts = self.sets[part]
-                    texts = decoded(self.chat, self.answer(prompts))
-                    rates[part] = judged(self.judges[0], prompts, texts)
-                    score, moved = self._last(part, prompts, None)
-                    if score is not None:
-                        scores[part] = float(score.mean())
-                    kl = float(moved.mean())  # kept: that of the harmless prompts, the last
-                loss = self._loss(passages) if passages else None
+                with _naming(lambda _, at=strength: f"{type(edit).__name__} at strength {at:g}"):
+                    for part in ("harmful", "harmless"):
+                        prompts = self.sets[part]
+                        texts = decoded(self.chat, self.answer(prompts))
+                        rates[part] = judged(self.judges[0], prompts, texts)
+                        score, moved = self._last(part, prompts, None)
+                        if score is not None:
+                            scores[part] = float(score.mean())
+                        kl = float(moved.mean())  # kept: that of the harmless prompts, the last
+                    loss = self._loss(passages) if passages else None
                 points.append(DosePoint(strength, **rates, refusal_scores=scores, kl=kl, loss=loss))
                 progress(number, len(strengths))
         return points
@@ -207,6 +221,7 @@ class ConditionRunner:
                 inputs = model_inputs(batch, device)
                 out = self.model(**inputs, use_cache=False, logits_to_keep=LAST)
             logits = out.logits[:, -1].to("cpu", torch.float32)
+            check_numbers(logits, batch.rows)
             rows = torch.tensor(batch.rows)
             kl[rows] = kl_divergence(self.logits[part][rows % size], logits)
             if self.tokens is not None:

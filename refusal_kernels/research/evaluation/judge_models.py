@@ -8,6 +8,7 @@ import torch
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import cut
+from refusal_kernels.hf.checks import check_tokens
 from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import input_device
@@ -123,6 +124,7 @@ class GuardJudge:
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         answers: dict[int, GuardAnswer] = {}
         ends = [ids[order[end]] for end in (0, -1)]
+        check_tokens(self.model, max(map(max, ids)), len(ids[order[0]]), NEW_TOKENS)
         limits = batch_limits(self.model, self.batch_size, ends, self._pad, decoding=True)
         for start, end in cut([len(ids[i]) for i in order], *limits):
             rows = order[start:end]

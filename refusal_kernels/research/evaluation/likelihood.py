@@ -15,6 +15,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_text
 from refusal_kernels.hf.batches import cut
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.checks import check_tokens
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
 from refusal_kernels.hf.padding import batch_limits
@@ -149,6 +150,7 @@ def cross_entropy(
     if not passages:
         raise InputError("there is no text to score; expected two tokens at least")
     order = sorted(passages, key=lambda p: -len(p.ids))
+    check_tokens(model, max(max(p.ids) for p in order), len(order[0].ids))
     limits = batch_limits(model, batch_size, [p.ids for p in (order[0], order[-1])])
     total, count = 0.0, 0
     for start, end in cut([len(p.ids) for p in order], *limits):
