@@ -9,6 +9,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.conversation import Conversation
 from refusal_kernels.hf.templates import DATE, apply_template, own_ids, read_date
+from refusal_kernels.hf.thoughts import opens_thought
 
 INSTRUCTION = "{instruction}"  # its place in a format that is kept as text
 PROBE = "Hello 123"  # a prompt that a template has to show
@@ -37,6 +38,8 @@ class ChatFormat:
     ----------
     positions : int
         The number of end-of-instruction tokens, which follow every instruction.
+    opens_thought : bool
+        Whether every prompt ends inside a thought.
     pad_id : int
         The token that pads the batches: the pad token, or else the end-of-sequence token.
 
@@ -71,6 +74,7 @@ class ChatFormat:
         self._find_parts()
         if system is not None and system.strip() not in self.render("a"):
             raise InputError("the chat template leaves the system prompt out; expected one with it")
+        self.opens_thought = opens_thought(self.render(PROBE).rpartition(PROBE)[2])
         self.positions = self._end_of_instruction()
 
     @classmethod

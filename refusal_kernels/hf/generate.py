@@ -12,6 +12,7 @@ from refusal_kernels.hf.checks import NoNumbers
 from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.hf.padding import fitted
+from refusal_kernels.hf.thoughts import MARKS, OPENING, marked
 from refusal_kernels.progress import Progress
 
 
@@ -41,7 +42,8 @@ def generate(
     Returns
     -------
     list of str
-        The answers without special tokens, in the order of the prompts.
+        The answers without special tokens, in the order of the prompts; the thoughts of a thinking
+        model first.
 
     Raises
     ------
@@ -54,9 +56,21 @@ def generate(
 
 
 def decoded(chat: ChatFormat, answers: Sequence[Sequence[int]]) -> list[str]:
-    """Turn the tokens of answers into texts without special tokens."""
-    decode = chat.tokenizer.decode
-    return [decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    """Turn the tokens of answers into texts without special tokens.
+
+    Thoughts stay in front, between "<think>" and "</think>" where their marks are special tokens; a
+    thought that the chat format has opened begins with the first of them too.
+    """
+    tokenizer = chat.tokenizer
+    special = [str(token) for token in getattr(tokenizer, "all_special_tokens", ())]
+    texts = []
+    for ids in answers:
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if not any(mark in text for marks in MARKS for mark in marks):
+            text = marked(tokenizer.decode(ids), special) or text
+        begun = chat.opens_thought and not text.startswith(OPENING)
+        texts.append(OPENING + text if begun else text)
+    return texts
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.logits import last_logits
+from refusal_kernels.hf.thoughts import split_thought
 from refusal_kernels.research.evaluation.judge_models import load_judge
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.selection.scoring import find_refusal_tokens, refusal_score
@@ -46,14 +47,27 @@ class Judge(Protocol):
 
 
 def judged(judge: Judge, prompts: Sequence[str], completions: Sequence[str]) -> Rate:
-    """Count the completions that are a hit by a judge's verdicts, each from 0 to 1."""
-    verdicts = judge(prompts, completions)
-    if len(verdicts) != len(completions) or not all(0.0 <= v <= 1.0 for v in verdicts):
+    """Count the completions that are a hit by a judge's verdicts, each from 0 to 1.
+
+    A judge reads what follows a thought. A completion that ends inside its thought is no answer
+    yet: it is counted apart.
+    """
+    answers = [split_thought(text)[1] for text in completions]
+    asked = [prompt for prompt, text in zip(prompts, answers, strict=True) if text is not None]
+    done = [text for text in answers if text is not None]
+    if completions and not done:
         raise InputError(
-            f"the judge '{judge.name}' gave {len(verdicts)} verdicts for {len(completions)} "
+            f"all {len(completions)} completions end inside a thought; expected answers to judge: "
+            "let them be longer (max_new_tokens), or do without thinking"
+        )
+    verdicts = judge(asked, done)
+    if len(verdicts) != len(done) or not all(0.0 <= v <= 1.0 for v in verdicts):
+        raise InputError(
+            f"the judge '{judge.name}' gave {len(verdicts)} verdicts for {len(done)} "
             "completions, or not all from 0 to 1; expected one from 0 to 1 for each"
         )
-    return Rate.of(verdict >= 0.5 for verdict in verdicts)
+    hits = sum(verdict >= 0.5 for verdict in verdicts)
+    return Rate(hits, len(verdicts), unfinished=len(answers) - len(done))
 
 
 def is_refusal(text: str, substrings: Sequence[str] = REFUSAL_SUBSTRINGS) -> bool:

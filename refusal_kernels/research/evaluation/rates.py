@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from refusal_kernels.errors import InputError
@@ -25,6 +25,7 @@ class Rate:
 
     k: int
     n: int
+    unfinished: int = 0  # further completions that were no answers yet
 
     def __post_init__(self) -> None:
         if not 0 <= self.k <= self.n or self.n < 1:
@@ -40,7 +41,7 @@ class Rate:
     def pooled(cls, rates: Iterable["Rate"]) -> "Rate":
         """Put the trials of several rates together."""
         every = list(rates)
-        return cls(sum(rate.k for rate in every), sum(rate.n for rate in every))
+        return cls(*map(sum, zip(*map(astuple, every), strict=True)))
 
     @property
     def value(self) -> float:
@@ -59,9 +60,11 @@ class Rate:
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """Return k, n, value and interval, ready for JSON."""
-        return {"k": self.k, "n": self.n, "value": self.value, "interval": list(self.interval)}
+        """Return k, n, value, interval, and what is unfinished, ready for JSON."""
+        told = {"k": self.k, "n": self.n, "value": self.value, "interval": list(self.interval)}
+        return told | ({"unfinished": self.unfinished} if self.unfinished else {})
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.k}/{self.n})"
+        more = f", {self.unfinished} no answer yet" if self.unfinished else ""
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.k}/{self.n}{more})"

@@ -24,7 +24,8 @@ class Statement:
 def percent(rate: Mapping[str, Any]) -> str:
     """Return a rate as text: "0.4 % [0.1, 2.3] of 240", with a no-break space before "%"."""
     low, high = (100 * end for end in rate["interval"])
-    return f"{100 * rate['value']:.1f}\u00a0% [{low:.1f}, {high:.1f}] of {rate['n']}"
+    more = f" ({rate['unfinished']} more no answer yet)" if rate.get("unfinished") else ""
+    return f"{100 * rate['value']:.1f}\u00a0% [{low:.1f}, {high:.1f}] of {rate['n']}{more}"
 
 
 def decimal(value: float, digits: int, signed: bool = False) -> str:

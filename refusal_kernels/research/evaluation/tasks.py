@@ -7,6 +7,7 @@ from typing import Any
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import parse_json, read_text
+from refusal_kernels.hf.thoughts import split_thought
 from refusal_kernels.research.evaluation.rates import Rate
 
 TEXT = "a text file"
@@ -37,7 +38,8 @@ def exact_match(completions: Sequence[str], answers: Sequence[str], match: Match
         raise InputError(
             f"{len(completions)} completions and {len(answers)} answers; expected one each"
         )
-    return Rate.of(match(text, answer) for text, answer in zip(completions, answers, strict=True))
+    said = (split_thought(text)[1] or "" for text in completions)
+    return Rate.of(match(text, answer) for text, answer in zip(said, answers, strict=True))
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:

@@ -275,7 +275,7 @@ def _numbers(
     edited = "refused" not in orthogonalized
 
     def answered(refused: Mapping[str, Any]) -> Rate:
-        return Rate(refused["n"] - refused["k"], refused["n"])
+        return Rate(refused["n"] - refused["k"], refused["n"], refused.get("unfinished", 0))
 
     numbers: dict[str, Measured] = {f"{s}_score": selection[s] for s in ("bypass", "induce", "kl")}
     harmful = {"unmodified": UNMODIFIED, "ablation": ABLATED, "subtraction": SUBTRACTED}
