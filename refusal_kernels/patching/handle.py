@@ -108,7 +108,7 @@ class PatchHandle:
         self._expected = len(self.sites)
         positions = {i.positions for i in self._interventions}
         if positions != {"all"}:
-            hook = Positions(decoder(model), route, last=LAST in positions)
+            hook = Positions(model, decoder(model), route, last=LAST in positions)
             decoder(model).register_forward_pre_hook(hook, with_kwargs=True)
             self._modules.append(decoder(model))
             for module in model.modules():

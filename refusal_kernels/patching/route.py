@@ -65,6 +65,15 @@ class Route:
     def prompt(self, prompt: Tensor | None) -> None:
         self._thread.prompt = self._prompt = prompt
 
+    @property
+    def soft(self) -> bool:
+        """Whether the first pass of ``generate`` is still to say how long a soft prompt is."""
+        return not torch.compiler.is_compiling() and getattr(self._thread, "soft", False)
+
+    @soft.setter
+    def soft(self, soft: bool) -> None:
+        self._thread.soft = soft
+
     def cells(self, x: Tensor) -> Tensor | None:
         """Return the cell of every token of x, in order; None: all take program 0.
 
@@ -116,7 +125,9 @@ class Route:
             cells = cells + phases.repeat_interleave(count // phases.numel(), output_size=count)
         return cells
 
-    def find_phases(self, x: Tensor, past: int | Tensor | None, real: Tensor | None) -> None:
+    def find_phases(
+        self, x: Tensor, past: int | Tensor | None, real: Tensor | None, virtual: int = 0
+    ) -> None:
         """Say of every token whether it is generated, and whether it is its row's last.
 
         Inside ``generate`` that does not depend on how the tokens are spread over passes: the last
@@ -131,13 +142,15 @@ class Route:
             this pass are generated.
         real
             bool [batch, tokens], which are no padding; None: all.
+        virtual
+            How many tokens a prefix of PEFT puts into an empty cache.
         """
         batch, tokens = x.shape[:2]
         place = torch.arange(tokens, device=x.device).expand(batch, tokens)
         prompt = self.prompt
         if past is None or prompt is None:
             end = tokens if real is None else (place * real).amax(dim=1, keepdim=True) + 1
-            generated = past > 0 if isinstance(past, Tensor) else past is None or past > 0
+            generated = True if past is None else past > virtual
             self._latest = (place == end - 1).long() + 2 * generated
         else:
             new = place + past >= prompt
@@ -175,17 +188,19 @@ class Generating:
         ids = next((x for x in given if isinstance(x, Tensor)), None)
         outer = self.route.prompt
         self.route.prompt = None if ids is None else torch.full((), ids.shape[1], device=ids.device)
+        self.route.soft = virtual_tokens(self.module) > 0
         try:
             generate: Any = type(self.module).generate  # type: ignore[attr-defined]
             return generate(self.module, *args, **kwargs)
         finally:
-            self.route.prompt = outer
+            self.route.prompt, self.route.soft = outer, False
 
 
 class Positions:
     """Tells the route what kind of token each is: a pre-hook of the decoder."""
 
-    def __init__(self, module: nn.Module, route: Route, *, last: bool) -> None:
+    def __init__(self, model: nn.Module, module: nn.Module, route: Route, *, last: bool) -> None:
+        self.model = model  # that was patched
         self.route = route
         self.last = last  # whether it matters which token is the last
         self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -203,7 +218,30 @@ class Positions:
         caches = (kwargs.get(name) for name in CACHES)
         past = _past(next((cache for cache in caches if cache is not None), None))
         real = _real(kwargs.get("attention_mask"), x.shape[1], past) if self.last else None
-        self.route.find_phases(x, past, real)
+        if self.route.soft and past is not None and self.route.prompt is not None:
+            total = torch.as_tensor(past + x.shape[1], device=x.device)
+            self.route.prompt, self.route.soft = (
+                total.maximum(self.route.prompt.to(x.device)),
+                False,
+            )
+        self.route.find_phases(x, past, real, virtual_tokens(self.model))
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Return how many tokens PEFT puts before a model's prompts, as embeddings or into the cache.
+
+    They count as the prompt's. A model that is generating for a PEFT model prepares its inputs by
+    that one's method.
+    """
+    prepare = model.__dict__.get("prepare_inputs_for_generation")
+    for owner in (model, getattr(prepare, "__self__", None)):
+        config = getattr(owner, "active_peft_config", None)
+        # while an adapter is disabled, its model's forward is that of the model without
+        forward = getattr(owner, "__dict__", {}).get("forward")
+        enabled = forward is None or getattr(forward, "__self__", None) is owner
+        if enabled and getattr(config, "is_prompt_learning", False):
+            return int(config.num_virtual_tokens or 0)
+    return 0
 
 
 def _past(cache: Any) -> int | Tensor | None:

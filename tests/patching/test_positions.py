@@ -195,3 +195,48 @@ def test_copies_know_their_own_prompts(model, tokens, directions):
     unpatch(twin)
     for m in (model, twin):
         assert [list(vars(part)) for part in m.modules()] == before
+
+
+SOFT = {
+    "prompt tuning": ("PromptTuningConfig", {}),
+    "p-tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "prefix tuning": ("PrefixTuningConfig", {}),
+}
+
+
+@pytest.mark.parametrize("first", ["peft", "patch"])
+@pytest.mark.parametrize("kind", SOFT)
+def test_soft_prompts_belong_to_the_prompt(kind, first):
+    peft = pytest.importorskip("peft")
+    name, more = SOFT[kind]
+    config = getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=3, **more)
+    virtual = 0 if kind == "prefix tuning" else 3  # which a pass over the prompt has in it
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    tokens, d = torch.randint(7, 30, (2, 6)), Direction(torch.randn(64))
+    prompt, new = 6 + virtual, [True]
+    for positions, steered, after in (
+        ("prompt", [True] * prompt, [False]),
+        ("generated", [False] * prompt, new),
+        ("last", [False] * (prompt - 1) + new, new),
+    ):
+        passes = []
+
+        def see(name, h, passes=passes):
+            if name == "layers.1.attn":
+                passes.append(((h @ d.unit).abs() < 1e-5).view(2, -1))
+
+        model = tiny_model()
+        soft = peft.get_peft_model(model, config).eval() if first == "peft" else None
+        with patch(soft or model, Ablate(d, positions=positions)) as handle, handle.watch(see):
+            soft = soft or peft.get_peft_model(model, config).eval()
+            soft.generate(input_ids=tokens, **settings)
+            with soft.disable_adapter():
+                soft.generate(input_ids=tokens, **settings)
+            if first == "peft":
+                with torch.no_grad():
+                    soft(tokens)
+                assert passes.pop().tolist() == [steered] * 2
+        read, decoded, plain_read, plain_decoded = passes
+        assert read.tolist() == [steered] * 2 and bool((decoded == after[0]).all())
+        assert plain_read.tolist() == [steered[virtual:]] * 2
+        assert plain_decoded.tolist() == [after] * 2
