@@ -220,11 +220,10 @@ class Positions:
         real = _real(kwargs.get("attention_mask"), x.shape[1], past) if self.last else None
         if self.route.soft and past is not None and self.route.prompt is not None:
             total = torch.as_tensor(past + x.shape[1], device=x.device)
-            self.route.prompt, self.route.soft = (
-                total.maximum(self.route.prompt.to(x.device)),
-                False,
-            )
-        self.route.find_phases(x, past, real, virtual_tokens(self.model))
+            self.route.prompt = total.maximum(self.route.prompt.to(x.device))
+            self.route.soft = False
+        virtual = 0 if torch.compiler.is_compiling() else virtual_tokens(self.model)
+        self.route.find_phases(x, past, real, virtual)
 
 
 def virtual_tokens(model: nn.Module) -> int:
