@@ -19,7 +19,7 @@ INF = math.inf
 PROMPT, GENERATED, LAST = "prompt", "generated", "last"
 POSITIONS = ("all", PROMPT, GENERATED, LAST)
 EVERY_SITE = "all"
-SITE_KINDS = ("embed", "block_input", "attn", "mlp")
+SITE_KINDS = ("embed", "block_input", "attn", "mlp", "add")
 ORTHONORMAL = 1e-4  # how far a product of two vectors may be from the 0 or 1 that it must be
 
 INTERVENTIONS: dict[str, type["Intervention"]] = {}
@@ -69,8 +69,9 @@ class Intervention(ABC):
         Act in these blocks alone. None: everywhere, the embedding included.
     sites
         Act at these kinds of places alone: "attn" and "mlp", the adds of what attention (or what
-        stands in its place) and MLP write; "block_input", the input of a block; "embed", the input
-        of the first. None or "all": at every residual add, and at the embedding.
+        stands in its place) and MLP write; "add", those of what is neither; "block_input", the
+        input of a block; "embed", the input of the first. None or "all": at every residual add, and
+        at the embedding.
     positions
         Which tokens: "all"; "prompt", what ``generate`` was given (outside it, those of a pass
         without a cache behind it); "generated", all others; "last", the last of every row's prompt
@@ -160,7 +161,7 @@ class Intervention(ABC):
         block
             The number of the block that adds there; None for the embedding.
         writers
-            What is added there: "attn", "mlp" or both.
+            What is added there: "attn", "mlp", both, or "add" for what is neither.
         feeds
             The number of the block whose input this is, or None.
 

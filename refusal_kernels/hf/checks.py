@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.model import decoder, text_config
+from refusal_kernels.hf.model import decoder, input_embedding, text_config
 
 # what configurations call the longest text
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
@@ -32,8 +32,7 @@ def check_numbers(logits: Tensor, rows: Sequence[int]) -> None:
 
 def embedded_tokens(model: Any) -> int | None:
     """Return how many tokens a model has embeddings of; None if it does not say."""
-    embedding = model.get_input_embeddings()
-    return getattr(embedding, "num_embeddings", None)
+    return getattr(input_embedding(model), "num_embeddings", None)
 
 
 def check_tokens(model: Any, highest: int, longest: int, new_tokens: int = 0) -> None:

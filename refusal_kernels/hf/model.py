@@ -72,9 +72,21 @@ def hidden_size(model: Any) -> int:
     return int(size)
 
 
+def input_embedding(model: Any) -> Any:
+    """Return the module that embeds tokens, or None if the model does not say which that is."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a class of someone's own need not know
+        return None
+    return embedding if hasattr(embedding, "weight") else None
+
+
 def input_device(model: Any) -> torch.device:
     """Return where the model takes its tokens; model.device is not it where it is spread out."""
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
+    if embedding is None:
+        first: torch.Tensor = next(model.parameters())
+        return first.device
     device: torch.device = embedding.weight.device
     if device.type == "meta":  # offloaded by accelerate, which says where it will run
         device = torch.device(embedding._hf_hook.execution_device)

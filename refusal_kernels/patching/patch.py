@@ -140,7 +140,7 @@ def _meets(i: Intervention, place: Place) -> bool:
     """Whether an intervention acts at a place; where a block can't be read, at its end alone."""
     if not place.unread:
         return i.meets(place.block, place.writers, place.feeds)
-    inside = i.every_site or {"attn", "mlp"} & set(i.sites or ())
+    inside = i.every_site or {"attn", "mlp", "add"} & set(i.sites or ())
     if inside and (i.layers is None or place.block in i.layers):
         raise InputError(
             place.unread + "; only the inputs of blocks can be steered there (block_input=..., "

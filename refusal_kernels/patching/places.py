@@ -95,7 +95,7 @@ def _in_layer(
     counts: dict[str, int] = {}
 
     def name(writers: frozenset[str]) -> str:
-        kind = "+".join(sorted(writers)) or "add"
+        kind = "+".join(sorted(writers))
         counts[kind] = counts.get(kind, 0) + 1
         again = f".{counts[kind] - 1}" if counts[kind] > 1 else ""
         return f"layers.{number}.{kind}{again}"

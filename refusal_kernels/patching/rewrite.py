@@ -37,6 +37,7 @@ WRITERS = (
         re.compile(r"attn|attention|mixer|conv|mamba|ssm|recurrent|temporal|mlstm|linear_att"),
     ),
 )
+OTHER = "add"  # what is written by none of these
 # Methods whose result holds the same numbers, so is still the stream.
 SAME = {"view", "reshape", "contiguous", "to", "float", "type_as", "clone", "flatten", "squeeze"}
 
@@ -45,7 +46,8 @@ SAME = {"view", "reshape", "contiguous", "to", "float", "type_as", "clone", "fla
 class ResidualAdd:
     """One residual add in the source of a forward."""
 
-    writers: frozenset[str]  # what it adds: "attn", "mlp", both where they are added in one sum
+    writers: frozenset[str]  # what it adds: "attn", "mlp", both where they are added in one sum,
+    # or "add" for what is neither
     modules: frozenset[str]  # that write what is added, as source such as ``self.mlp``
     guards: tuple[tuple[str, bool], ...]  # the conditions it stands under, as (source, outcome)
     # the submodules, as source such as ``self.post_attention_layernorm``, that are called with the
@@ -157,6 +159,7 @@ class _Follow(ast.NodeTransformer):
     def _new_site(self, branch: ast.AST) -> ast.Subscript:
         behind = self.writers(branch)
         kinds, modules = frozenset(k for k, _ in behind), frozenset(m for _, m in behind)
+        kinds = kinds or frozenset({OTHER})
         self.adds.append(ResidualAdd(kinds, modules, self.guards))
         sites = ast.Attribute(ast.Name("self", ast.Load()), SITES_ATTRIBUTE, ast.Load())
         return ast.Subscript(sites, ast.Constant(len(self.adds) - 1), ast.Load())

@@ -12,7 +12,7 @@ from torch import nn
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.hf.model import hidden_size
+from refusal_kernels.hf.model import hidden_size, input_embedding
 from refusal_kernels.patching.handle import is_patched
 from refusal_kernels.weights.certificate import Certificate, prove
 from refusal_kernels.weights.projection import project_, unit
@@ -89,6 +89,11 @@ def check_model(model: Any, direction: Direction) -> None:
         )
     if is_patched(model):
         raise InputError("the model is patched; remove the patch before its weights are edited")
+    if input_embedding(model) is None:
+        raise InputError(
+            f"{type(model).__name__} does not say which module embeds its tokens; expected one "
+            "whose get_input_embeddings does"
+        )
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise InputError(

@@ -5,6 +5,7 @@ import inspect
 import traceback
 
 import pytest
+import tiny_families
 import torch
 from steering import GREEDY, HIDDEN, LAYERS, SITES, is_plain
 from tiny import FAMILIES, tiny_model
@@ -335,3 +336,19 @@ def test_compile_program_shapes(direction):
     assert torch.allclose(bank[0, 0, 0].norm(), torch.tensor(1.0))
     assert torch.equal(bank[0, 1, 1], direction.vector)
     assert params[0, :, :3].tolist() == [[-0.5, 0.0, 0.0], [0.0, 0.0, 2.0]]
+
+
+def test_an_add_that_neither_attention_nor_mlp_writes_can_be_named():
+    """Gemma 4 adds a third time in every block, what it looks up of every token."""
+    model = tiny_families.build("gemma4_text")
+    inputs, direction = tiny_families.inputs(model), Direction(torch.randn(64))
+    with patch(model, Ablate(direction, sites=["add"], layers=[1, 3])) as handle:
+        steered = [site.name for site in handle.report().sites]
+    assert steered == ["layers.1.add", "layers.3.add"]
+    parts = [Ablate(direction, sites=[kind]) for kind in ("embed", "attn", "mlp", "add")]
+    with patch(model, *parts), torch.no_grad():
+        got = model(**inputs).logits
+    with patch(model, Ablate(direction)), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, got)
+    with pytest.raises(InputError, match="no place of the model is at sites"):
+        patch(tiny_model(), Ablate(direction, sites=["add"]))

@@ -3,11 +3,12 @@
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from checkpoints import IDS, ablated, direction, is_close
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
@@ -330,3 +331,15 @@ def test_a_certificate_in_half_precision_says_what_rounding_leaves() -> None:
     said = certificate.to_dict()
     assert said["component"] == certificate.component and said["problem"] is None
     assert f"{certificate.component:.1e}" in str(certificate)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, AttributeError])
+def test_a_class_that_does_not_know_its_embedding_is_refused(error, monkeypatch):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    expected = rk.generate(model, tokenizer, ["make tea", "storm"], 4)
+    monkeypatch.setattr(type(model), "get_input_embeddings", mock.Mock(side_effect=error))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(rk.InputError, match="LlamaForCausalLM does not say which module embeds"):
+        rk.orthogonalize(model, rk.Direction(torch.randn(64)))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert rk.generate(model, tokenizer, ["make tea", "storm"], 4) == expected
