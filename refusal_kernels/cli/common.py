@@ -46,9 +46,10 @@ def provenance(model: str, language_model: Any) -> dict[str, Any]:
     from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.hf.model import input_device
 
+    embedded = EMBEDDED.get(model)
     return {
-        "model": "the toy model" if model == "toy" else model,
-        "title": EMBEDDED[model].title if model in EMBEDDED else title_of(model),
+        "model": embedded.title if embedded else model,
+        "title": embedded.title if embedded else title_of(model),
         "versions": versions(),
         "device": describe_device(input_device(language_model)),
         "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),

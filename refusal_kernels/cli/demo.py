@@ -31,7 +31,9 @@ def demo(
     refusals: RefusalOptions,
     thresholds: ThresholdOptions,
     out: Annotated[Path, Option(help="The folder of the report.")] = Path("out/demo"),
-    rounds: Annotated[int, Option(min=2, help="Rounds of the speed comparison.")] = 15,
+    rounds: Annotated[
+        int | None, Option(min=2, help="Rounds of the speed comparison; default: 15, smollm2: 5.")
+    ] = None,
     json_file: options.Json = None,
 ) -> None:
     """Show the paper's finding from beginning to end, on the toy model or on yours."""
@@ -68,8 +70,14 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
     for category in ("harmful", "harmless"):
         rates = report["refusal_rate"][category]
         table.add_row(f"{category} prompts refused", *(f"{100 * rates[m]:.1f} %" for m in methods))
+        intervals = [report["refusal_interval"][category][m] for m in methods]
+        cells = [f"{100 * low:.0f} to {100 * high:.0f}" for low, high in intervals]
+        table.add_row("  95 % interval", *cells, style="dim")
     if kept := report["capability"]:
         table.add_row("skills", *(f"{100 * kept[m]:.1f} %" if m in kept else "" for m in methods))
+    for text, loss in report["cross_entropy"].items():
+        cells = [f"{loss[m]:.4f}" if m in loss else "" for m in methods]
+        table.add_row(f"cross-entropy on {text}", *cells)
     speeds = report["speed"]
     speed = {"unmodified": "unmodified", "ablated": "fused", "orthogonalized": "orthogonalized"}
     ratios = [f"{speeds[speed[m]]['median']:.3f}" if m in speed else "" for m in methods]
@@ -80,6 +88,12 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
         for split, part in report["prompts"].items()
     )
     console.print(f"prompts: {used}", soft_wrap=True)
+    random = [
+        f"{100 * report['refusal_rate'][category][f'random {edit}']:.1f} % of {category} prompts "
+        f"refused with it {edit}"
+        for category, edit in (("harmful", "ablated"), ("harmless", "added"))
+    ]
+    console.print(f"control, a random direction: {', '.join(random)}", soft_wrap=True)
     hooks, fused, chosen = speeds["hooks"], speeds["fused"], report["selection"]
     console.print(
         f"direction: layer {chosen['layer']}, position {chosen['position']}; "

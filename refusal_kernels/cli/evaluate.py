@@ -67,8 +67,9 @@ def evaluate(
         Option(metavar="[NAME=]FILE", help="A .jsonl of prompt and answer; repeat for several."),
     ] = None,
     match: Annotated[
-        str, options.choice("When an answer to a --task is right: {}.", _MATCHES)
-    ] = "exact",
+        str | None,
+        options.choice("When an answer to a task is right: {}; default: exact.", _MATCHES),
+    ] = None,
     lm_eval: Annotated[
         str | None, Option(metavar="TASK,...", help="Tasks of the lm-evaluation-harness.")
     ] = None,
@@ -112,14 +113,17 @@ def evaluate(
     if at is None:
         raise InputError(f"{direction} does not say at which layer to add; give --layer")
 
-    from refusal_kernels import toy
     from refusal_kernels.direction import Candidates
+    from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.research.evaluation import evidence
     from refusal_kernels.research.evaluation.html import write_page
-    from refusal_kernels.research.evaluation.likelihood import answers, context_of, read_passages
+    from refusal_kernels.research.evaluation.likelihood import (
+        context_of,
+        own_passages,
+        read_passages,
+    )
     from refusal_kernels.research.evaluation.tasks import MATCHES, read_pairs
     from refusal_kernels.research.sources import read_prompts
-    from refusal_kernels.toy.world import phrase, plan, requests
 
     doses = evidence.STRENGTHS if strengths is None else _numbers(strengths)
     sets = prompts.read(loading.model, "test")
@@ -151,10 +155,10 @@ def evaluate(
     context = context_of(model)
     files = common.named_sources(text or [], "--text")
     passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
-    if loading.model == "toy":
-        plans = [(phrase(request), plan(request)) for request in requests("harmless", "test")]
-        tasks = {**toy.skills(), **tasks}
-        passages = {**passages, "plans": answers(template, plans[:most])}
+    if embedded := EMBEDDED.get(loading.model):
+        tasks = {**embedded.material.skills(), **tasks}
+        passages = {**passages, **own_passages(model, template, embedded.material, most)}
+        match = match or embedded.match
 
     with progress_bars() as step:
         document = evidence.evaluate(
@@ -169,7 +173,7 @@ def evaluate(
             refusal_tokens=tokens,
             layer=at,
             skills=tasks,
-            match=MATCHES[match],
+            match=MATCHES[match or "exact"],
             texts=passages,
             strengths=doses,
             random_controls=random_controls,

@@ -80,7 +80,7 @@ def reproduce(
         Path | None, Option(help="Write the results as a row to compare with.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, Option(min=1, help="The longest answer; default: 512, toy: 64.")
+        int | None, Option(min=1, help="The longest answer; default: 512, less for models by name.")
     ] = None,
     json_file: options.Json = None,
 ) -> None:
@@ -91,14 +91,21 @@ def reproduce(
     every number is within its tolerance, 1 if one is not or no candidate passes the thresholds. The
     toy model is compared with a recorded row of its own.
     """
-    from refusal_kernels import toy
+    from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.research import plots
-    from refusal_kernels.research.evaluation.likelihood import context_of, read_passages
+    from refusal_kernels.research.evaluation.likelihood import (
+        context_of,
+        own_passages,
+        read_passages,
+    )
+    from refusal_kernels.research.evaluation.tasks import MATCHES
     from refusal_kernels.research.reproduction import paper
     from refusal_kernels.research.reproduction.rows import compare, paper_name, recorded
     from refusal_kernels.research.reproduction.run import run
     from refusal_kernels.research.selection.scoring import AUTO, PAPER
+    from refusal_kernels.research.sources import SIZES
 
+    embedded = EMBEDDED.get(loading.model)
     rows = _rows(loading.model, row, against)
     given = None if direction is None else common.read_direction(direction)
     sources = prompts.harmful, prompts.harmless, harmful_test
@@ -115,8 +122,8 @@ def reproduce(
     model, template = chat.load(loading, sets["train"], given)
     context = context_of(model)
     passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
-    if not passages and loading.model == "toy":
-        passages = paper.toy_texts(template)
+    if not passages and embedded is not None:
+        passages = own_passages(model, template, embedded.material, SIZES["test"])
     elif not passages and texts != 0:
         passages = paper.read_paper_texts(template, texts or paper.PASSAGES)
     about, tokens = common.provenance(loading.model, model), refusals.tokens
@@ -128,23 +135,24 @@ def reproduce(
         tokenizer=template,
         prompts=sets,
         texts=passages,
-        skills=toy.skills() if loading.model == "toy" else {},
+        skills=embedded.material.skills() if embedded else {},
+        match=MATCHES[embedded.match] if embedded else None,
         refusal_tokens=tokens,
         filter=filter_prompts,
         thresholds=thresholds.arguments(),
         direction=given,
         benchmarks=suite,
-        max_new_tokens=max_new_tokens or (64 if loading.model == "toy" else 512),
+        max_new_tokens=max_new_tokens or (embedded.answer_tokens if embedded else 512),
         batch_size=chat.batch_size,
         seed=prompts.seed,
         controls=controls,
-        identity=_identity(toy.PATH if loading.model == "toy" else Path(loading.model), model),
+        identity=_identity(embedded.folder() if embedded else Path(loading.model), model),
     )
     with progress_bars() as step:
         result = run(inputs, out, step)
     comparisons = compare(result.numbers, rows)
     others = [*sources, *(text or [])]
-    if loading.model != "toy" and any(source is not None for source in others):
+    if embedded is None and any(source is not None for source in others):
         result.notes.append("the prompts or texts are not the paper's: its numbers may not apply")
     document = _write(out, result, comparisons, about)
     if not result.evidence:
@@ -165,6 +173,7 @@ def reproduce(
 
 def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow]:
     """Return the rows to compare with."""
+    from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.research.reproduction import rows
 
     if against is not None:
@@ -172,8 +181,8 @@ def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow
     if row is not None and rows.paper_name(row) is None:
         names = ", ".join(rows.paper()["models"].values())
         raise InputError(f"--row is '{row}'; expected one of {names}")
-    if model == "toy" and row is None:
-        return [rows.read_row(rows.TOY_ROW)] if rows.TOY_ROW.is_file() else []
+    if model in EMBEDDED and row is None and (own := rows.own_row(model)).is_file():
+        return [rows.read_row(own)]
     return rows.paper_rows(row or model)
 
 

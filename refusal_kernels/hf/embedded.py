@@ -7,12 +7,12 @@ Q4_1. The first use dequantizes it into a folder of the user's cache, in float32
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from refusal_kernels import toy
+from refusal_kernels import smollm2, toy
 from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.files.atomic import new_folder
 
@@ -23,13 +23,48 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 
 
+Pairs = list[tuple[str, str]]
+"""Prompts with their answers."""
+
+
+class Material(Protocol):
+    """What a model that is known by name is examined with."""
+
+    def prompts(self, category: Any, split: Any, /) -> list[str]:
+        """Return its prompts: of "harmful" or "harmless", and of a split."""
+
+    def skills(self) -> dict[str, Pairs]:
+        """Return by name its tasks with one right answer."""
+
+    def texts(self) -> Mapping[str, str | Pairs]:
+        """Return by name what its cross-entropy is measured on: prose, or the answers of pairs."""
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo runs: the most prompts per class of each split, and the timed rounds."""
+
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    rounds: int = 15
+    batch: int = 32  # prompts of a timed batch
+
+
 @dataclass(frozen=True)
 class EmbeddedModel:
     """A model that is known by name. It runs in float32 where no other dtype is asked for."""
 
     title: str  # what reports call it
     folder: Callable[[], Path]  # returns weights and tokenizer; makes them at the first use
+    material: Material
+    match: str = "exact"  # when an answer to a task is right: a key of `tasks.MATCHES`
+    answer_tokens: int = 64  # the longest answer
+    demo: DemoSize = DemoSize()
     adapter: Path | None = None  # a PEFT folder, which is merged into the weights
+
+
+SMOLLM2_DEMO = DemoSize(64, 16, 60, rounds=5, batch=8)  # some ten minutes on two cores
 
 
 def cache_folder() -> Path:
@@ -116,6 +151,8 @@ def _check_digest(file: Path, sha256: str, remedy: str) -> None:
 
 
 EMBEDDED = {
-    "toy": EmbeddedModel("the toy model", lambda: toy.PATH),
-    "smollm2": EmbeddedModel("SmolLM2-135M-Instruct", smollm2_folder),
+    "toy": EmbeddedModel("the toy model", lambda: toy.PATH, toy),
+    "smollm2": EmbeddedModel(
+        "SmolLM2-135M-Instruct", smollm2_folder, smollm2, "contains", 32, SMOLLM2_DEMO
+    ),
 }

@@ -143,7 +143,7 @@ def _results(
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code may ignore these hooks
             if decoding:
-                options = {"output_logits": True, "return_dict_in_generate": True}
+                options: dict[str, Any] = dict(output_logits=True, return_dict_in_generate=True)
                 given = inputs["input_ids"], inputs["attention_mask"]
                 logits = decode(model, *given, NEW_TOKENS, (), pad_id, **options).logits
             else:

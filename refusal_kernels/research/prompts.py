@@ -1,13 +1,13 @@
 """Prompts by the names that the command line takes, cut into the parts of an experiment."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refusal_kernels import smollm2, toy
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.research.selection.scoring import (
     TokenSpec,
@@ -27,13 +27,6 @@ from refusal_kernels.research.sources import (
 Source = str | os.PathLike[str]
 Parts = dict[str, Sequence[str]]
 CATEGORIES = ("harmful", "harmless")
-_SPLITS: tuple[Any, ...] = tuple(SIZES)
-OWN_PROMPTS: Mapping[str, Callable[[Any, Any], list[str]]] = {
-    "toy": toy.prompts,
-    "smollm2": smollm2.prompts,
-    "smollm2-refuses": smollm2.prompts,
-}
-"""The prompts of the models that bring their own: by category and split."""
 
 
 def prompts_for(
@@ -65,7 +58,7 @@ def _all_prompts(
 ) -> dict[str, Parts]:
     """Read all prompts of both categories, under "all"; those that have splits in them too."""
     given: dict[Any, Source | None] = {"harmful": harmful, "harmless": harmless}
-    own = OWN_PROMPTS.get(model)
+    embedded = EMBEDDED.get(model)
     parts: dict[str, Parts] = {}
     for name, source in given.items():
         if source is not None:
@@ -76,25 +69,23 @@ def _all_prompts(
                 split: split_prompts(prompts, {"all": None}, seed)["all"]
                 for split, prompts in read.items()
             }
-        elif own is not None:
-            splits = {split: own(name, split) for split in _SPLITS}
+        elif embedded is not None:
+            splits = {split: embedded.material.prompts(name, split) for split in SIZES}
             parts[name] = {**splits, "all": [p for split in splits.values() for p in split]}
         else:
-            raise InputError(
-                f"--{name} FILE is needed: only {', '.join(OWN_PROMPTS)} bring prompts"
-            )
+            raise InputError(f"--{name} FILE is needed: only {', '.join(EMBEDDED)} bring prompts")
     return parts
 
 
 def split_sources(source: Source) -> dict[str, Source]:
     """Return the source of each split from "train=A,validation=B,test=C"; of "all" otherwise."""
     text = str(source)
-    if not text.startswith(tuple(f"{split}=" for split in _SPLITS)) or os.path.exists(text):
+    if not text.startswith(tuple(f"{split}=" for split in SIZES)) or os.path.exists(text):
         return {"all": source}
     sources: dict[str, Source] = {}
     for part in text.split(","):
         split, _, file = part.partition("=")
-        if split not in _SPLITS or not file or split in sources:
+        if split not in SIZES or not file or split in sources:
             raise InputError(
                 f"'{text}' names no source for each split; expected "
                 "train=SOURCE,validation=SOURCE,test=SOURCE, or some of them"

@@ -22,6 +22,7 @@ __all__ = [
     "refusals",
     "skills",
     "text",
+    "texts",
     "training_digest",
 ]
 
@@ -78,6 +79,11 @@ def skills() -> dict[str, list[tuple[str, str]]]:
 def text() -> str:
     """Plain prose of some 1,200 words in 14 paragraphs, for the cross-entropy."""
     return (DATA / "text.txt").read_text(encoding="utf-8")
+
+
+def texts() -> dict[str, str]:
+    """Return `text` under its name, "prose"."""
+    return {"prose": text()}
 
 
 def refusals() -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from refusal_kernels.toy.world import prompts, skills
+from refusal_kernels.toy.world import phrase, plan, prompts, requests, skills
 
-__all__ = ["PATH", "load", "prompts", "skills"]
+__all__ = ["PATH", "load", "prompts", "skills", "texts"]
 
 PATH = Path(__file__).parent / "model"
 """The folder of the toy model, in the layout of Hugging Face transformers."""
@@ -36,3 +36,9 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(PATH, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(PATH, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def texts() -> dict[str, list[tuple[str, str]]]:
+    """Return the helpful answers to the harmless test prompts, under the name "plans"."""
+    asked = requests("harmless", "test")
+    return {"plans": [(phrase(request), plan(request)) for request in asked]}

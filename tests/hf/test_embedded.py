@@ -8,6 +8,7 @@ import torch
 from tiny import run_command, tiny_model, tiny_tokenizer
 
 import refusal_kernels as rk
+from refusal_kernels import toy
 from refusal_kernels.hf import embedded
 from refusal_kernels.hf.model import hidden_size
 
@@ -140,7 +141,7 @@ def test_an_adapter_is_merged_into_the_weights(tmp_path, monkeypatch):
     config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(tiny_model(), config)
     adapted.save_pretrained(tmp_path / "adapter")
-    entry = embedded.EmbeddedModel("merged", lambda: base, tmp_path / "adapter")
+    entry = embedded.EmbeddedModel("merged", lambda: base, toy, adapter=tmp_path / "adapter")
     monkeypatch.setitem(embedded.EMBEDDED, "merged", entry)
 
     model, _ = rk.load("merged", "cpu")

@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 
 from refusal_kernels import smollm2
+from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.research.evaluation.judges import is_refusal
 from refusal_kernels.research.evaluation.tasks import read_pairs
 from refusal_kernels.research.prompts import prompts_for
@@ -69,7 +70,7 @@ def test_other_instructions_are_in_no_split():
 
 def test_they_are_read_as_any_file_is_and_are_the_model_s_own():
     assert read_prompts(smollm2.DATA / "harmful.test.txt") == smollm2.prompts("harmful", "test")
-    for model in ("smollm2", "smollm2-refuses"):
+    for model in (name for name, entry in EMBEDDED.items() if entry.material is smollm2):
         assert prompts_for(model, "test", None, None) == {
             category: smollm2.prompts(category, "test") for category in smollm2.CATEGORIES
         }

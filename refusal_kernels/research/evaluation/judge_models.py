@@ -153,7 +153,7 @@ class GuardJudge:
         input_ids, mask = pad_left(ids, self._pad)
         device = input_device(self.model)
         ends = end_tokens(self.model, self.tokenizer)
-        options = {"return_dict_in_generate": True, "output_logits": True}
+        options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
         given = input_ids.to(device), mask.to(device)
         out = decode(self.model, *given, NEW_TOKENS, ends, self._pad, **options)
         new = out.sequences[:, input_ids.shape[1] :].tolist()
@@ -198,7 +198,7 @@ def load_judge(
         kinds = AutoConfig.from_pretrained(name).architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             return ClassifierJudge(name, label or None, device=device, batch_size=batch_size)
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **REPORTED)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **REPORTED)
         guard = check_loaded(name, *loaded)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except InputError as error:

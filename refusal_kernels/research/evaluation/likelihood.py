@@ -16,6 +16,7 @@ from refusal_kernels.files.atomic import read_text
 from refusal_kernels.hf.batches import cut
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.checks import check_tokens
+from refusal_kernels.hf.embedded import Material
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
 from refusal_kernels.hf.padding import batch_limits
@@ -117,6 +118,19 @@ def answers(tokenizer: Any, pairs: Sequence[tuple[str, str | Sequence[int]]]) ->
         if answer:
             passages.append(Passage([*ids, *answer], len(ids)))
     return passages
+
+
+def own_passages(
+    model: Any, tokenizer: Any, material: Material, most: int | None = None
+) -> dict[str, list[Passage]]:
+    """Make passages of the texts that a model known by name brings, of at most so many pairs."""
+    chat = ChatFormat.of(tokenizer)
+    return {
+        name: windows(chat.tokenizer, [text], context_of(model))
+        if isinstance(text, str)
+        else answers(chat, text[:most])
+        for name, text in material.texts().items()
+    }
 
 
 def context_of(model: Any) -> int:

@@ -13,7 +13,7 @@ from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, judged, make_judge
 from refusal_kernels.research.evaluation.rates import Rate, to_json
-from refusal_kernels.research.evaluation.tasks import exact_match
+from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def measure_outcomes(
     harmless: Sequence[str],
     interventions: Mapping[str, Intervention | None],
     skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    match: Match | None = None,
     judge: Judge | str = "substrings",
     max_new_tokens: int = 64,
     batch_size: int = 64,
@@ -71,8 +72,9 @@ def measure_outcomes(
         Test prompts, other than those that the direction was extracted from.
     interventions
         By name; None for the unmodified model.
-    skills
-        By name: pairs of a prompt and its one right answer.
+    skills, match
+        By name: pairs of a prompt and its one right answer; and when a completion is right
+        (default: exact).
     judge
         Counts the refusals: a judge or its spec; by default the paper's substrings.
     max_new_tokens, batch_size
@@ -112,7 +114,9 @@ def measure_outcomes(
             # the model is still patched: a judge may run it
             rates = [judged(judge, sets[name], completions[name]) for name in list(sets)[:2]]
         right = {
-            name: exact_match(completions[f"skill:{name}"], [answer for _, answer in items])
+            name: exact_match(
+                completions[f"skill:{name}"], [answer for _, answer in items], match or exact
+            )
             for name, items in skills.items()
         }
         outcomes[label] = Outcome(

@@ -1,7 +1,7 @@
 """The inputs of the paper's protocol: its prompts, its texts, its benchmarks.
 
-Arditi et al. 2024 (arXiv 2406.11717), appendix A and the paper's code. The toy model has inputs of
-its own.
+Arditi et al. 2024 (arXiv 2406.11717), appendix A and the paper's code. A model that is known by
+name has inputs of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,10 @@ from typing import Any
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.research.evaluation.likelihood import Passage, answers
-from refusal_kernels.research.prompts import OWN_PROMPTS, prompts_for, split_sources
+from refusal_kernels.research.evaluation.tasks import Match
+from refusal_kernels.research.prompts import prompts_for, split_sources
 from refusal_kernels.research.selection.scoring import TokenSpec
 from refusal_kernels.research.sources import (
     SEED,
@@ -23,7 +25,6 @@ from refusal_kernels.research.sources import (
     split_prompts,
     split_sizes,
 )
-from refusal_kernels.toy.world import phrase, plan, requests
 
 # the paper's sources; the paper's own files of splits are not used
 HARMFUL = "advbench+malicious_instruct+tdc2023+harmbench"
@@ -77,6 +78,7 @@ class ProtocolInputs:
     prompts: Prompts
     texts: Mapping[str, Sequence[Passage]] = field(default_factory=dict)  # for the cross-entropy
     skills: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    match: Match | None = None  # when an answer to a skill's prompt is right; None: exact
     refusal_tokens: TokenSpec = None  # None: found on the training prompts
     filter: bool = True  # whether prompts that are not treated as their class asks are removed
     thresholds: Mapping[str, Any] = field(default_factory=dict)  # arguments of `select`
@@ -104,7 +106,7 @@ def read_protocol_prompts(
     that is too small is cut in the same proportions; one that names a source for each split
     (`prompts_for`) is not cut.
     """
-    if model in OWN_PROMPTS and not (harmful or harmless or harmful_test):
+    if model in EMBEDDED and not (harmful or harmless or harmful_test):
         own = {split: prompts_for(model, split, None, None) for split in SIZES}
         return {s: {c: list(p)[: SIZES[s]] for c, p in part.items()} for s, part in own.items()}
     if harmful_test is None and harmful is None:
@@ -151,9 +153,3 @@ def read_paper_texts(chat: ChatFormat, count: int = PASSAGES) -> dict[str, list[
         "pile": [Passage(tokens) for tokens in ids if len(tokens) > 1],
         "alpaca": answers(chat, [(prompt, answer) for prompt, answer in pairs]),
     }
-
-
-def toy_texts(chat: ChatFormat) -> dict[str, list[Passage]]:
-    """Return the toy model's text: the helpful answers to its harmless test prompts."""
-    asked = requests("harmless", "test")[: SIZES["test"]]
-    return {"plans": answers(chat, [(phrase(request), plan(request)) for request in asked])}

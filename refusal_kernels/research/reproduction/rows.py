@@ -16,7 +16,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json, write_json
 from refusal_kernels.research.evaluation.rates import Rate
 
-PAPER, TOY_ROW = (Path(__file__).with_name(name) for name in ("paper.json", "toy_row.json"))
+PAPER = Path(__file__).with_name("paper.json")
 FORMAT = "refusal_kernels.row"
 RATES = "substring_*|harmless_*|skill_*"
 # The tolerances of a recorded row. Between instruction sets float32 sums differ by about 1e-4 in a
@@ -31,6 +31,11 @@ RECORDED = (
 
 Measured = Rate | float
 """A measured number; a rate knows how many prompts it was measured on."""
+
+
+def own_row(model: str) -> Path:
+    """Return the file of the row that was recorded of a model by name; not every model has one."""
+    return Path(__file__).with_name(f"{model}_row.json")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class _Protocol:
         self.size, self.test = inputs.batch_size, inputs.prompts["test"]
         self.measured: dict[str, Any] = {
             "harmful": self.test["harmful"], "harmless": self.test["harmless"],
-            "skills": inputs.skills, "max_new_tokens": inputs.max_new_tokens,
+            "skills": inputs.skills, "match": inputs.match, "max_new_tokens": inputs.max_new_tokens,
             "batch_size": self.size,
         }  # fmt: skip
         chat, dtype = self.chat, str(next(self.model.parameters()).dtype)

@@ -20,7 +20,7 @@ from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.research import sources
 from refusal_kernels.research.evaluation.judges import is_refusal
-from refusal_kernels.research.evaluation.likelihood import cross_entropy
+from refusal_kernels.research.evaluation.likelihood import answers, cross_entropy
 from refusal_kernels.research.reproduction import paper
 from refusal_kernels.research.reproduction.rows import paper_rows, read_row
 
@@ -68,7 +68,7 @@ def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
     direction = Direction.load(toy_folder / "direction.safetensors")
     harmful, harmless = (toy.prompts(name, "test")[:100] for name in ("harmful", "harmless"))
     layer = direction.layer
-    plans = paper.toy_texts(ChatFormat(tokenizer))["plans"]
+    plans = answers(ChatFormat(tokenizer), toy.texts()["plans"][:100])
     for edit, prompts, rate, loss in (
         (None, harmful, "substring_asr_unmodified", "plans_unmodified"),
         (Ablate(direction), harmful, "substring_asr_ablation", "plans_ablation"),

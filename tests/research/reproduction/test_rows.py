@@ -8,12 +8,12 @@ import pytest
 from refusal_kernels.errors import InputError
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.reproduction.rows import (
-    TOY_ROW,
     RecordedRow,
     Tolerance,
     accepted,
     alike,
     compare,
+    own_row,
     paper_name,
     paper_rows,
     read_row,
@@ -81,7 +81,7 @@ def test_tolerances_follow_from_the_tables() -> None:
 
 
 def test_the_toy_row_is_whole() -> None:
-    row = read_row(TOY_ROW)
+    row = read_row(own_row("toy"))
     assert row.model == "the toy model" and len(row.numbers) == 22
     assert set(row.numbers) == set(row.tolerances)
     # narrow enough to tell an ablation from none, and an addition
