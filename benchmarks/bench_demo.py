@@ -1,6 +1,7 @@
 """The demo's refusals, skills and speed, as a result file.
 
 python benchmarks/bench_demo.py --out benchmarks/results/demo-cpu.jsonl
+python benchmarks/bench_demo.py --model smollm2 --out benchmarks/results/smollm2-cpu.jsonl
 """
 
 import argparse
@@ -26,8 +27,12 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
             count = report["prompts"]["test"][category]
             rows.append({**row, "low": low, "high": high, "count": count})
     for method, skills in report["skills"].items():
+        if not skills:  # a control
+            continue
         right = report["capability"].get(method)
         rows.append({"method": NAMES.get(method, method), "skills": skills, "right": right})
+    for text, losses in report["cross_entropy"].items():
+        rows += [{"method": method, "text": text, "nats": nats} for method, nats in losses.items()]
     for method, speed in report["speed"].items():
         low, high = speed["quartiles"]
         row = {"method": NAMES.get(method, method), "ratio": speed["median"]}
@@ -38,15 +43,17 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="toy")
     parser.add_argument("--rounds", default="31")
     parser.add_argument("--out", type=Path, required=True, help="write the results here")
     options = parser.parse_args()
-    head = header("the demo: refusals, skills and speed of the toy model")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "refusal_kernels", "demo", "--device", "cpu"]
-        command += ["--rounds", options.rounds, "--out", folder]
+        command += ["--model", options.model, "--rounds", options.rounds, "--out", folder]
         subprocess.run(command, check=True)
         report = json.loads((Path(folder) / "report.json").read_text())
+    head = header(f"the demo: refusals, skills and speed of {report['model']}")
+    head |= {"prompts": report["prompts"]}
     head |= {name: report["selection"][name] for name in ("layer", "position")}
     head |= {"sites": report["sites"]["claimed"], "residual": report["residual"]["max_abs_score"]}
     write_records(options.out, {**head, "rows": rows_of(report)})
