@@ -93,8 +93,8 @@ def print_table(document: Mapping[str, Any], console: Console, device: str) -> N
         for row in () if reason else rows:
             style = STYLES.get(row["verdict"] or "")
             green = row["method"].startswith("refusal_kernels")
-            name = Text(f"  {row['method']}", style="green" if green else "")
-            table.add_row(name, *columns(row), remarks(row), style=style)
+            method = Text(f"  {row['method']}", style="green" if green else "")
+            table.add_row(method, *columns(row), remarks(row), style=style)
     console.print(table)
     for text in slower_cells(document):
         console.print(f"not the fastest: {text}", markup=False, highlight=False)

@@ -238,7 +238,7 @@ def virtual_tokens(model: nn.Module) -> int:
         # while an adapter is disabled, its model's forward is that of the model without
         forward = getattr(owner, "__dict__", {}).get("forward")
         enabled = forward is None or getattr(forward, "__self__", None) is owner
-        if enabled and getattr(config, "is_prompt_learning", False):
+        if enabled and config is not None and getattr(config, "is_prompt_learning", False):
             return int(config.num_virtual_tokens or 0)
     return 0
 

@@ -1,6 +1,7 @@
 """The conditions of an evaluation, and the runner that measures a model under each of them."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,12 +65,12 @@ class DosePoint:
 
 
 @contextlib.contextmanager
-def _naming(name: Callable[[int], str]) -> Iterator[None]:
-    """Say under which edit a model gave no numbers, by the row."""
+def _naming(names: Sequence[str], each: int) -> Iterator[None]:
+    """Say under which edit a model gave no numbers; each edit has so many of the rows."""
     try:
         yield
     except NoNumbers as error:
-        raise InputError(f"{name(error.row)}: {error}") from None
+        raise InputError(f"{names[error.row // each]}: {error}") from None
 
 
 @dataclass
@@ -134,7 +135,7 @@ class ConditionRunner:
                 return handle.route([owners[row] for row in rows])
 
             before = done
-            with _naming(lambda row, names=names, size=size: names[row // size]):
+            with _naming(names, size):
                 ids = self.answer(
                     every, around=around, progress=lambda now, _, b=before: progress(b + now, total)
                 )
@@ -162,7 +163,7 @@ class ConditionRunner:
         total, done = len(edits) * (len(skills) + len(passages)), 0
         for name, edit in edits.items():
             steered = contextlib.nullcontext() if edit is None else patch(self.model, edit)
-            with steered, _naming(lambda _, name=name: name):
+            with steered, _naming([name], sys.maxsize):
                 for task, items in skills.items():
                     texts = decoded(self.chat, self.answer([prompt for prompt, _ in items]))
                     right = exact_match(texts, [answer for _, answer in items], match or exact)
@@ -185,7 +186,7 @@ class ConditionRunner:
             for number, strength in enumerate(sorted(strengths), 1):
                 handle.strength = strength
                 rates, scores, kl = {}, {}, 0.0
-                with _naming(lambda _, at=strength: f"{type(edit).__name__} at strength {at:g}"):
+                with _naming([f"{type(edit).__name__} at strength {strength:g}"], sys.maxsize):
                     for part in ("harmful", "harmless"):
                         prompts = self.sets[part]
                         texts = decoded(self.chat, self.answer(prompts))
