@@ -28,9 +28,9 @@ def tell_of_batches(tell: Any) -> None:
     """Send the number of prompts of every batch, when it begins."""
     read = COLLECT._read
 
-    def told(model: Any, batch: Any, moments: Any) -> None:
+    def told(model: Any, batch: Any, *others: Any) -> None:
         tell.send(len(batch.rows))
-        read(model, batch, moments)
+        read(model, batch, *others)
 
     COLLECT._read = told
 

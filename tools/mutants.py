@@ -230,6 +230,20 @@ MUTANTS = [
         "tests/research/extraction tests/research/evaluation/test_outcomes.py",
     ),
     Mutant(
+        "the prefix does not move with the padding",
+        "hf/prefix.py",
+        "(columns - padding[:, None]).clamp(min=0)",
+        "columns.expand(len(padding), -1)",
+        "tests/hf/test_prefix.py",
+    ),
+    Mutant(
+        "all rows take the first version of the prefix",
+        "hf/prefix.py",
+        "if versions is None else versions)",
+        "if True else versions)",
+        "tests/hf/test_prefix.py",
+    ),
+    Mutant(
         "answers come in the order of the batches",
         "hf/generate.py",
         "zip(batch.rows, out",

@@ -71,6 +71,21 @@ class Batches:
         start, end = self.bounds[index]
         return end - start
 
+    @property
+    def longest(self) -> int:
+        """How many tokens the longest prompt has."""
+        return int(self.ends.diff().max())
+
+    def common(self, after: int) -> list[int]:
+        """Return the tokens that all prompts begin with; they leave `after` of each prompt."""
+        starts, shared = self.ends[:-1], list[int]()
+        for column in range(int(self.ends.diff().min()) - after):
+            tokens = self.tokens[starts + column]
+            if (tokens != tokens[0]).any():
+                break
+            shared.append(int(tokens[0]))
+        return shared
+
     def __len__(self) -> int:
         return len(self.bounds)
 
@@ -79,7 +94,10 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         start, end = self.bounds[index]
-        rows = self.order[start:end]
+        return self.of(self.order[start:end])
+
+    def of(self, rows: Tensor) -> Batch:
+        """Return a batch of some prompts, by number: int64 [batch]."""
         first, after = self.ends[rows].unsqueeze(-1), self.ends[rows + 1].unsqueeze(-1)
         width = int((after - first).max())
         where = after - width + torch.arange(width)  # of every column in `tokens`

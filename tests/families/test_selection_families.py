@@ -7,10 +7,11 @@ import tiny_families
 import torch
 
 import refusal_kernels as rk
-from refusal_kernels.hf.forward import batch_logits
+from refusal_kernels.hf.forward import batch_logits, find_prefix
 from refusal_kernels.hf.model import decoder_layers, hidden_size
 from refusal_kernels.research.selection import measurement
-from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
+from refusal_kernels.research.selection.measurement import Measurement, Question
+from refusal_kernels.research.selection.plan import same_length
 from refusal_kernels.research.selection.replay import Replay
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
@@ -21,6 +22,8 @@ FAMILIES = {
     **dict.fromkeys(["gpt2", "gpt_neox", "gemma2", "mixtral", "phi3"], True),
     **dict.fromkeys(["bamba", "deepseek_v4", "minimax"], False),
 }
+# whether keys and values are all that they keep of the tokens before
+PREFIXED = {"gpt2", "gpt_neox", "gemma2", "mixtral", "phi3"}
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f in tiny_families.MODEL_TYPES])
@@ -40,6 +43,10 @@ def test_together_as_alone(family: str, monkeypatch: Any) -> None:
         [torch.randint(3, highest, (n,), generator=generator).tolist() for n in lengths]
         for lengths in ((9, 7), (9, 9, 7))
     )
+    shared = torch.randint(3, highest, (5,), generator=generator).tolist()
+    harmful, harmless = ([shared + ids for ids in prompts] for prompts in (harmful, harmless))
+    prefix = find_prefix(model, [*harmful, *harmless])
+    assert (prefix is not None) == (family in PREFIXED)
     count = len(decoder_layers(model))
     directions = [
         rk.Direction(3 * torch.randn(hidden_size(model), generator=generator), layer=layer)
@@ -48,7 +55,8 @@ def test_together_as_alone(family: str, monkeypatch: Any) -> None:
     ]
     batches = same_length([*harmful, *harmless], 8)
     plain = batch_logits(model, batches)
-    scores = Measurement(model, Question(harmful, harmless, plain, TOKENS, 4), directions).run()
+    question = Question(harmful, harmless, plain, TOKENS, 4, prefix)
+    scores = Measurement(model, question, directions).run()
     for number, direction in enumerate(directions):
         with rk.patch(model, rk.Ablate(direction)):
             ablated = batch_logits(model, batches)

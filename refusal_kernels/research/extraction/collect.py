@@ -15,6 +15,7 @@ from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
 from refusal_kernels.hf.forward import read_inputs
 from refusal_kernels.hf.model import decoder_layers, hidden_size, input_device, text_config
 from refusal_kernels.hf.padding import fitted
+from refusal_kernels.hf.prefix import Prefix, agree, common_prefix, run_prefix
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.extraction.distributed import Team, team
 from refusal_kernels.research.extraction.moments import Moments
@@ -178,6 +179,38 @@ def last_tokens(model: Any, stream: Tensor, positions: int) -> Tensor:
     return stream[:, -positions:]
 
 
+def stream_prefix(
+    model: Any, parts: Sequence[Batches], positions: int, layers: int
+) -> Prefix | None:
+    """Run once what all prompts begin with, before the positions that are read.
+
+    None if that saves fewer tokens than it takes to try it, or if the inputs of the layers differ
+    by more than rounding from those of whole passes: for the longest and the shortest prompt, in
+    one batch.
+    """
+    most = max(parts, key=lambda batches: batches.longest)
+    common = common_prefix([batches.common(positions) for batches in parts], most.longest)
+    # to try it takes the prefix, and two prompts with and without it
+    if len(common) * sum(batches.prompts for batches in parts) <= 4 * most.longest:
+        return None
+    batch = most.of(most.order[[0, -1]])
+
+    def read(prefix: Prefix | None) -> list[Tensor]:
+        inputs: list[Tensor] = []
+        read_inputs(
+            model, batch, layers - 1, lambda _, x: inputs.append(x[:, -positions:].clone()), prefix
+        )
+        return inputs
+
+    whole = read(None)
+    try:
+        prefix = run_prefix(model, common)
+        same = all(agree(model, a, b) for a, b in zip(whole, read(prefix), strict=True))
+    except Exception:  # a family may raise anything when it is given a cache of another kind
+        return None
+    return prefix if same else None
+
+
 def _new_moments(
     model: Any,
     chat: ChatFormat,
@@ -193,7 +226,7 @@ def _new_moments(
 def _check_lengths(model: Any, batches: Batches) -> None:
     """Refuse a prompt that is longer than the model's positions."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
-    longest = int(batches.ends.diff().max())
+    longest = batches.longest
     if isinstance(limit, int) and 0 < limit < longest:
         row = int(batches.order[0])
         raise InputError(
@@ -217,11 +250,13 @@ def _stream(
     jobs = [(group, batches, i) for group, batches in parts for i in range(len(batches))]
     ends = list(accumulate(batches.size(i) for _, batches, i in jobs))
     fresh = Moments(*moments.shape, ("batch",), moments.device)
+    every = [batches for _, batches in parts]
     with team(model) as processes:
         saved, done = None, 0
+        prefix = stream_prefix(model, every, moments.positions, moments.layers)
         if checkpoint is not None or processes.size > 1:
             rows, ids, mask = jobs[-1][1][-1]
-            _read(model, Batch(rows[:1], ids[:1], mask[:1]), fresh)
+            _read(model, Batch(rows[:1], ids[:1], mask[:1]), fresh, prefix)
             identity = identity_of(model, parts, moments, fresh)
             saved, done = _meet(processes, identity, checkpoint, moments, len(jobs))
         if done and progress is not None:
@@ -231,7 +266,7 @@ def _stream(
             mine = done + processes.rank
             if mine < len(jobs):
                 _, batches, i = jobs[mine]
-                _read(model, batches[i], fresh)
+                _read(model, batches[i], fresh, prefix)
             for job, tensors in zip(jobs[done:], processes.gather(fresh.tensors), strict=False):
                 moments.fold(job[0], tensors)
             done = min(done + processes.size, len(jobs))
@@ -268,7 +303,7 @@ def _meet(
     return saved, done
 
 
-def _read(model: Any, batch: Batch, moments: Moments) -> None:
+def _read(model: Any, batch: Batch, moments: Moments, prefix: Prefix | None) -> None:
     """Add the last tokens of every layer's input to a state with one group."""
     mask = batch.attention_mask[:, -moments.positions :]
     slots = torch.arange(mask.shape[1]) + moments.positions - mask.shape[1]
@@ -280,4 +315,4 @@ def _read(model: Any, batch: Batch, moments: Moments) -> None:
         last = last.to(moments.device)  # a view on one device
         moments.update(layer, last, index, group)
 
-    read_inputs(model, batch, moments.layers - 1, read)
+    read_inputs(model, batch, moments.layers - 1, read, prefix)

@@ -26,6 +26,7 @@ from refusal_kernels.research.extraction.collect import (
     last_tokens,
     layers_to_read,
     mean_difference,
+    stream_prefix,
 )
 
 Fit = Callable[[Tensor, Tensor], Tensor]
@@ -189,11 +190,13 @@ def _activations(
     """Block inputs at the last tokens of every prompt: [prompts, layers, positions, hidden]."""
     kept: Tensor | None = None
     done = 0
-    for batch in fitted(model, chat.stream(prompts, batch_size)):
+    batches = fitted(model, chat.stream(prompts, batch_size))
+    prefix = stream_prefix(model, [batches], positions, layers)
+    for batch in batches:
         if int(batch.attention_mask[:, -positions:].sum()) < len(batch.rows) * positions:
             raise InputError(f"a prompt is shorter than the {positions} positions that are read")
         inputs: dict[int, Tensor] = {}
-        read_inputs(model, batch, layers - 1, inputs.__setitem__)
+        read_inputs(model, batch, layers - 1, inputs.__setitem__, prefix)
         read = [last_tokens(model, stream, positions).cpu() for stream in inputs.values()]
         last = torch.stack(read, dim=1)
         if kept is None:

@@ -17,10 +17,11 @@ import torch
 from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.forward import batch_logits
+from refusal_kernels.hf.forward import batch_logits, find_prefix
 from refusal_kernels.hf.model import decoder_layers, hidden_size
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.selection.measurement import Measurement, Question, same_length
+from refusal_kernels.research.selection.measurement import Measurement, Question
+from refusal_kernels.research.selection.plan import same_length
 from refusal_kernels.research.selection.scoring import (
     TokenSpec,
     distinctive_tokens,
@@ -165,7 +166,8 @@ def select(
         If no candidate passes the thresholds, take the one that misses them by the least.
     batch_size
         Rows at once; each is a prompt under one candidate. The unmodified inputs of the candidates'
-        layers are kept for at most this many prompts.
+        layers are kept for at most this many prompts, the keys and values of what all prompts begin
+        with for at most this many candidates.
     checkpoint
         A file that holds the scores so far. If it exists, the run resumes from it and gives the
         same bits. It stays; remove it when the selection is saved elsewhere.
@@ -203,7 +205,9 @@ def select(
     given = given_tokens(model, chat, refusal_tokens)
     ids = chat.encode(harmful), chat.encode(harmless)
 
-    unmodified = batch_logits(model, same_length([*ids[0], *ids[1]], batch_size))
+    prompts = [*ids[0], *ids[1]]
+    prefix = find_prefix(model, prompts)
+    unmodified = batch_logits(model, same_length(prompts, batch_size), prefix)
     parts = unmodified[: len(ids[0])], unmodified[len(ids[0]) :]
     tokens = distinctive_tokens(parts[0], parts[1], chat) if given is None else given
     unfit = _unfit(candidates, int(layers * (1.0 - prune_last)))
@@ -214,7 +218,7 @@ def select(
     }
     mean_scores: dict[tuple[int, int], list[float]] = {}
     if measured:
-        question = Question(*ids, unmodified, tokens, batch_size)
+        question = Question(*ids, unmodified, tokens, batch_size, prefix)
         scores = Measurement(model, question, list(measured.values())).run(
             None if checkpoint is None else Path(checkpoint), progress
         )

@@ -4,7 +4,9 @@ The protocol needs three passes over a set of prompts per candidate. To save pas
 
 - One patch holds the ablation of every candidate; each row of a batch is routed to one of them.
 - Bypass and KL need the same ablation and share batches.
-- A batch holds prompts of one length, so it needs no padding and no mask.
+- A batch holds prompts of one length, so it needs no padding.
+- What all prompts begin with (most of the chat template) runs once per candidate, and every pass
+  takes its keys and values. A model that keeps anything else of it runs whole prompts.
 - An addition at layer l does not change the layers before l. They run once per prompt, and all
   candidates start from the kept input of layer l. A few families run the whole model instead.
 - Logits are computed at the last token only.
@@ -15,13 +17,12 @@ run gives the same bits. Another batch size can change a score by about 1e-6.
 
 import contextlib
 import hashlib
-import itertools
 import json
 from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +31,28 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
 from refusal_kernels.files.tensors import read_tensors, write_tensors
-from refusal_kernels.hf.batches import Batch
-from refusal_kernels.hf.forward import LAST, model_inputs, read_inputs
-from refusal_kernels.hf.model import decoder_layers, input_device
+from refusal_kernels.hf.forward import next_token_logits, read_inputs
+from refusal_kernels.hf.model import decoder_layers
+from refusal_kernels.hf.prefix import Prefix, run_prefix
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.families import family_of
 from refusal_kernels.patching.patch import patch
 from refusal_kernels.patching.places import base_class
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.extraction.resume import check_identity
+from refusal_kernels.research.selection.plan import (
+    Group,
+    Unit,
+    batch,
+    by_length,
+    even_parts,
+    unfinished,
+)
 from refusal_kernels.research.selection.replay import Replay
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 
 CHECKPOINT = "refusal_kernels.selection_checkpoint"
 DONE = "batches"  # how far the run has come
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Question:
     unmodified: Tensor
     tokens: Sequence[int]  # the refusal tokens
     batch_size: int  # rows at once: each is one prompt under one candidate
+    prefix: Prefix | None = None  # what all prompts begin with, in the unmodified model
 
 
 class SelectionScores(NamedTuple):
@@ -65,37 +74,6 @@ class SelectionScores(NamedTuple):
     bypass: Tensor
     induce: Tensor
     kl: Tensor
-
-
-class _Unit(NamedTuple):
-    """The rows of one forward pass: candidates, and prompts (by number) of one length."""
-
-    candidates: list[int]
-    prompts: list[int]
-
-
-def same_length(ids: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
-    """Batch prompts of one length each, the longest first: nothing is padded."""
-    return [_batch(ids, part) for rows in _by_length(ids) for part in _even_parts(rows, batch_size)]
-
-
-def _even_parts(rows: Sequence[Row], most: int) -> list[list[Row]]:
-    """Cut into the fewest parts of at most `most` rows; their sizes differ by one at most."""
-    count = -(-len(rows) // most)
-    ends = [len(rows) * k // count for k in range(count + 1)]
-    return [list(rows[a:b]) for a, b in itertools.pairwise(ends)]
-
-
-def _by_length(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    groups: dict[int, list[int]] = defaultdict(list)
-    for row, tokens in enumerate(ids):
-        groups[len(tokens)].append(row)
-    return [groups[length] for length in sorted(groups, reverse=True)]
-
-
-def _batch(ids: Sequence[Sequence[int]], rows: list[int]) -> Batch:
-    tokens = torch.tensor([ids[row] for row in rows], dtype=torch.int64)
-    return Batch(rows, tokens, torch.ones_like(tokens))
 
 
 class Measurement:
@@ -109,24 +87,24 @@ class Measurement:
         # one; and with the addition, the refusal score of a harmless one
         shape = len(directions), len(self._prompts)
         self._ablated = torch.full(shape, torch.nan, dtype=torch.float64)
-        self._added = torch.full((shape[0], len(question.harmless)), torch.nan, dtype=torch.float64)
-        everyone = list(range(len(directions)))
+        self._induce = torch.full(
+            (shape[0], len(question.harmless)), torch.nan, dtype=torch.float64
+        )
+        size, every = question.batch_size, list(range(len(self._prompts)))
         self._ablations = [
-            unit for rows in _by_length(self._prompts) for unit in self._units(everyone, rows)
+            Group.of(candidates, every, self._prompts, size)
+            for candidates in even_parts(range(len(directions)), size)
         ]
+        longest_first = [row for rows in by_length(question.harmless) for row in rows]
         self._additions = [
-            (batch, layer, self._units(candidates, list(range(len(batch.rows)))))
-            for batch in same_length(question.harmless, question.batch_size)
+            Group.of(part, prompts, question.harmless, size, layer)
+            for prompts in even_parts(longest_first, size)
             for layer, candidates in self._by_layer().items()
+            for part in even_parts(candidates, size)
         ]
-        units = [*self._ablations, *(u for *_, units in self._additions for u in units)]
+        units = [unit for group in (*self._ablations, *self._additions) for unit in group.units]
         self._sizes = [len(unit.prompts) for unit in units]
         self.total = sum(self._sizes)  # rows: each is a prompt under a candidate's edit
-
-    def _units(self, candidates: list[int], prompts: list[int]) -> list[_Unit]:
-        pairs = [(c, p) for c in candidates for p in prompts]
-        parts = _even_parts(pairs, self.question.batch_size)
-        return [_Unit([c for c, _ in part], [p for _, p in part]) for part in parts]
 
     def _by_layer(self) -> dict[int, list[int]]:
         groups: dict[int, list[int]] = defaultdict(list)
@@ -157,67 +135,123 @@ class Measurement:
                 if progress is not None:
                     progress(rows, self.total)
         bypass, kl = self._ablated.split([self._harmful, len(self.question.harmless)], dim=1)
-        return SelectionScores(bypass, self._added, kl)
+        return SelectionScores(bypass, self._induce, kl)
 
     def _steps(self, done: int) -> Generator[None]:
         """Run the units after the first `done` ones."""
-        if done < len(self._ablations):
-            with patch(self.model, *([Ablate(d)] for d in self.directions)) as handle:
-                for unit in self._ablations[done:]:
+        yield from self._ablate(done)
+        yield from self._add(max(0, done - sum(len(group.units) for group in self._ablations)))
+
+    def _ablate(self, done: int) -> Generator[None]:
+        groups, prefix = list(unfinished(self._ablations, done)), self.question.prefix
+        if not groups:
+            return
+        with patch(self.model, *([Ablate(d)] for d in self.directions)) as handle:
+            for group in groups:
+                with handle.route(group.candidates):
+                    edited = prefix and run_prefix(self.model, prefix.ids, len(group.candidates))
+                for unit in group.units:
+                    ids = [self._prompts[prompt] for prompt in unit.prompts]
                     with handle.route(unit.candidates):
-                        ids = [self._prompts[prompt] for prompt in unit.prompts]
-                        self._score_ablated(unit, self._logits(ids))
+                        logits = self._logits(ids, edited, group.versions(unit))
+                    self._score_ablated(unit, logits)
                     yield
-        skip = max(0, done - len(self._ablations))
-        replay: Replay | None = None
-        kept: tuple[Batch, dict[int, Tensor]] | None = None
-        for batch, layer, units in self._additions:
-            left, skip = units[skip:], max(0, skip - len(units))
-            if not left:
-                continue
-            replay = replay or self._replay()
-            if kept is None or kept[0] is not batch:  # only the streams of one batch are kept
-                kept = batch, self._inputs(batch.rows, replay.layers)
-            for unit in left:
-                self._score_added(unit, layer, batch, kept[1], replay)
+
+    def _add(self, done: int) -> Generator[None]:
+        groups, prefix = list(unfinished(self._additions, done)), self.question.prefix
+        if not groups:
+            return
+        replay = self._replay()
+        starts = self._inputs([prefix.ids], replay.layers) if prefix else {}
+        prompts, streams = None, {}
+        for group in groups:
+            if prompts is not group.prompts:  # only the streams of these prompts are kept
+                prompts = group.prompts
+                ids = [self.question.harmless[prompt] for prompt in prompts]
+                streams = self._inputs(ids, replay.layers, prefix)
+            layer, edited = group.layer or 0, None
+            if prefix:
+                kept = starts[layer] * len(group.candidates) if layer in starts else None
+                with self._added(replay, layer, group.candidates, kept):
+                    edited = run_prefix(self.model, prefix.ids, len(group.candidates))
+                edited = edited.after(layer, prefix) if kept else edited
+            for unit in group.units:
+                ids = [self.question.harmless[prompt] for prompt in unit.prompts]
+                places = [prompts.index(prompt) for prompt in unit.prompts]
+                kept = [streams[layer][place] for place in places] if layer in streams else None
+                with self._added(replay, layer, unit.candidates, kept):
+                    logits = self._logits(ids, edited, group.versions(unit))
+                scores = refusal_score(logits, self.question.tokens).cpu()
+                self._induce[torch.tensor(unit.candidates), torch.tensor(unit.prompts)] = scores
+                yield
+
+    @contextlib.contextmanager
+    def _added(
+        self, replay: Replay, layer: int, candidates: list[int], streams: list[Tensor] | None
+    ) -> Iterator[None]:
+        """Add a candidate to the input of a layer, in every row.
+
+        From `streams`, the unmodified inputs of that layer, if it is one that can be started at.
+        """
+        if streams is not None:
+            stream = torch.stack(streams)
+            vectors = torch.stack([self.directions[c].vector for c in candidates])
+            # in float32 and rounded once, as `Add` does
+            added = (stream.float() + vectors[:, None].to(stream.device)).to(stream.dtype)
+            with replay.starting_at(layer, added):
+                yield
+        else:
+            programs = sorted(set(candidates))
+            edits = ([Add(self.directions[c], block_input=layer)] for c in programs)
+            rows = [programs.index(c) for c in candidates]
+            with patch(self.model, *edits) as handle, handle.route(rows):
                 yield
 
     def _replay(self) -> Replay:
         """Find, on the longest prompt, from which layers the model can be run."""
-        longest = self._additions[0][0].rows[0]
+        longest, prefix = max(self.question.harmless, key=len), self.question.prefix
         layers = {layer for layer in self._by_layer() if layer > 0}
         if family_of(base_class(decoder_layers(self.model)[0])).start:
             layers = set()  # an edit of the stream is no edit of a block's input
         try:
-            inputs = self._inputs([longest], layers)
-        except InputError:  # it does not call its layers in order
-            inputs = {}
-        if any(stream.shape[2:] != self.directions[0].vector.shape for stream in inputs.values()):
-            inputs = {}  # it has several streams
-        ids = self.question.harmless[longest]
-        return Replay(self.model, lambda ids: self._logits([ids]), ids, inputs)
+            streams = self._inputs([longest], layers, prefix)
+        except (InputError, ValueError):  # not called in order, or not with the batch first
+            streams = {}
+        if any(s.shape[1:] != self.directions[0].vector.shape for (s,) in streams.values()):
+            streams = {}  # it has several streams
+        inputs = {layer: stream[None] for layer, (stream,) in streams.items()}
+        return Replay(self.model, lambda ids: self._logits([ids], prefix, [0]), longest, inputs)
 
-    def _inputs(self, harmless: list[int], layers: set[int]) -> dict[int, Tensor]:
-        """Return the inputs of some layers on harmless prompts: [prompts, tokens, hidden] each."""
-        kept: dict[int, Tensor] = {}
+    def _inputs(
+        self, ids: Sequence[list[int]], layers: set[int], prefix: Prefix | None = None
+    ) -> dict[int, list[Tensor]]:
+        """Return the unmodified inputs of some layers, [tokens, hidden] for every prompt.
+
+        After a prefix, those of the tokens that follow it.
+        """
+        kept: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(ids) for layer in layers}
 
         def keep(layer: int, stream: Tensor) -> None:
             if layer in layers:
-                kept[layer] = stream
+                for row, of_row in zip(rows, stream, strict=True):
+                    kept[layer][row] = of_row
 
-        if layers:
-            batch = _batch(self.question.harmless, harmless)
-            read_inputs(self.model, batch, max(layers), keep)
+        for rows in by_length(ids) if layers else ():
+            read_inputs(self.model, batch(ids, rows), max(layers), keep, prefix)
         return kept
 
-    @torch.inference_mode()
-    def _logits(self, ids: Sequence[list[int]]) -> Tensor:
-        """Last-token logits of prompts of one length: [prompts, vocabulary]."""
-        inputs = model_inputs(_batch(ids, list(range(len(ids)))), input_device(self.model))
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=LAST).logits[:, -1]
+    def _logits(
+        self, ids: Sequence[list[int]], prefix: Prefix | None, versions: list[int]
+    ) -> Tensor:
+        """Last-token logits of prompts of one length: [prompts, vocabulary].
+
+        After a prefix, of which each prompt takes a version.
+        """
+        rows = batch(ids, list(range(len(ids))))
+        logits = next_token_logits(self.model, rows, prefix, versions)
         return logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
 
-    def _score_ablated(self, unit: _Unit, logits: Tensor) -> None:
+    def _score_ablated(self, unit: Unit, logits: Tensor) -> None:
         candidates, prompts = torch.tensor(unit.candidates), torch.tensor(unit.prompts)
         harmless = prompts >= self._harmful
         scores = torch.empty(len(prompts), dtype=torch.float64)
@@ -229,28 +263,6 @@ class Measurement:
             before = self.question.unmodified[prompts[harmless]].to(logits.device)
             scores[harmless] = kl_divergence(before, logits[harmless.to(logits.device)]).cpu()
         self._ablated[candidates, prompts] = scores
-
-    @torch.inference_mode()
-    def _score_added(
-        self, unit: _Unit, layer: int, batch: Batch, streams: dict[int, Tensor], replay: Replay
-    ) -> None:
-        prompts = [batch.rows[place] for place in unit.prompts]
-        directions = [self.directions[candidate] for candidate in unit.candidates]
-        with contextlib.ExitStack() as stack:
-            if layer in replay.layers:
-                stream = streams[layer][unit.prompts]
-                vectors = torch.stack([d.vector for d in directions])[:, None].to(stream.device)
-                # in float32 and rounded once, as `Add` does
-                added = (stream.float() + vectors).to(stream.dtype)
-                stack.enter_context(replay.starting_at(layer, added))
-            else:
-                programs = sorted(set(unit.candidates))
-                edits = ([Add(self.directions[c], block_input=layer)] for c in programs)
-                handle = stack.enter_context(patch(self.model, *edits))
-                stack.enter_context(handle.route([programs.index(c) for c in unit.candidates]))
-            logits = self._logits([self.question.harmless[prompt] for prompt in prompts])
-        scores = refusal_score(logits, self.question.tokens).cpu()
-        self._added[torch.tensor(unit.candidates), torch.tensor(prompts)] = scores
 
     # --- checkpoints
 
@@ -277,7 +289,7 @@ class Measurement:
         tensors, metadata = read_tensors(path, CHECKPOINT, ("ablated", "added"))
         done = metadata.pop(DONE, "")
         check_identity(path, identity, metadata)
-        mine = self._ablated, self._added
+        mine = self._ablated, self._induce
         theirs = tensors["ablated"], tensors["added"]
         fits = all(
             a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True)
@@ -285,11 +297,11 @@ class Measurement:
         if not fits or not done.isdecimal() or int(done) > len(self._sizes):
             raise InputError(f"{path} is no checkpoint of this run; remove it to begin anew")
         self._ablated.copy_(theirs[0])
-        self._added.copy_(theirs[1])
+        self._induce.copy_(theirs[1])
         return int(done)
 
     def _save(self, path: Path, identity: Mapping[str, str], done: int) -> None:
-        tensors = {"ablated": self._ablated, "added": self._added}
+        tensors = {"ablated": self._ablated, "added": self._induce}
         write_tensors(path, CHECKPOINT, tensors, {**identity, DONE: str(done)})
 
 

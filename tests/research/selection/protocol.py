@@ -1,8 +1,8 @@
 """The selection of Arditi et al. 2024 as its text says it, plain and slow: what `select` equals.
 
-Nothing of the package is used: the tokenizer's own chat template, left padding, hooks on every
-block, one candidate at a time, whole forward passes with all logits, in the dtype of the model that
-is given (the tests give float64, the benchmark float64 and float32).
+Extraction too. Nothing of the package is used: the tokenizer's own chat template, left padding,
+hooks on every block, one candidate at a time, whole forward passes with all logits, in the dtype of
+the model that is given (the tests give float64, the benchmarks float64 and float32).
 
     per (position, layer): bypass = mean refusal score on harmful validation prompts under ablation;
     induce = mean refusal score on harmless validation prompts with the raw direction added at that
@@ -12,6 +12,7 @@ is given (the tests give float64, the benchmark float64 and float32).
 
     ablation: input of every block, output of every attention, output of every MLP, all positions
     addition: input of the block at the selected layer, raw mean difference
+    mean difference: mean of a block's input at each of the last positions, harmful minus harmless
     refusal score: log(p + eps) - log(1 - p + eps) of the refusal tokens' summed probability at the
     last position, eps 1e-8, float64
 """
@@ -72,10 +73,10 @@ def added(model: Any, direction: torch.Tensor, layer: int) -> Iterator[None]:
         hook.remove()
 
 
-@torch.no_grad()
-def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int) -> torch.Tensor:
-    """float64 [prompts, vocabulary]: at the last token of every prompt, padded on the left."""
-    found = []
+def passes(
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch: int
+) -> Iterator[torch.Tensor]:
+    """Logits [prompts, tokens, vocabulary] of whole passes, padded on the left."""
     for start in range(0, len(prompts), batch):
         ids = [
             tokenizer.apply_chat_template(
@@ -88,9 +89,49 @@ def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int) 
         rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         places = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = model(input_ids=rows, attention_mask=mask, position_ids=places)
-        found.append(out.logits[:, -1].double())
-    return torch.cat(found)
+        yield model(input_ids=rows, attention_mask=mask, position_ids=places).logits
+
+
+@torch.no_grad()
+def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int) -> torch.Tensor:
+    """float64 [prompts, vocabulary]: at the last token of every prompt."""
+    every = passes(model, tokenizer, prompts, batch)
+    return torch.cat([logits[:, -1].double() for logits in every])
+
+
+@torch.no_grad()
+def mean_inputs(
+    model: Any, tokenizer: Any, prompts: Sequence[str], positions: int, batch: int
+) -> torch.Tensor:
+    """float64 [positions, layers, hidden]: the mean input of every block at the last positions."""
+    blocks = model.model.layers
+    mean = torch.zeros(positions, len(blocks), model.config.hidden_size, dtype=torch.float64)
+
+    def hook(layer: int) -> Any:
+        def on_input(_: Any, args: Any) -> None:
+            mean[:, layer] += args[0][:, -positions:].double().sum(dim=0) / len(prompts)
+
+        return on_input
+
+    hooks = [block.register_forward_pre_hook(hook(k)) for k, block in enumerate(blocks)]
+    for _ in passes(model, tokenizer, prompts, batch):
+        pass
+    for hook_ in hooks:
+        hook_.remove()
+    return mean
+
+
+def mean_difference(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    positions: int,
+    batch: int = 32,
+) -> torch.Tensor:
+    """float64 [positions, layers, hidden]."""
+    means = (mean_inputs(model, tokenizer, p, positions, batch) for p in (harmful, harmless))
+    return next(means) - next(means)
 
 
 def mean_refusal_score(logits: torch.Tensor, tokens: Sequence[int], eps: float = 1e-8) -> float:
@@ -112,12 +153,16 @@ def measure(
     harmless: Sequence[str],
     tokens: Sequence[int],
     batch: int = 32,
+    layers: Sequence[int] | None = None,
 ) -> Table:
-    """Every candidate of [position, layer, hidden], whichever will be discarded, one by one."""
+    """Every candidate of [position, layer, hidden], whichever will be discarded, one by one.
+
+    With `layers`, those of these layers alone.
+    """
     before = last_logits(model, tokenizer, harmless, batch)
     table = {}
     for position in range(-candidates.shape[0], 0):
-        for layer in range(candidates.shape[1]):
+        for layer in layers or range(candidates.shape[1]):
             direction = candidates[position, layer].to(model.lm_head.weight.dtype)
             with ablated(model, direction):
                 bypass = last_logits(model, tokenizer, harmful, batch)

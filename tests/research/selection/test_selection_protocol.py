@@ -33,19 +33,31 @@ HARMLESS = [
 TOKENS = [7, 9]
 
 
+LONG = {"system": "please be kind and brief"}  # a template whose beginning is worth keeping
+
+
+def tokenizer_of(system: str = "") -> Any:
+    """The tiny tokenizer; with a system prompt in its template, which all prompts begin with."""
+    tokenizer = tiny.tiny_tokenizer()
+    if system:
+        first = f"{{{{ bos_token }}}} <|system|> {system} <|end|>"
+        tokenizer.chat_template = tiny.TEMPLATE.replace("{{ bos_token }}", first)
+    return tokenizer
+
+
 def family_model(family: str) -> Any:
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(tiny.FAMILIES, "gemma", (GemmaConfig, GemmaForCausalLM, {}))
         return tiny.tiny_model(family, num_hidden_layers=LAYERS)
 
 
-def candidates_of(model: Any) -> torch.Tensor:
-    return 3 * mean_difference(model, tiny.tiny_tokenizer(), HARMFUL, HARMLESS).vectors
+def candidates_of(model: Any, **template: str) -> torch.Tensor:
+    return 3 * mean_difference(model, tokenizer_of(**template), HARMFUL, HARMLESS).vectors
 
 
-def plain(model: Any, candidates: torch.Tensor) -> Table:
+def plain(model: Any, candidates: torch.Tensor, **template: str) -> Table:
     wide = copy.deepcopy(model).double()
-    return measure(wide, tiny.tiny_tokenizer(), candidates, HARMFUL, HARMLESS, TOKENS)
+    return measure(wide, tokenizer_of(**template), candidates, HARMFUL, HARMLESS, TOKENS)
 
 
 def thresholds(table: Table, layers: int) -> dict[str, float]:
@@ -73,10 +85,10 @@ def check(selection: Selection, table: Table, layers: int, **limits: float) -> N
     assert (selection.position, selection.layer) == winner(table, layers, **limits)
 
 
-def run(model: Any, candidates: torch.Tensor, **options: Any) -> Selection:
+def run(model: Any, candidates: torch.Tensor, system: str = "", **options: Any) -> Selection:
     options = {"refusal_tokens": TOKENS, "kl_threshold": 1e9, "induce_threshold": -1e9, **options}
     made = Candidates(candidates)
-    return select(model, tiny.tiny_tokenizer(), made, HARMFUL, HARMLESS, **options)
+    return select(model, tokenizer_of(system), made, HARMFUL, HARMLESS, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,6 +106,16 @@ def test_five_families(family: str) -> None:
         check(selection, table, LAYERS, **limits)
         reasons |= {(row.discarded or "").split(" ")[0] for row in selection.candidates}
     assert reasons == {"", "zero", "layer", "kl", "induce"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_five_families_after_a_long_prefix(family: str) -> None:
+    model = family_model(family)
+    candidates = candidates_of(model, **LONG)
+    table = plain(model, candidates, **LONG)
+    for batch_size in (32, 3):
+        selection = run(model, candidates, **LONG, batch_size=batch_size)
+        check(selection, table, LAYERS, kl=1e9, induce=-1e9)
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +176,21 @@ def test_a_wrong_implementation_is_found(
 # --- what makes it fast, counted and not timed
 
 
-def test_nothing_is_run_that_no_score_needs(case: tuple[Any, torch.Tensor, Table]) -> None:
+@pytest.mark.parametrize("template", [{}, LONG], ids=["whole", "prefix"])
+def test_nothing_is_run_that_no_score_needs(
+    case: tuple[Any, torch.Tensor, Table], template: dict[str, str]
+) -> None:
     model, candidates, _ = case
-    chat = ChatFormat(tiny.tiny_tokenizer())
+    chat = ChatFormat(tokenizer_of(**template))
+    # <s> <|system|> please be kind and brief <|end|> <|user|>
+    prefix = 9 if template else 0
     tokens = [sum(map(len, chat.encode(prompts))) for prompts in (HARMFUL, HARMLESS)]
-    longest = max(map(len, chat.encode(HARMLESS)))
+    # without the prefix, of which every prompt has one
+    tokens = [
+        count - prefix * len(prompts)
+        for count, prompts in zip(tokens, (HARMFUL, HARMLESS), strict=True)
+    ]
+    longest = max(map(len, chat.encode(HARMLESS))) - prefix
     seen = [0] * LAYERS
     heads = set()
 
@@ -171,7 +203,7 @@ def test_nothing_is_run_that_no_score_needs(case: tuple[Any, torch.Tensor, Table
     hooks = [block.mlp.register_forward_hook(count(k)) for k, block in enumerate(layers_of(model))]
     hooks.append(model.lm_head.register_forward_hook(lambda _, a, __: heads.add(a[0].shape[1])))
     try:
-        run(model, candidates)
+        run(model, candidates, **template)
     finally:
         for hook in hooks:
             hook.remove()
@@ -183,6 +215,11 @@ def test_nothing_is_run_that_no_score_needs(case: tuple[Any, torch.Tensor, Table
         expected += positions * below * tokens[1]  # added
         expected += tokens[1] if layer < max(wanted) else 0  # inputs of the layers kept
         expected += (2 + below + (layer < max(wanted))) * longest  # whether that works
+        if prefix:
+            longest_of_all = max(map(len, chat.encode(HARMFUL + HARMLESS)))
+            expected += prefix + longest_of_all + longest_of_all - prefix  # whether it serves
+            expected += positions * (len(wanted) + below) * prefix  # under every candidate
+            expected += prefix if layer < max(wanted) else 0  # its inputs of the layers kept
         assert seen[layer] == expected, f"layer {layer}"
     assert heads == {1}  # logits at the last position alone
 
