@@ -132,8 +132,10 @@ def _in_memory(
     from refusal_kernels.files.atomic import check_space, new_folder
     from refusal_kernels.weights.in_memory import orthogonalize
     from refusal_kernels.weights.lora import orthogonalize_lora
+    from refusal_kernels.weights.rest import save_whole, source_folder
 
     edit: Any
+    dropped: list[str] = []
     more: tuple[str, ...]
     with single_step(step("Load the model")):
         model, tokenizer = loading.load(direction)
@@ -148,10 +150,10 @@ def _in_memory(
         with single_step(step("Edit the loaded model, and certify it")):
             edit = orthogonalize(model, direction, text_only=text_only)
         with single_step(step("Write the model")), new_folder(out) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            source = source_folder(loading.model, loading.revision)
+            dropped = save_whole(model, tokenizer, source, temporary)
     fields = ("edited", *more, "unproved", "certificate")
-    return {"way": way, **{name: getattr(edit, name) for name in fields}}
+    return {"way": way, **{name: getattr(edit, name) for name in fields}, "dropped": dropped}
 
 
 def _print(result: dict[str, Any], model: str, out: Path, verbose: bool) -> None:
@@ -164,6 +166,7 @@ def _print(result: dict[str, Any], model: str, out: Path, verbose: bool) -> None
         ("biases", "the adapter replaces {count} biases"),
         ("unproved", "{count} may write from images or audio; they are not edited: {first}, ..."),
         ("unread", "{count} belong to no part that is loaded; they are not edited: {first}, ..."),
+        ("dropped", "{count} were not loaded and are not in the copy: {first}, ..."),
         ("left_out", "{count} hold weights that are not edited; they are not copied: {first}, ..."),
     ):
         if value := result.get(name):

@@ -11,6 +11,7 @@ import torch
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.hf.adapters import add_adapter
+from refusal_kernels.hf.chat_models import auto_class, load_tokenizer
 from refusal_kernels.hf.embedded import EMBEDDED, read_gguf
 from refusal_kernels.hf.load_options import LoadOptions
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
@@ -82,7 +83,7 @@ def load(
     if how.revision is not None and (embedded or os.path.exists(name)):
         raise InputError(f"revision '{how.revision}': '{name}' is no repository of the hub")
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()  # what goes wrong is said once, by the error below
@@ -107,8 +108,9 @@ def load(
                 raise InputError(f"model '{name}' is dequantized; load_in='{how.load_in}' is not")
             loaded, tokenizer = read_gguf(Path(path).expanduser(), **settings)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, **source)
-            loaded = AutoModelForCausalLM.from_pretrained(path, **source, **settings)
+            tokenizer = load_tokenizer(path, **source)
+            kind = auto_class(AutoConfig.from_pretrained(path, **source))
+            loaded = kind.from_pretrained(path, **source, **settings)
         model = check_loaded(name, *loaded)
         for adapter in filter(None, (embedded and embedded.adapter, how.adapter)):
             model = add_adapter(model, str(adapter), offline=how.offline)

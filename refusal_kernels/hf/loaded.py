@@ -6,10 +6,12 @@ logs both.
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.model import layer_list
 
+_UNREAD: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options of ``from_pretrained`` that make it return what `check_loaded` reads, not log it."""
 
@@ -51,7 +53,13 @@ def check_loaded(name: str, model: Any, info: Mapping[str, Any]) -> Any:
             f"model '{name}': {type(model).__name__} has no place for {_few(left)} of its files; "
             "expected a configuration that fits them"
         )
+    _UNREAD[model] = sorted(info["unexpected_keys"])
     return model
+
+
+def unread_tensors(model: Any) -> list[str]:
+    """Return the tensors of a loaded model's files that it has no place for."""
+    return _UNREAD.get(model, [])
 
 
 def _left_by_blocks(model: Any, unread: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refusal_kernels.hf.chat_models import auto_class
 from refusal_kernels.hf.model import decoder_layers
 
 # Bytes a number: of the matrices of the blocks, and of all else. In 4 bits, 64 numbers share one in
@@ -29,14 +30,12 @@ def held_bytes(model: Any) -> dict[str, int]:
 
 def needed_bytes(model: Any) -> dict[str, int]:
     """Return the bytes that the weights of such a model take: by dtype, and quantized at load."""
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "distributed_config"):
         if hasattr(config, name):
             delattr(config, name)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        empty = auto_class(config).from_config(config)
     total = sum(parameter.numel() for parameter in empty.parameters())
     matrices = sum(
         module.weight.numel()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -56,10 +57,14 @@ class PatchReport:
         Every site that is steered now, read off the model.
     expected
         How many sites the interventions are meant for.
+    unsteered
+        What else writes into the stream, between the blocks, where nothing steers it; "" for
+        nothing.
     """
 
     sites: tuple[SiteReport, ...]
     expected: int
+    unsteered: str = ""
 
     @property
     def claimed(self) -> int:
@@ -82,7 +87,10 @@ class PatchReport:
         norms = sum(site.norm for site in self.sites)
         names = dict.fromkeys(name for site in self.sites for name in site.interventions)
         backends = dict.fromkeys(site.backend for site in self.sites)
-        return f"{text}, {norms} with their norm, by {', '.join(backends)}: {', '.join(names)}"
+        left = f"; not steered: {self.unsteered}" if self.unsteered else ""
+        return (
+            f"{text}, {norms} with their norm, by {', '.join(backends)}: {', '.join(names)}{left}"
+        )
 
 
 class PatchHandle:
@@ -254,7 +262,7 @@ class PatchHandle:
             for site in self.sites
             if id(site) in steered_now
         )
-        return PatchReport(rows, self._expected)
+        return PatchReport(rows, self._expected, _added_between(self._model))
 
     def _check_intact(self) -> None:
         """Raise if layers were exchanged under the patch: its dials would not reach them."""
@@ -323,6 +331,14 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
         forward = module.__dict__.get(name)
         if isinstance(forward, MethodType) and forward.__func__ is before.forward:
             module.__dict__[name] = MethodType(cls.forward, module)
+
+
+def _added_between(model: nn.Module) -> str:
+    """Say what a decoder adds to the stream between its blocks, in its own forward."""
+    names = inspect.signature(type(decoder(model)).forward).parameters
+    # "deepstack": what images give the first layers, after they have run
+    adds = any("deepstack" in name for name in names)
+    return "what images add between the first blocks" if adds else ""
 
 
 def _sites_of(module: nn.Module) -> Iterator[Site]:

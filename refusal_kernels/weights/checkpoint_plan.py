@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.files.atomic import read_json
+from refusal_kernels.hf.chat_models import auto_class
 from refusal_kernels.hf.model import hidden_size
 from refusal_kernels.weights.shards import DTYPES, Shard, ShardTensor, inside
 from refusal_kernels.weights.writers import find_writers
@@ -131,7 +132,7 @@ def build_on_meta(config: Any) -> Any:
     """Build a model without weights."""
     import transformers
 
-    builder: Any = transformers.AutoModelForCausalLM.from_config
+    builder: Any = auto_class(config).from_config
     name = (getattr(config, "architectures", None) or [""])[0]
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and str(name).endswith(
         "ForCausalLM"

@@ -17,16 +17,26 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from refusal_kernels.hf.chat_models import auto_class
 
 VOCAB, HIDDEN, LAYERS, HEADS = 128, 64, 4, 4
 SPECIAL = 8  # token ids below this are special (padding, image, ...): `inputs` does not use them
 
 MODEL_TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# those that are listed as models of images and text alone
+IMAGE_TYPES: tuple[str, ...] = tuple(
+    name
+    for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+)
 # one family for each way through the rewriter and each kind of refusal
 PATHS = frozenset(
     """llama gpt2 gpt_neox falcon bloom opt gemma2 olmo2 phi3 mixtral gpt_oss deepseek_v3
@@ -130,6 +140,8 @@ _LINEAR = ["linear_attention", "full_attention", "linear_attention", "full_atten
 _CONV = ["conv", "full_attention", "conv", "full_attention"]
 _HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _MLP = ["dense", "sparse", "sparse", "dense"]
+# positions of images have three parts
+_MROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # by `model_type` of the configuration; a dictionary for a nested one adds to its own entry
 _OVERRIDES: dict[str, dict[str, Any]] = {
@@ -250,6 +262,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"layer_types": _SLIDING, "use_sliding_window": True},
     "xlstm": {"qk_dim_factor": 1.0},
+    **{
+        f"{name}_text": {"rope_parameters": {**_MROPE, "mrope_section": sections}}
+        for names, sections in (
+            ("glm46v glm4v glm_ocr hunyuan_vl paddleocr_vl qwen2_5_vl qwen2_vl", [2, 3, 3]),
+            ("glm4v_moe glmga", [1, 1, 2]),
+        )
+        for name in names.split()
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _HYBRID},
     "zamba2": {"layers_block_type": _HYBRID},
@@ -267,7 +287,7 @@ def kind(model_type: str) -> str:
         "encoder" (a bidirectional encoder used causally) or "half" (the decoder half of an
         encoder-decoder, or a draft that only works attached to another model).
     """
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in (*MODEL_TYPES, *IMAGE_TYPES):
         raise KeyError(model_type)
     return "encoder" if model_type in _ENCODER else "half" if model_type in _HALF else "decoder"
 
@@ -315,7 +335,7 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
             model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
             model = model_class._from_config(config.decoder, attn_implementation="eager")
         else:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = auto_class(config).from_config(config, attn_implementation="eager")
     model = model.float().eval()
     _randomize(model, seed)
     return model
