@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -16,7 +15,7 @@ from refusal_kernels.hf.model import decoder, decoder_layers
 from refusal_kernels.intervention_base import LAST, Intervention
 from refusal_kernels.interventions import Add
 from refusal_kernels.patching.norm_links import linked_class, unlinked_class
-from refusal_kernels.patching.places import Place
+from refusal_kernels.patching.places import Place, added_between
 from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, steered, unsteered_class
 from refusal_kernels.patching.route import Generating, Positions, Route
 from refusal_kernels.patching.site import PlainAdd, Site, Watcher
@@ -262,7 +261,7 @@ class PatchHandle:
             for site in self.sites
             if id(site) in steered_now
         )
-        return PatchReport(rows, self._expected, _added_between(self._model))
+        return PatchReport(rows, self._expected, added_between(self._model))
 
     def _check_intact(self) -> None:
         """Raise if layers were exchanged under the patch: its dials would not reach them."""
@@ -331,14 +330,6 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
         forward = module.__dict__.get(name)
         if isinstance(forward, MethodType) and forward.__func__ is before.forward:
             module.__dict__[name] = MethodType(cls.forward, module)
-
-
-def _added_between(model: nn.Module) -> str:
-    """Say what a decoder adds to the stream between its blocks, in its own forward."""
-    names = inspect.signature(type(decoder(model)).forward).parameters
-    # "deepstack": what images give the first layers, after they have run
-    adds = any("deepstack" in name for name in names)
-    return "what images add between the first blocks" if adds else ""
 
 
 def _sites_of(module: nn.Module) -> Iterator[Site]:

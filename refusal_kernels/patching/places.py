@@ -1,5 +1,6 @@
 """Where a model's stream is written: every add of every layer, found before anything is changed."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,3 +156,11 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class, or, of a patched one, the class that it had before."""
     cls = type(module)
     return cls.__mro__[1] if SITES_ATTRIBUTE in module.__dict__ else cls
+
+
+def added_between(model: nn.Module) -> str:
+    """Say what a decoder adds to the stream between its blocks, in its own forward."""
+    names = inspect.signature(type(decoder(model)).forward).parameters
+    # "deepstack": what images give the first layers, after they have run
+    adds = any("deepstack" in name for name in names)
+    return "what images add between the first blocks" if adds else ""
