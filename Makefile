@@ -162,9 +162,10 @@ bench-models: setup  ## whole models, half an hour
 
 # the experiment: what collecting adds to the passes, what selecting and asking for the last logits by
 # position save, a checkpoint of 3 GB
-bench-experiment: setup  ## extraction, selection, checkpoints
+bench-experiment: setup-smollm2  ## extraction, selection, checkpoints
 	@for part in collect select last checkpoint; do \
 		$(BIN)/python benchmarks/bench_$$part.py --out benchmarks/results/$$part-cpu.jsonl || exit 1; done
+	@$(BIN)/python benchmarks/bench_selection.py --out benchmarks/results/selection-smollm2-cpu.jsonl
 
 # what steering costs, side by side with other packages, each in its own environment; 15 minutes
 bench-overhead: setup  ## what steering costs beside other packages, 15 minutes

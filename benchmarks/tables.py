@@ -243,6 +243,12 @@ def experiment() -> str:
     for row in rows_of("select-cpu"):
         text = f"selecting: times as fast as the {row['over']} protocol, one thread"
         lines.append([text, spread(row, "times_faster"), "select-cpu"])
+    for row in rows_of("selection-smollm2-cpu"):
+        text = f"{row['what']} on SmolLM2-135M: times less processor time than the plain protocol"
+        lines.append([text, spread(row, "times_less"), "selection-smollm2-cpu"])
+        memory = f"{row['memory_mib']:.0f} and {row['plain_memory_mib']:.0f} MiB"
+        text = f"{row['what']} on SmolLM2-135M: memory, and that of the plain protocol"
+        lines.append([text, memory, "selection-smollm2-cpu"])
     for row in rows_of("last-cpu"):
         text = f"last logits by position, {row['dtype']}, batch {row['batch']}: times as fast"
         lines.append([text, spread(row, "times", "times_q1", "times_q3"), "last-cpu"])
@@ -318,9 +324,9 @@ def measured() -> str:
     ]
     text = "`add_steer_rms_norm`, time over `torch.add` and `rms_norm`, 4096 x 4096"
     lines.append([text, "2 CPU cores", span(ours)])
-    (row,) = rows_of("select-cpu", over="plain float64")
-    text = "Selecting a direction, times as fast as the plain protocol"
-    lines.append([text, "1 CPU core", f"{row['times_faster']:.1f}"])
+    (row,) = rows_of("selection-smollm2-cpu", what="selection")
+    text = "Selecting on SmolLM2-135M, times less processor time than the plain protocol"
+    lines.append([text, "1 CPU core", f"{row['times_less']:.1f}"])
     (row,) = rows_of("checkpoint-cpu")
     text = f"Editing a checkpoint of {row['checkpoint_bytes'] / 1e9:.0f} GB"
     lines.append([text, "2 CPU cores", f"{row['seconds']:.0f} s"])

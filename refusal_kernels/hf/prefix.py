@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from refusal_kernels.hf.model import decoder, input_device
+from refusal_kernels.hf.model import decoder, input_device, input_embedding
 
 LEAST = 0.2
 """The share of the longest prompt from which a prefix is kept apart: 13 % save no time."""
@@ -118,7 +118,8 @@ def run_prefix(model: Any, ids: Sequence[int], versions: int = 1) -> Prefix:
 
 def agree(model: Any, whole: Tensor, short: Tensor) -> bool:
     """Whether two ways to compute vectors [..., size] differ by the model's rounding alone."""
-    eps = torch.finfo(model.get_input_embeddings().weight.dtype).eps
+    embedding = input_embedding(model)
+    eps = torch.finfo(short.dtype if embedding is None else embedding.weight.dtype).eps
     difference = (whole.double() - short.double()).norm(dim=-1)
     # rounding adds up over the layers; where something is missing, the difference is far larger
     return bool((difference <= eps**0.5 * whole.double().norm(dim=-1)).all())
