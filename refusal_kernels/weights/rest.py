@@ -84,7 +84,7 @@ def save_whole(model: Any, tokenizer: Any, source: Path | None, target: Path) ->
 
 def _add(shards: list[Shard], names: set[str], target: Path) -> None:
     """Add tensors of the source to a saved model, in a file of their own."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for shard in shards:
         with safe_open(shard.path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in names & set(file.keys())}
@@ -92,7 +92,7 @@ def _add(shards: list[Shard], names: set[str], target: Path) -> None:
         files = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
         (target / SINGLE).rename(target / files[0])
         keys = [entry.name for entry in read_shard(target / files[0]).entries]
-        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, files[0])}
+        index: dict[str, Any] = {"metadata": {}, "weight_map": dict.fromkeys(keys, files[0])}
         added = files[1]
     else:
         index, added = read_json(target / INDEX), "model-rest.safetensors"

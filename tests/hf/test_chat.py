@@ -1,5 +1,6 @@
 """Chat templates of others: dates, lists of parts, what they raise, and tokenizers without one."""
 
+import contextlib
 import datetime
 from unittest import mock
 
@@ -43,6 +44,27 @@ def test_the_date_is_kept_with_what_was_found():
     chat = ChatFormat(with_template(DATED), date="2026-11-29")
     candidates = rk.mean_difference(tiny_model(), chat, PROMPTS, PROMPTS[1:])
     assert "29 Nov 2026" in candidates.template
+
+
+def test_a_run_resumes_on_another_day(monkeypatch, tmp_path):
+    from transformers.utils import chat_template_utils
+
+    model, file, found = tiny_model(), tmp_path / "run.safetensors", []
+
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    for day, progress in ((3, stop), (4, None)):
+        clock = mock.Mock(now=lambda day=day: datetime.datetime(2026, 11, day))
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        chat = ChatFormat(with_template(DATED))
+        with pytest.raises(KeyboardInterrupt) if progress else contextlib.nullcontext():
+            found = rk.mean_difference(
+                model, chat, PROMPTS, PROMPTS[1:], batch_size=1, checkpoint=file, progress=progress
+            )
+    whole = rk.mean_difference(model, chat, PROMPTS, PROMPTS[1:], batch_size=1)
+    assert torch.equal(found.vectors, whole.vectors)
 
 
 # as Qwen's and LLaVA's: parts alone are shown, a string is dropped, or raises
