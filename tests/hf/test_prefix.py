@@ -89,6 +89,24 @@ def test_a_state_beside_keys_and_values_is_found(family: str) -> None:
     assert find_prefix(tiny_families.build(family), PROMPTS) is None
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("family", tiny_families.MODEL_TYPES)
+@pytest.mark.filterwarnings("ignore")
+def test_to_try_it_leaves_nothing_behind(family: str) -> None:
+    """And what passes agrees to rounding, in every type that runs on text alone."""
+    batch = Batches(PROMPTS[:1], pad_id=0, batch_size=1)[0]
+    try:
+        model = tiny_families.build(family)
+        whole = next_token_logits(model, batch)
+    except Exception as error:  # encoders, halves of models, and what can not be built
+        pytest.skip(f"{family} can not be run so: {error}")
+    prefix = find_prefix(model, PROMPTS)
+    assert torch.equal(next_token_logits(model, batch), whole)
+    if prefix is not None:
+        after = next_token_logits(model, batch, prefix)
+        torch.testing.assert_close(after, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_ignores_the_cache_is_found() -> None:
     model = tiny_model()
     inner = decoder(model)
