@@ -200,14 +200,9 @@ def switch(adapters: list[LoraLayer], on: bool) -> None:
 def train(model: Any, lessons: Lessons, settings: Settings) -> list[float]:
     """Train an adapted model in place; returns the mean loss of every tenth of the steps.
 
-    In every step some layers, drawn at random, are as before the training. So no layer can learn
-    to refuse everything while another one takes that back for what is harmless: harmless prompts
-    stay where they were, and harmful ones move. Without it, removing the direction of that move
-    left the model half refusing everything.
-
-    The optimizer is Muon, whose steps lie in the span of the gradients. Adam moves every weight
-    equally far, also those that write to the few huge coordinates of this model's residual stream,
-    where the gradients are small; to remove a direction with a share in these harms the model.
+    In every step some layers, drawn at random, are as before the training, so that no layer relies
+    on another one to take back a refusal. The optimizer is Muon. Of the settings that were tried,
+    one run each, these left the model most like itself without the direction; why is not shown.
     """
     began = time.perf_counter()
     prefix = common_prefix(lessons.harmful.items)
