@@ -253,8 +253,8 @@ MUTANTS = [
     Mutant(
         "special tokens are added twice",
         "hf/chat.py",
-        'add_special_tokens=False)["input_ids"]',
-        'add_special_tokens=True)["input_ids"]',
+        'self.tokenizer(texts, add_special_tokens=False)["input_ids"]',
+        'self.tokenizer(texts, add_special_tokens=True)["input_ids"]',
         "tests/research/test_prompts.py",
     ),
     Mutant(
@@ -405,8 +405,8 @@ MUTANTS = [
     Mutant(
         "a file that can not be written leaves its parts",
         "files/atomic.py",
-        "        temporary.unlink(missing_ok=True)\n",
-        "        pass\n",
+        "            temporary.unlink()\n\n\ndef check_space",
+        "            pass\n\n\ndef check_space",
         "tests/files tests/test_direction.py",
     ),
     Mutant(
