@@ -19,7 +19,7 @@ CLOSE = {"rtol": 0, "atol": 2e-4}  # of streams and logits divided by their larg
 # when tokens are decoded after it; a decoding Rwkv mixes up the rows of a batch
 READING = set(
     """axk2 blt deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm_moe_dsa hy_v4
-    recurrent_gemma rwkv xlstm""".split()
+    qwen4_exp qwen4_exp_text recurrent_gemma rwkv xlstm""".split()
 )
 DECODING = READING | {"git", "xlnet"}
 SINGLE = {"rwkv"}

@@ -171,7 +171,7 @@ def last_tokens(model: Any, stream: Tensor, positions: int) -> Tensor:
 
     Raises InputError if a token has several streams.
     """
-    if stream.ndim != 3:
+    if stream.ndim != 3 or stream.shape[-1] != hidden_size(model):
         raise InputError(
             f"the blocks of {type(model).__name__} keep several streams of each token, "
             f"{list(stream.shape)}; expected one residual stream, [batch, tokens, hidden]"
