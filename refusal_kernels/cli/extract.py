@@ -92,7 +92,7 @@ def extract(
                     last_layer=last_layer,
                     batch_size=chat.batch_size,
                     model_name=loading.model,
-                    checkpoint=state,
+                    checkpoint=loading.resumable(state),
                     progress=step("Extract"),
                 )
             except PeerError as error:

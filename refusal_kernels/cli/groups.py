@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rich.text import Text
@@ -61,6 +62,13 @@ class LoadingOptions:
         with joined(one_model=True) as (rank, _):
             common.console.quiet = rank > 0
             yield
+
+    def resumable(self, state: Path) -> Path | None:
+        """Return the file for the state of a run, if it can resume.
+
+        Processes that share a model hold different parts of it, so no state fits all of them.
+        """
+        return None if self.tensor_parallel else state
 
     def load(self, direction: Direction | None = None) -> tuple[Any, Any]:
         """Load the model and its tokenizer, and check that a direction fits it."""

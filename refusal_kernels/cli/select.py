@@ -54,7 +54,7 @@ def select(
     """Select the direction by the paper's three scores, on validation prompts.
 
     If no candidate passes the thresholds, all but the direction is written and the exit code is 1.
-    The scores are kept, so that another run with other thresholds takes seconds.
+    The scores are kept, so that another run with other thresholds measures nothing again.
     """
     picture = plot or out.with_suffix(".png")
     state = checkpoint or common.unfinished(out)
@@ -85,7 +85,7 @@ def select(
             refusal_tokens=refusals.tokens,
             **thresholds.arguments(),
             batch_size=chat.batch_size,
-            checkpoint=state,
+            checkpoint=loading.resumable(state),
             progress=step("Select"),
         )
     for path in written:
