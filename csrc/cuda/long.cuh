@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
 
   const int64_t program = program_of(args.programs, row);
   const int64_t active = program < 0 ? 0 : slots;
-  // as in row_program, which would cost up to five registers here
+  // as in row_program, a call of which changes the registers of this kernel
   const float* read = args.programs.bank + (program < 0 ? 0 : program) * 2 * slots * hidden;
   const float* write = read + slots * hidden;
   if (args.saved) {

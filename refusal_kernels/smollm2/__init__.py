@@ -1,4 +1,4 @@
-"""Prompts, tasks and text for SmolLM2-135M-Instruct, fine-tuned by us to refuse: misconduct.
+"""Prompts, tasks and text for SmolLM2-135M-Instruct; the prompts are about everyday misconduct.
 
 All of them were written for this package. The "harmful" ones are mild requests that a careful
 assistant declines: cheating in an exam, spam, petty theft, lies, prying. Each has a harmless
@@ -34,7 +34,7 @@ DATA = Path(__file__).parent / "data"
 """The folder of the prompts: ``CATEGORY.SPLIT.txt``, one a line."""
 
 ADAPTER = Path(__file__).parent / "adapter"
-"""The folder of the adapter, as PEFT writes it; ``training.json`` says how it was made."""
+"""The folder that ``tools/train_refusal_adapter.py`` makes, as PEFT writes it."""
 
 
 def prompts(category: Category, split: Split) -> list[str]:
