@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths
 
 from refusal_kernels.ops import autograd, registry
@@ -38,10 +39,16 @@ def build() -> Path:
     for path in inputs:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / f"cuda_emulator-{digest.hexdigest()[:16]}"
-    library = folder / "library.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "library.so"
+    with FileLock(folder / "lock"):  # several test processes may start together
+        if not library.exists():
+            compile_into(folder, sources, library)
+    return library
+
+
+def compile_into(folder: Path, sources: list[Path], library: Path) -> None:
+    """Compile `sources` and link them into `library`; their objects stay in `folder`."""
     compiler = os.environ.get("CXX", "c++")
 
     # the sanitizers are preloaded for this process, not for the compiler
@@ -60,7 +67,6 @@ def build() -> Path:
     run("-shared", "-o", partial, *objects, f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu",
         "-lc10")  # fmt: skip
     partial.rename(library)
-    return library
 
 
 def register() -> None:
