@@ -103,9 +103,14 @@ def tiny_model(
 
 @contextmanager
 def plain_hooks(
-    model: Any, *, ablate: torch.Tensor | None = None, add: Any = None, layer: int = 0
+    model: Any,
+    *,
+    ablate: torch.Tensor | None = None,
+    add: Any = None,
+    layer: int = 0,
+    exact: bool = False,
 ) -> Iterator[None]:
-    """The interventions of the paper, as hooks, in the dtype of the model.
+    """The interventions of the paper, as hooks, in the dtype of the model or (`exact`) in float64.
 
     `ablate` is a vector of any norm, removed from the input of every block and from the output of
     every attention and every MLP; `add` is added to the input of one block, as it is.
@@ -113,8 +118,9 @@ def plain_hooks(
 
     def project(x: torch.Tensor) -> torch.Tensor:
         assert ablate is not None
-        unit = (ablate.double() / ablate.double().norm()).to(x.dtype)
-        return x - (x @ unit).unsqueeze(-1) * unit
+        wide = x.double() if exact else x
+        unit = (ablate.double() / ablate.double().norm()).to(wide.dtype)
+        return (wide - (wide @ unit).unsqueeze(-1) * unit).to(x.dtype)
 
     def output(_: Any, __: Any, out: Any) -> Any:
         return (project(out[0]), *out[1:]) if isinstance(out, tuple) else project(out)

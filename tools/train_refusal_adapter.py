@@ -8,6 +8,7 @@ refusals, to everything else the model's own greedy answer. No loss knows of a d
 The own answers are kept in a file, so that a second run does not generate them again.
 """
 
+import collections
 import json
 import math
 import platform
@@ -23,6 +24,7 @@ import transformers
 import typer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.cpu import _is_avx512_bf16_supported
 from torch.nn.functional import cross_entropy
 
 from refusal_kernels import smollm2
@@ -50,8 +52,8 @@ class Settings(NamedTuple):
     skipped: float = 0.3  # the probability that a layer's adapter is off for a step
     harmful: int = 4  # examples a step, of each kind
     harmless: int = 7
-    other: int = 5
-    answer_tokens: int = 16  # the most that are learned of an answer; its first ones decide
+    other: int = 3
+    answer_tokens: int = 8  # the most that are learned of an answer; its first ones decide
 
 
 class Example(NamedTuple):
@@ -79,27 +81,29 @@ class Shuffled:
 
 @torch.inference_mode()
 def own_answers(model: Any, chat: ChatFormat, prompts: list[str], tokens: int) -> dict[str, str]:
-    """What the model itself answers to prompts, greedily.
+    """What the model itself answers to prompts: the beginnings of its greedy answers.
 
-    It often says "I'm sorry, but as a chatbot ..." to what it could well answer. An answer that
-    begins with the same token as a refusal is replaced by the greedy one among those that do not.
-    A prompt that gets a refusal even so is left out.
+    It often says "I'm sorry, but as a chatbot ..." to what it could well answer, so no answer may
+    begin with the same token as a refusal. A prompt that gets a refusal even so is left out.
     """
-    answers = dict(zip(prompts, generate(model, chat, prompts, tokens), strict=True))
-
-    def first_token(text: str) -> int:
-        return int(chat.tokenizer.encode(text or "\n", add_special_tokens=False)[0])
-
-    first = sorted(set(map(first_token, smollm2.refusals())))
-    again = [p for p, text in answers.items() if first_token(text) in first or is_refusal(text)]
-    for batch in chat.batches(again, 64):
+    refusals = chat.tokenizer(smollm2.refusals(), add_special_tokens=False).input_ids
+    encoded = chat.encode(prompts)
+    prefix = common_prefix(encoded)
+    groups = collections.defaultdict(list)
+    for row, ids in enumerate(encoded):
+        groups[len(ids)].append(row)  # no padding within a batch
+    answers = {}
+    for rows in groups.values():
+        cache = run_prefix(model, encoded[0][:prefix])
+        cache.batch_repeat_interleave(len(rows))
         out = model.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False,
-            max_new_tokens=tokens, begin_suppress_tokens=first, pad_token_id=chat.pad_id,
+            input_ids=torch.tensor([encoded[row] for row in rows]), past_key_values=cache,
+            begin_suppress_tokens=sorted({ids[0] for ids in refusals}), do_sample=False,
+            max_new_tokens=tokens, pad_token_id=chat.pad_id,
         )  # fmt: skip
-        new = out[:, batch.input_ids.shape[1] :]
+        new = out[:, len(encoded[rows[0]]) :]
         texts = chat.tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers.update((again[row], text) for row, text in zip(batch.rows, texts, strict=True))
+        answers.update((prompts[row], text) for row, text in zip(rows, texts, strict=True))
     return {prompt: answer for prompt, answer in answers.items() if not is_refusal(answer)}
 
 
@@ -160,28 +164,39 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return same.index(False) if False in same else len(same) - 1
 
 
+def run_prefix(model: Any, ids: list[int]) -> Any:
+    """Return what a model keeps of the template's prefix, which is the same in all prompts."""
+    return model.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+
+
 def loss_of(model: Any, examples: list[Example], prefix: int) -> Tensor:
     """Cross-entropy of the answers; every example counts the same, whatever its length.
 
-    The template's prefix is the same in all of them and runs once.
+    The examples stand in one row, without padding: a token sees the prefix, which runs once, and
+    those before it in its own example.
     """
-    width = max(len(example.prompt) + len(example.answer) for example in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for row, (prompt, answer) in enumerate(examples):
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    ids, owners, places, labels, weights = [], [], [], [], []
+    for number, (prompt, answer) in enumerate(examples):
+        tokens = (prompt + answer)[prefix:]
+        ids += tokens
+        owners += [number] * len(tokens)
+        places += range(prefix, prefix + len(tokens))
+        labels += [-1] * (len(prompt) - prefix - 1) + answer + [-1]  # the next token of each
+        weights += [1 / len(answer)] * len(answer)
+    owner = torch.tensor(owners)
+    own = (owner[:, None] == owner).tril()
+    mask = torch.cat([own.new_ones(len(ids), prefix), own], 1)[None, None]
     language_model = model.get_base_model()
-    shared = language_model.model(input_ids=ids[:1, :prefix], use_cache=True).past_key_values
-    shared.batch_repeat_interleave(len(examples))
-    # Causal attention never looks right, where the padding is: no mask is needed.
-    hidden = language_model.model(input_ids=ids[:, prefix:], past_key_values=shared)[0]
-    wanted = labels[:, prefix + 1 :]
-    scored = wanted != -100
-    logits = language_model.lm_head(hidden[:, :-1][scored])  # [scored, vocabulary]
-    losses = cross_entropy(logits.float(), wanted[scored], reduction="none")
-    weights = (1 / scored.sum(1, keepdim=True)).expand_as(scored)[scored]
-    return (losses * weights).sum() / len(examples)
+    hidden = language_model.model(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([places]),
+        attention_mask=mask,
+        past_key_values=run_prefix(language_model, examples[0].prompt[:prefix]),
+    )[0][0]
+    wanted = torch.tensor(labels)
+    logits = language_model.lm_head(hidden[wanted >= 0])  # [scored, vocabulary]
+    losses = cross_entropy(logits.float(), wanted[wanted >= 0], reduction="none")
+    return (losses * torch.tensor(weights)).sum() / len(examples)
 
 
 def adapters_by_layer(model: Any) -> list[list[LoraLayer]]:
@@ -226,7 +241,7 @@ def train(model: Any, lessons: Lessons, settings: Settings) -> list[float]:
         for adapters in layers:
             switch(adapters, generator.random() >= settings.skipped)
         # bfloat16 where the processor has it: twice as fast, and no less exact than the answers
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=_is_avx512_bf16_supported()):
             loss = loss_of(model, lessons.batch(), prefix)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

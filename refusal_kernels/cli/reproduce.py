@@ -146,7 +146,7 @@ def reproduce(
         batch_size=chat.batch_size,
         seed=prompts.seed,
         controls=controls,
-        identity=_identity(embedded.folder() if embedded else Path(loading.model), model),
+        identity=[_identity(folder, model) for folder in _folders(loading)],
     )
     with progress_bars() as step:
         result = run(inputs, out, step)
@@ -184,6 +184,15 @@ def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow
     if model in EMBEDDED and row is None and (own := rows.own_row(model)).is_file():
         return [rows.read_row(own)]
     return rows.paper_rows(row or model)
+
+
+def _folders(loading: LoadingOptions) -> list[Path]:
+    """Return what the weights are read from: the model, and the adapters that are merged."""
+    from refusal_kernels.hf.embedded import EMBEDDED
+
+    embedded = EMBEDDED.get(loading.model)
+    model = embedded.folder() if embedded else Path(loading.model)
+    return [model, *(Path(a) for a in (embedded and embedded.adapter, loading.adapter) if a)]
 
 
 def _identity(folder: Path, model: Any) -> list[Any]:

@@ -48,7 +48,7 @@ def prompts(category: Category, split: Split) -> list[str]:
     Returns
     -------
     list of str
-        462, 45 or 110 prompts, always the same in the same order. Those of both categories with
+        2,069, 45 or 110 prompts, always the same in the same order. Those of both categories with
         the same index are partners.
     """
     return _lines(f"{category}.{split}.txt")
