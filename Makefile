@@ -104,12 +104,17 @@ VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 	@$(VLLM_PIP) --no-build-isolation -e .
 	@touch $@
 
+# each of vLLM's model runners in a process of its own, side by side
+VLLM_PYTEST := $(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir .
 test-vllm: .venv-vllm/.ready  ## the tests of the vLLM plugin, in .venv-vllm (3.4 GB)
-	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm
+	@$(MAKE) --no-print-directory --output-sync -j 2 test-vllm-v1 test-vllm-v2
+
+test-vllm-%: .venv-vllm/.ready
+	@echo "== vLLM's model runner $*" && $(VLLM_PYTEST) --runner $* tests/vllm
 
 # 4,000 requests with changes and cancellations, memory watched: two minutes
 soak-vllm: .venv-vllm/.ready  ## the vLLM server under load for two minutes
-	@$(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir . tests/vllm/test_server.py -m soak
+	@for runner in v1 v2; do $(VLLM_PYTEST) --runner $$runner tests/vllm/test_server.py -m soak || exit 1; done
 
 bench-vllm: .venv-vllm/.ready  ## the benchmark of the vLLM plugin
 	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.jsonl

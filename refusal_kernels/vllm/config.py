@@ -6,6 +6,7 @@ from typing import Any
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.names import GRAPH, KEY
 from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
+from refusal_kernels.vllm.refusals import refuse_unsupported
 
 KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor")
 MOST_SLOTS = 16
@@ -113,24 +114,3 @@ def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | Non
     if isinstance(block, bool) or not isinstance(block, int) or block < 0:
         raise InputError(f"monitor: block_input is {block!r}; expected the number of a block")
     return Monitor(direction, block)
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Refuse an engine in which the wrong tokens would be steered, or none.
-
-    Raises
-    ------
-    InputError
-        With the setting that prevents steering.
-    """
-    if config.use_v2_model_runner:
-        raise InputError("steering needs vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
-    parallel, passes = config.parallel_config, config.compilation_config.pass_config
-    for wrong, name in (
-        (getattr(passes, "enable_sp", False), "pass_config.enable_sp (sequence parallel)"),
-        (getattr(parallel, "enable_dbo", False), "enable_dbo (two microbatches)"),
-        (getattr(parallel, "num_ubatches", 1) > 1, "microbatches"),
-        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallel"),
-    ):
-        if wrong:
-            raise InputError(f"steering does not support {name}: it splits the tokens of a batch")

@@ -63,19 +63,31 @@ class EnginePlace:
     add: int = 0
 
 
+def architecture_of(model_config: Any) -> str:
+    """Return the class name of an engine's model.
+
+    Raises
+    ------
+    InputError
+        If the architecture is in no table.
+    """
+    name: str = (model_config.hf_config.architectures or [model_config.architecture])[0]
+    if name not in FUSED | ADDING:
+        raise InputError(
+            f"vLLM's {name} can't be steered; the architectures that can: "
+            f"{', '.join(sorted(FUSED | ADDING))}"
+        )
+    return name
+
+
 def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
     """Return the places of a model, or of this rank's part of it, in the order of the forward.
 
     Raises
     ------
     InputError
-        If the architecture is in no table, or its code is not as the table says.
+        If the model's code is not as the tables say of its architecture.
     """
-    if architecture not in FUSED | ADDING:
-        raise InputError(
-            f"vLLM's {architecture} can't be steered; the architectures that can: "
-            f"{', '.join(sorted(FUSED | ADDING))}"
-        )
     layers_at = layer_list(model)
     if layers_at is None:
         raise InputError(f"{architecture} has no list of decoder layers")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
 
-TESTED = "0.32.0"  # the version of vLLM that the tests run with
+TESTED = ("0.32", "0.33")  # the first runs the tests; the other has the same signatures
 BEFORE, AFTER = "before", "after"
 MARK = "__refusal_kernels__"
 
@@ -64,7 +64,7 @@ def install(hooks: Sequence[Hook], instance: Any = None) -> None:
         installed = getattr(sys.modules.get("vllm"), "__version__", "of an unknown version")
         raise InputError(
             f"vLLM {installed} has no {', no '.join(missing)}; "
-            f"this plugin is tested with vLLM {TESTED}"
+            f"this plugin is tested with vLLM {' and '.join(TESTED)}"
         )
     for hook, owner in zip(hooks, owners, strict=True):
         method = getattr(owner, hook.method)

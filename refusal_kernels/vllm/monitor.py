@@ -54,6 +54,11 @@ class Histogram:
         self._counts.index_add_(0, bucket, torch.ones_like(bucket))
         self._sum += shares.double().sum()
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self._counts.zero_()
+        self._sum.zero_()
+
     def read(self) -> dict[str, list[float] | list[int] | float]:
         """Return the edges, the counts between them, and the sum; this waits for the device."""
         return {"edges": edges(), "counts": self._counts.tolist(), "sum": float(self._sum)}

@@ -4,7 +4,10 @@ Two constructors of vLLM are hooked. Nothing else is imported or changed until o
 with settings for this plugin.
 """
 
+import contextlib
 import logging
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from refusal_kernels.errors import InputError
@@ -26,27 +29,47 @@ def register() -> None:
             logger.warning("refusal_kernels can not steer: %s", error)
 
 
-def _start_front_end(processor: Any, vllm_config: Any, *_: Any, **__: Any) -> None:
-    if _asks_for_steering(vllm_config):
-        from refusal_kernels.vllm import frontend_hooks
+def _start_front_end(processor: Any, *args: Any, **kwargs: Any) -> None:
+    vllm_config = kwargs.get("vllm_config", args[0] if args else None)
+    with _one_line():
+        if _asks_for_steering(vllm_config):
+            from refusal_kernels.vllm import frontend_hooks
 
-        frontend_hooks.start(processor, vllm_config)
+            frontend_hooks.start(processor, vllm_config)
 
 
 def _start_worker(worker: Any, *_: Any, **__: Any) -> None:
-    if _asks_for_steering(worker.vllm_config):
+    if _asks_for_steering(getattr(worker, "vllm_config", None)):
         from refusal_kernels.vllm import worker_hooks
 
         worker_hooks.start(worker)
 
 
 def _asks_for_steering(vllm_config: Any) -> bool:
-    additional = vllm_config.additional_config
+    additional = getattr(vllm_config, "additional_config", None)
     if not isinstance(additional, dict) or KEY not in additional:
         return False
     if faults:
         raise InputError(faults[0])
     return True
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Let a process that ends with the error of a refusal print one line, not a traceback."""
+    try:
+        yield
+    except InputError as error:
+        refusal, print_other = error, sys.excepthook
+
+        def print_uncaught(kind: Any, value: Any, traceback: Any) -> None:
+            if value is refusal:
+                print(f"refusal_kernels: {value}", file=sys.stderr)
+            else:
+                print_other(kind, value, traceback)
+
+        sys.excepthook = print_uncaught
+        raise
 
 
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"

@@ -112,6 +112,8 @@ def claim(places: list[EnginePlace], bank: Bank, fuse_norms: bool) -> list[Steer
         fused = place.kind == NORM and fuse_norms
         site = (SteeredAddNorm if fused else SteeredAdd)(bank, number)
         if place.kind == NORM:
+            if getattr(module, "variance_size_override", None) is not None:
+                raise InputError(f"the norm of {place.name} normalizes by part of the channels")
             module.rk_site = site
             module.__class__ = STEERED_NORMS[type(module)]
         elif place.kind == ADD:

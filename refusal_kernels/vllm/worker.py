@@ -1,7 +1,7 @@
 """The steering of one worker's model: the adds in it, and the route of every batch."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.ops import inductor
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import EngineSettings
-from refusal_kernels.vllm.families import find_places, whole_model
+from refusal_kernels.vllm.families import architecture_of, find_places, whole_model
 from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.names import GRAPH, KEY, RESOLVED
 from refusal_kernels.vllm.programs import parse_program
@@ -30,7 +30,7 @@ class WorkerState:
     def __init__(self, runner: Any, settings: EngineSettings) -> None:
         config = runner.vllm_config
         scheduler, model = config.scheduler_config, config.model_config
-        architecture = (model.hf_config.architectures or [model.architecture])[0]
+        architecture = architecture_of(model)
         places = find_places(runner.model, architecture)
         captured = config.compilation_config.max_cudagraph_capture_size or 0
         blocks = model.get_total_num_hidden_layers()
@@ -69,37 +69,40 @@ class WorkerState:
             *(len(places), architecture, len(settings.programs), *self.bank.vectors.shape[::2]),
         )
 
-    def route(
-        self, req_ids: Sequence[str], requests: Mapping[str, Any], counts: np.ndarray
-    ) -> None:
+    def learn(self, req_id: str, params: Any) -> None:
+        """Take note of a request: a new one, or one that comes again under its id.
+
+        Parameters
+        ----------
+        req_id
+            Its id.
+        params
+            Its sampling or pooling parameters.
+        """
+        self.steering[req_id] = _resolved(params)
+        self._batch = None
+
+    def route(self, req_ids: Sequence[str], counts: np.ndarray) -> None:
         """Route a batch.
 
         Parameters
         ----------
         req_ids
-            The requests, in their order in the batch.
-        requests
-            The runner's record of each, with its sampling or pooling parameters.
+            The requests, in their order in the batch; all have been learned.
         counts
-            How many tokens of each are in the batch.
+            int32 [requests]: how many tokens of each are in the batch.
         """
         batch = list(req_ids), counts.tobytes()
         if batch != self._batch or not self.bank.routed:
-            for req_id in req_ids:
-                if req_id not in self.steering:
-                    request = requests[req_id]
-                    params = request.sampling_params or request.pooling_params
-                    self.steering[req_id] = _resolved(params)
             self.bank.route_batch([self.steering[req_id] for req_id in req_ids], counts)
             self._batch = batch
             self._batch_tokens = int(counts.sum())
         self._uncounted = self._batch_tokens
 
-    def forget(self, req_ids: Any) -> None:
+    def forget(self, req_ids: Iterable[str]) -> None:
         """Forget requests that have ended."""
         for req_id in req_ids:
             self.steering.pop(req_id, None)
-            self._batch = None  # another request may come under the same id
 
     def count(self) -> None:
         """Let the monitor count the batch that was routed. Dummy batches are not routed."""
@@ -110,6 +113,11 @@ class WorkerState:
     def read_monitor(self) -> dict[str, Any] | None:
         """Return the counts of the monitor; None on a rank without the watched block."""
         return None if self.monitor is None else self.monitor.read()
+
+    def clear_monitor(self) -> None:
+        """Forget what the monitor counted: V2 warms up with requests of its own."""
+        if self.monitor is not None:
+            self.monitor.clear()
 
     def update_programs(
         self,

@@ -1,6 +1,13 @@
-"""What is hooked in a worker of an engine that asks for steering, and in its model runner."""
+"""What is hooked in a worker of an engine that asks for steering, and in its model runner.
+
+vLLM chooses between two model runners (``VllmConfig.use_v2_model_runner``). Both say which requests
+are new and which have ended before they prepare the inputs of a batch, and run no dummy batch
+through either method.
+"""
 
 from typing import Any
+
+import numpy as np
 
 from refusal_kernels.vllm.check import check
 from refusal_kernels.vllm.config import read_settings
@@ -16,7 +23,7 @@ def start(worker: Any) -> None:
 
 
 def _follow_runner(worker: Any, *_: Any, **__: Any) -> None:
-    install(RUNNER_HOOKS, worker.model_runner)
+    install(V2_HOOKS if worker.vllm_config.use_v2_model_runner else V1_HOOKS, worker.model_runner)
 
 
 def _attach(worker: Any, *_: Any, **__: Any) -> None:
@@ -27,15 +34,25 @@ def _attach(worker: Any, *_: Any, **__: Any) -> None:
 
 
 def _check(worker: Any, *_: Any, **__: Any) -> None:
-    check(worker.model_runner, getattr(worker.model_runner, STATE))
+    state = getattr(worker.model_runner, STATE)
+    check(worker.model_runner, state)
+    state.clear_monitor()
 
 
-def _route(runner: Any, scheduler_output: Any, counts: Any, *_: Any, **__: Any) -> None:
-    getattr(runner, STATE).route(runner.input_batch.req_ids, runner.requests, counts)
+def _follow_requests(runner: Any, scheduler_output: Any, *_: Any, **__: Any) -> None:
+    state = getattr(runner, STATE)
+    state.forget(scheduler_output.finished_req_ids)
+    for request in scheduler_output.scheduled_new_reqs:  # V2: those that were preempted too
+        state.learn(request.req_id, request.sampling_params or request.pooling_params)
 
 
-def _forget(runner: Any, scheduler_output: Any, *_: Any, **__: Any) -> None:
-    getattr(runner, STATE).forget(scheduler_output.finished_req_ids)
+def _route_v1(runner: Any, scheduler_output: Any, counts: Any, *_: Any, **__: Any) -> None:
+    getattr(runner, STATE).route(runner.input_batch.req_ids, counts)
+
+
+def _route_v2(runner: Any, *_: Any, result: Any, **__: Any) -> None:
+    starts = result.query_start_loc_np[: result.num_reqs + 1]
+    getattr(runner, STATE).route(result.req_ids, np.diff(starts))
 
 
 def _count(runner: Any, *_: Any, **__: Any) -> None:
@@ -43,14 +60,20 @@ def _count(runner: Any, *_: Any, **__: Any) -> None:
 
 
 WORKER = "vllm.v1.worker.gpu_worker:Worker"  # and its subclass for CPUs
-RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 WORKER_HOOKS = (
     Hook(WORKER, "init_device", AFTER, _follow_runner, "to follow its model runner"),
     Hook(WORKER, "load_model", AFTER, _attach, "to put the steered adds into the model"),
     Hook(WORKER, "compile_or_warm_up_model", AFTER, _check, "to check that they steer"),
 )
-RUNNER_HOOKS = (
-    Hook(RUNNER, "_prepare_inputs", AFTER, _route, "to route the tokens of each batch"),
-    Hook(RUNNER, "_update_states", AFTER, _forget, "to forget requests that ended"),
-    Hook(RUNNER, "_model_forward", AFTER, _count, "to count for the monitor"),
+V1_HOOKS = (
+    Hook(V1, "_update_states", AFTER, _follow_requests, "to know which requests there are"),
+    Hook(V1, "_prepare_inputs", AFTER, _route_v1, "to route the tokens of each batch"),
+    Hook(V1, "_model_forward", AFTER, _count, "to count for the monitor"),
+)
+V2_HOOKS = (
+    Hook(V2, "add_requests", AFTER, _follow_requests, "to know which requests there are"),
+    Hook(V2, "prepare_inputs", AFTER, _route_v2, "to route the tokens of each batch"),
+    Hook(V2, "execute_model", AFTER, _count, "to count for the monitor"),
 )

@@ -1,8 +1,16 @@
-"""One process, one thread, no hub; every engine is closed before the next starts."""
+"""One process, one thread, no hub; every engine is closed before the next starts.
+
+``--runner`` chooses vLLM's model runner for the whole run: V2, the default wherever Triton is
+usable, here with interpreted kernels; or V1, which vLLM takes on a CPU without them.
+"""
 
 import functools
 import gc
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ.update(
     {
@@ -15,12 +23,21 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",
     }
 )
+os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)  # vLLM itself takes the runner
+INTERPRETED_TRITON = str(Path(__file__).parent / "triton_shim")
 
-import families
-import pytest
-import torch
 
-import refusal_kernels as rk
+def pytest_addoption(parser):
+    parser.addoption("--runner", choices=("v1", "v2"), default="v2")
+
+
+def pytest_configure(config):
+    """Before anything imports Triton."""
+    if config.getoption("--runner") == "v2":
+        sys.path.insert(0, INTERPRETED_TRITON)
+        folders = (INTERPRETED_TRITON, os.environ.get("PYTHONPATH"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +51,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def directions(folder):
     """Two orthonormal directions, by name, and their files."""
+    import families
+    import torch
+
+    import refusal_kernels as rk
+
     torch.manual_seed(5)
     q, _ = torch.linalg.qr(torch.randn(families.HIDDEN, 2))
     made = {"r": rk.Direction(q[:, 0] * 1.5), "t": rk.Direction(q[:, 1])}
@@ -56,6 +78,7 @@ def steering(folder, directions):
 @pytest.fixture(scope="session")
 def reference(folder, directions):
     """Make a family's model and Hugging Face's tokens, once."""
+    import families
     from reference import expected
 
     @functools.cache
@@ -67,7 +90,7 @@ def reference(folder, directions):
 
 
 @pytest.fixture
-def engines():
+def engines(request):
     """Start engines, one at a time; all are closed at the end."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -82,6 +105,8 @@ def engines():
     def start(path, settings=None, **options):
         close()
         started.append(start_engine(path, settings, **options))
+        v2 = started[-1].llm_engine.vllm_config.use_v2_model_runner
+        assert v2 == (request.config.getoption("--runner") == "v2")
         return started[-1]
 
     yield start

@@ -1,7 +1,5 @@
 """One engine, many requests: mixtures, caches, chunks, preemption, bad requests, other engines."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -78,11 +76,10 @@ def test_the_route_follows_every_change_of_a_batch(path, steering, engines):
     r, t = state.bank.versions
 
     def routed(asked, counts):
-        requests = {
-            name: SimpleNamespace(sampling_params=params, pooling_params=None)
-            for name, params in asked.items()
-        }
-        state.route(list(asked), requests, np.array(counts, dtype=np.int32))
+        for name, params in asked.items():
+            if name not in state.steering:
+                state.learn(name, params)
+        state.route(list(asked), np.array(counts, dtype=np.int32))
         route = state.bank.route[: sum(counts) + 1].tolist()
         assert route.pop() == -1
         rows = {row: steering.version for steering, row in state.bank._row_of.items()}

@@ -46,7 +46,7 @@ def server(path, steering, folder):
     }.items():
         command += [f"--{name}", str(value)]
     command += ["--enforce-eager", "--skip-tokenizer-init"]
-    environment = {**os.environ, "VLLM_PLUGINS": "refusal_kernels"}
+    environment = {**os.environ, "VLLM_PLUGINS": "refusal_kernels,interpreted_triton"}
     log = open(folder / "server.log", "w")  # noqa: SIM115
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

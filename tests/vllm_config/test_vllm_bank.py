@@ -1,12 +1,14 @@
 """The bank of a vLLM worker, on places without a model, and the ops under vLLM's compiler."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from refusal_kernels import Direction, InputError
 from refusal_kernels.vllm.bank import Bank
-from refusal_kernels.vllm.families import ADD, START, EnginePlace, find_places
+from refusal_kernels.vllm.families import ADD, START, EnginePlace, architecture_of
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import Steering
 
@@ -95,9 +97,15 @@ def test_programs_that_nobody_names_are_forgotten(directions):
         made.rows_of([a])
 
 
+def model(architectures):
+    config = SimpleNamespace(architectures=architectures)
+    return SimpleNamespace(hf_config=config, architecture=None)
+
+
 def test_an_architecture_on_no_list_is_refused():
     with pytest.raises(InputError, match="NewForCausalLM can't be steered"):
-        find_places(torch.nn.Identity(), "NewForCausalLM")
+        architecture_of(model(["NewForCausalLM"]))
+    assert architecture_of(model(["LlamaForCausalLM", "Other"])) == "LlamaForCausalLM"
 
 
 # --- the ops under vLLM's compiler

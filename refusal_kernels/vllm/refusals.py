@@ -1,0 +1,53 @@
+"""Engines in which the wrong tokens would be steered, or none: refused before they load."""
+
+from typing import Any
+
+from refusal_kernels.errors import InputError
+from refusal_kernels.vllm.families import architecture_of
+
+SPLIT = "it splits the tokens of a batch"
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse an engine that can't be steered.
+
+    Parameters
+    ----------
+    config
+        A ``VllmConfig``.
+
+    Raises
+    ------
+    InputError
+        With the setting that prevents steering, or the architecture.
+    """
+    from vllm import envs
+
+    parallel, drafts = config.parallel_config, config.speculative_config
+    for set_, name, why in (
+        (parallel.use_ubatching, "microbatches (enable_dbo, ubatch_size)", SPLIT),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism", SPLIT),
+        (
+            parallel.use_sequence_parallel_moe,
+            "sequence-parallel experts (expert, tensor and data parallelism at once)",
+            SPLIT,
+        ),
+        (
+            drafts is not None and drafts.enable_adaptive_verification,
+            "enable_adaptive_verification",
+            "only the device knows which tokens are in a batch",
+        ),
+        (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "VLLM_USE_RUST_FRONTEND",
+            "it does not read which program a request names",
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "VLLM_BATCH_INVARIANT",
+            "its norms are replaced",
+        ),
+    ):
+        if set_:
+            raise InputError(f"steering does not support {name}: {why}")
+    architecture_of(config.model_config)

@@ -1,0 +1,56 @@
+"""Engines that can't be steered are refused by the name of the setting."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from refusal_kernels import InputError
+from refusal_kernels.vllm.refusals import refuse_unsupported
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """A configuration as vLLM makes it, reduced to what is read; and its environment."""
+    environment = SimpleNamespace(VLLM_USE_RUST_FRONTEND=False, VLLM_BATCH_INVARIANT=False)
+    vllm = ModuleType("vllm")
+    vllm.envs = environment
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    hf_config = SimpleNamespace(architectures=["LlamaForCausalLM"])
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            use_ubatching=False, prefill_context_parallel_size=1, use_sequence_parallel_moe=False
+        ),
+        speculative_config=SimpleNamespace(enable_adaptive_verification=False),
+        model_config=SimpleNamespace(hf_config=hf_config, architecture=None),
+        environment=environment,
+    )
+
+
+def test_an_engine_that_can_be_steered_is_not_refused(config):
+    refuse_unsupported(config)
+    config.speculative_config = None
+    refuse_unsupported(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "words"),
+    [
+        ("parallel_config", "use_ubatching", True, "microbatches .* splits the tokens"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "prefill context parallelism"),
+        ("parallel_config", "use_sequence_parallel_moe", True, "sequence-parallel experts"),
+        ("speculative_config", "enable_adaptive_verification", True, "only the device knows"),
+        ("environment", "VLLM_USE_RUST_FRONTEND", True, "VLLM_USE_RUST_FRONTEND"),
+        ("environment", "VLLM_BATCH_INVARIANT", True, "VLLM_BATCH_INVARIANT"),
+    ],
+)
+def test_others_are_refused_by_name(config, part, setting, value, words):
+    setattr(getattr(config, part), setting, value)
+    with pytest.raises(InputError, match=words):
+        refuse_unsupported(config)
+
+
+def test_an_architecture_on_no_list_is_refused_before_it_is_loaded(config):
+    config.model_config.hf_config.architectures = ["NewForCausalLM"]
+    with pytest.raises(InputError, match="NewForCausalLM can't be steered"):
+        refuse_unsupported(config)
