@@ -1,14 +1,17 @@
 """The engine's settings, ``additional_config={"refusal_kernels": {...}}``: parsed and checked."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.intervention_base import finite_number
+from refusal_kernels.vllm.limits import MAX_STRENGTH, Limits
 from refusal_kernels.vllm.names import GRAPH, KEY
 from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
 from refusal_kernels.vllm.refusals import refuse_unsupported
 
-KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor")
+KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor", "max_strength")
 MOST_SLOTS = 16
 
 
@@ -49,6 +52,8 @@ class EngineSettings:
         engine without the plugin. False keeps vLLM's bits, at the cost of one more pass.
     monitor
         What is watched, or None.
+    limits
+        What limits the strength of programs; None where the model is not known.
     """
 
     directions: dict[str, Any]
@@ -57,6 +62,7 @@ class EngineSettings:
     slots: int
     fuse_norms: bool
     monitor: Monitor | None
+    limits: Limits | None = None
 
 
 def read_settings(vllm_config: Any) -> EngineSettings:
@@ -68,11 +74,12 @@ def read_settings(vllm_config: Any) -> EngineSettings:
         If they are not as described in docs/serving.md, or the engine can't be steered.
     """
     refuse_unsupported(vllm_config)
-    return parse_settings(vllm_config.additional_config[KEY])
+    limits = Limits.of(vllm_config.model_config)
+    return parse_settings(vllm_config.additional_config[KEY], limits)
 
 
-def parse_settings(given: Any) -> EngineSettings:
-    """Read the settings from their JSON form."""
+def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
+    """Read the settings from their JSON form, for a model with these limits."""
     if not isinstance(given, dict):
         raise InputError(f"additional_config[{KEY!r}] is {given!r}; expected an object")
     if unknown := sorted(set(given) - {*KNOWN, GRAPH}):
@@ -82,7 +89,11 @@ def parse_settings(given: Any) -> EngineSettings:
     directions = parse_directions(given.get("directions", {}))
     if len(sizes := sorted({d.hidden for d in directions.values()})) > 1:
         raise InputError(f"directions of different hidden sizes: {sizes}")
-    programs = parse_programs(given.get("programs", {}), directions)
+    strength = finite_number(given.get("max_strength", MAX_STRENGTH), "max_strength")
+    if strength <= 0:
+        raise InputError(f"max_strength is {strength}; expected a number above 0")
+    limits = limits and dataclasses.replace(limits, strength=strength)
+    programs = parse_programs(given.get("programs", {}), directions, limits)
     default = given.get("default")
     if default is not None and default not in programs:
         there = ", ".join(programs) or "none"
@@ -97,7 +108,7 @@ def parse_settings(given: Any) -> EngineSettings:
     if not isinstance(fuse_norms, bool):
         raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
     monitor = _monitor(given, directions)
-    return EngineSettings(directions, programs, default, slots, fuse_norms, monitor)
+    return EngineSettings(directions, programs, default, slots, fuse_norms, monitor, limits)
 
 
 def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | None:

@@ -46,6 +46,7 @@ class Catalog:
         self.default = settings.default
         self.slots = settings.slots
         self.monitor = settings.monitor
+        self._limits = settings.limits
         self._servers = servers
 
     def read(self, extra_args: Mapping[str, Any] | None) -> Steering | None:
@@ -92,7 +93,7 @@ class Catalog:
         after = dict(self.programs)
         for name, given in programs.items():
             if given is not None:
-                after[name] = parse_program(name, given, known)
+                after[name] = parse_program(name, given, known, self._limits)
             elif after.pop(name, None) is None:
                 raise InputError(f"there is no program {name!r} to remove")
             elif name == self.default:

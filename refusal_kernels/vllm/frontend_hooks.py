@@ -9,6 +9,7 @@ from refusal_kernels.vllm import metrics
 from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.frontend import Catalog
 from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
+from refusal_kernels.vllm.http_requests import check_request
 from refusal_kernels.vllm.names import CATALOG, STEER
 
 
@@ -33,6 +34,13 @@ def _validate(engine: Any, prompt: Any, sampling_params: Any, *_: Any, **__: Any
             catalog.read(getattr(sampling_params, "extra_args", None))
 
 
+def _check_request(serving: Any, request: Any, *_: Any, **__: Any) -> None:
+    processor = getattr(serving.models, "input_processor", None)
+    if getattr(processor, CATALOG, None) is not None:
+        with _as_bad_request():
+            check_request(request)
+
+
 def _export(app: Any, **_: Any) -> None:
     metrics.export(app)
 
@@ -51,9 +59,11 @@ def _as_bad_request() -> Iterator[None]:
 
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
+SERVING = "vllm.entrypoints.serve.engine.serving:BaseServing"
 METRICS = "vllm.entrypoints.serve.instrumentator.metrics"
 FRONT_END_HOOKS = (
     Hook(PROCESSOR, "process_inputs", AFTER, _resolve, "to give each request its program"),
     Hook(ENGINE, "generate", BEFORE, _validate, "to refuse a request before its stream begins"),
+    Hook(SERVING, "_check_model", BEFORE, _check_request, "to read the requests of its server"),
 )
 SERVER_HOOKS = (Hook(METRICS, "attach_router", AFTER, _export, "to show the monitor at /metrics"),)

@@ -14,8 +14,9 @@ import torch
 from refusal_kernels.banks import slots_of
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.intervention_base import kind_of
+from refusal_kernels.intervention_base import INF, kind_of
 from refusal_kernels.interventions import Intervention
+from refusal_kernels.vllm.limits import Limits, strengths
 
 logger = logging.getLogger(__name__)
 NONE = "none"  # the name of doing nothing, in a request
@@ -33,10 +34,13 @@ class NamedProgram:
     version
         16 hexadecimal digits that change with everything that changes the result. They key the
         prefix cache, and a running request keeps the version with which it began.
+    strengths
+        The least and the largest that a request may give.
     """
 
     interventions: tuple[Intervention, ...]
     version: str
+    strengths: tuple[float, float] = (-INF, INF)
 
     @property
     def hidden(self) -> int:
@@ -49,7 +53,9 @@ class NamedProgram:
         return slots_of(self.interventions)
 
 
-def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) -> NamedProgram:
+def parse_program(
+    name: str, given: Any, directions: Mapping[str, Direction], limits: Limits | None = None
+) -> NamedProgram:
     """Read one program from its JSON form: an intervention, or a list of them.
 
     `Intervention.from_dict` reads each; ``positions`` are refused.
@@ -57,7 +63,7 @@ def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) ->
     Raises
     ------
     InputError
-        If anything is missing, unknown or out of range.
+        If anything is missing, unknown or out of range, or does not fit the model.
     """
     where = f"program {name!r}"
     check_name(name, "program")
@@ -68,14 +74,28 @@ def parse_program(name: str, given: Any, directions: Mapping[str, Direction]) ->
     sizes = sorted({i.hidden for i in interventions})
     if len(sizes) > 1:
         raise InputError(f"{where} has directions of different hidden sizes: {sizes}")
-    return NamedProgram(interventions, _version(interventions))
+    version = _version(interventions)
+    if limits is None:
+        return NamedProgram(interventions, version)
+    for i, item in zip(interventions, items, strict=True):
+        _check_fit(f"{where}: {_label(i, item)}", i, limits)
+    least, largest = strengths(interventions, limits)
+    if largest < 1.0:
+        what = " and ".join(map(_label, interventions, items))
+        raise InputError(
+            f"{where} can make the residual stream overflow; {what} must be weaker, by a factor "
+            f"of {largest:.4g}"
+        )
+    return NamedProgram(interventions, version, (least, largest))
 
 
-def parse_programs(given: Any, directions: Mapping[str, Direction]) -> dict[str, NamedProgram]:
+def parse_programs(
+    given: Any, directions: Mapping[str, Direction], limits: Limits | None = None
+) -> dict[str, NamedProgram]:
     """Read programs by name."""
     if not isinstance(given, dict):
         raise InputError(f"programs is {kind_of(given)}; expected an object, program by name")
-    return {name: parse_program(name, one, directions) for name, one in given.items()}
+    return {name: parse_program(name, one, directions, limits) for name, one in given.items()}
 
 
 def parse_directions(given: Any) -> dict[str, Direction]:
@@ -118,6 +138,26 @@ def _intervention(where: str, given: Any, directions: Mapping[str, Direction]) -
         return Intervention.from_dict(given, directions)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _check_fit(where: str, intervention: Intervention, limits: Limits) -> None:
+    """Refuse what the model has no place for."""
+    hidden = intervention.hidden
+    if hidden != limits.hidden:
+        raise InputError(
+            f"{where}: the direction has hidden size {hidden}; the model has {limits.hidden}"
+        )
+    try:
+        limits.places(intervention)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _label(intervention: Intervention, given: Mapping[str, Any]) -> str:
+    """Return the kind of an intervention, with the name of its first direction."""
+    direction = given[intervention.name]
+    named = isinstance(direction, str)
+    return f"{intervention.name} {direction!r}" if named else intervention.name
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The steering of a request: a program and a strength, from its ``extra_args``."""
 
+import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
@@ -10,6 +11,9 @@ from refusal_kernels.vllm.names import RESOLVED, STEER, STRENGTH
 from refusal_kernels.vllm.programs import NONE, NamedProgram
 
 FIELDS = ("program", "strength")
+# What a request means that gives another key than the two; words are compared in lower case.
+MEANT = {STEER: STEER, STRENGTH: STRENGTH, "program": STEER, "strength": STRENGTH}
+ALIKE = 0.75  # of difflib's ratio: "steering" and "steer" have 0.77, "seed" and "steer" 0.67
 
 
 class Steering(NamedTuple):
@@ -36,6 +40,7 @@ def read_steering(
     extra = extra_args or {}
     if RESOLVED in extra:
         raise InputError(f"{RESOLVED!r} is set by the engine itself")
+    refuse_misspelt(extra)
     steer = extra.get(STEER)
     if not isinstance(steer, dict):
         steer = {} if steer is None and STEER not in extra else {"program": steer}
@@ -43,15 +48,43 @@ def read_steering(
         raise InputError(f"give the strength in {STEER} or as {STRENGTH}, not both")
     if unknown := sorted(map(str, set(steer) - set(FIELDS))):
         raise InputError(f"{STEER} has {unknown[0]!r}; expected {' and '.join(FIELDS)}")
-    given = steer.get("strength", extra.get(STRENGTH, 1.0))
-    strength = finite_number(given, "the strength of steering")
+    given = steer.get("strength", extra.get(STRENGTH))
     name = steer.get("program", default)
+    strength = 1.0 if given is None else finite_number(given, f"the strength of program {name!r}")
+    if name is None and given is not None:
+        raise InputError(f"there is a strength, {strength:g}, and no program; name one as {STEER}")
     if name is None or name == NONE:
         return None
     if not isinstance(name, str) or name not in programs:
         there = ", ".join([*programs, NONE])
         raise InputError(f"there is no program {name!r}; there are: {there}")
-    return Steering(programs[name].version, strength) if strength else None
+    program = programs[name]
+    least, largest = program.strengths
+    if not least <= strength <= largest:
+        raise InputError(
+            f"strength {strength:g} of program {name!r} could make the residual stream overflow; "
+            f"expected {least:.4g} to {largest:.4g}"
+        )
+    return Steering(program.version, strength) if strength else None
+
+
+def refuse_misspelt(keys: Iterable[str], where: str = "the request") -> None:
+    """Refuse a key that seems to mean steering: the request would silently be unsteered.
+
+    Raises
+    ------
+    InputError
+        With the key, and the right one.
+    """
+    for key in keys:
+        if key in (STEER, STRENGTH):
+            continue
+        word = str(key).lower().replace("-", "_")
+        alike = difflib.get_close_matches(word, MEANT, n=1, cutoff=ALIKE)
+        if not alike and word.startswith(STEER):
+            alike = [STEER]
+        if alike:
+            raise InputError(f"{where} has {key!r}; expected {MEANT[alike[0]]!r}")
 
 
 def cache_salt(salt: str | None, steering: Steering | None) -> str | None:

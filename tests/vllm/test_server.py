@@ -112,12 +112,32 @@ def test_bad_requests_get_400(server):
         ({"steer": 3}, "no program 3"),
         ({"steer": "r", "steer_strength": "much"}, "finite number"),
         ({"steer": ["r"]}, "no program"),
+        ({"steer": "r", "steer_strength": 6}, "strength 6 of program 'r' could make"),
+        ({"steer": "r", "steer_strength": -1}, "strength -1 of program 'r' could make"),
+        ({"steer_strength": 1}, "and no program"),
+        ({"steering": "r"}, "has 'steering'; expected 'steer'"),
+        ({"steer": "r", "steer_strenght": 1}, "expected 'steer_strength'"),
+        ({"steer": "r", "strength": 1}, "expected 'steer_strength'"),
     ):
         for stream in (False, True):
             request = {**body([5, 6, 7], xargs), "stream": stream}
             answer = httpx.post(f"{url}/v1/completions", json=request)
             assert answer.status_code == 400, answer.text
-            assert words in answer.text
+            assert words in answer.json()["error"]["message"]
+
+
+def test_requests_that_vllm_would_serve_unsteered_get_400(server):
+    url, _ = server
+    for others, words in (
+        ({"steer": "r"}, "'steer' outside 'vllm_xargs'"),
+        ({"steering": "r"}, "has 'steering'"),
+        ({"extra_body": {"steer": "r"}}, "'steer' in 'extra_body'"),
+        ({"use_beam_search": True, "vllm_xargs": {"steer": "r"}}, "a beam search takes no"),
+    ):
+        request = {**body([5, 6, 7]), **others}
+        answer = httpx.post(f"{url}/v1/completions", json=request)
+        assert answer.status_code == 400, answer.text
+        assert words in answer.json()["error"]["message"]
 
 
 def test_programs_change_over_http(server):

@@ -1,10 +1,14 @@
 """The vLLM plugin's configuration and requests: they need no vLLM."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from refusal_kernels import Ablate, Add, Clamp, Direction, Erase, InputError, Set
 from refusal_kernels.vllm.config import parse_settings
+from refusal_kernels.vllm.http_requests import check_request
+from refusal_kernels.vllm.limits import Limits
 from refusal_kernels.vllm.names import RESOLVED
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
@@ -126,6 +130,8 @@ def test_malformed_programs_are_refused(settings, program, words):
         ({"slots": 0}, "slots is 0"),
         ({"slots": True}, "slots is True"),
         ({"fuse_norms": "no"}, "fuse_norms is 'no'"),
+        ({"max_strength": "2"}, "max_strength is '2'"),
+        ({"max_strength": 0}, "max_strength is 0.0; expected a number above 0"),
         ({"slots": 1, "programs": {"p": [{"ablate": "r"}, {"ablate": "t"}]}}, "slots is 1, but"),
         ({"directions": {"r": 3}}, "direction 'r' is a int"),
         ({"directions": {"r": "/nowhere"}}, "is not there"),
@@ -192,3 +198,135 @@ def test_prefixes_are_salted_by_program_and_strength():
     salts = [cache_salt(salt, s) for s in asked for salt in (None, "tenant")]
     assert len(set(salts)) == len(salts)
     assert cache_salt("x", Steering("a", 1.0)) == cache_salt("x", Steering("a", 1.0))
+
+
+# --- how strong a program may be
+
+
+def limits(dtype=torch.bfloat16, blocks=30, strength=2.0):
+    return Limits(8, blocks, dtype, strength)
+
+
+def test_the_strengths_of_an_ablation_keep_a_row_as_long_as_it_was(directions):
+    """30 blocks have 61 places; a negative strength multiplies at each of them."""
+    least, largest = parse_program("p", {"ablate": "r"}, directions, limits()).strengths
+    assert largest == pytest.approx(2.0, rel=1e-5)
+    assert (1 - least) ** 61 == pytest.approx(100)
+    weaker = parse_program("p", {"ablate": "r", "strength": 0.5}, directions, limits())
+    assert weaker.strengths == pytest.approx((2 * least, 4.0), rel=1e-5)
+    one = {"ablate": "r", "block_input": 3}
+    assert parse_program("p", one, directions, limits()).strengths == pytest.approx((-2.0, 2.0))
+    raised = parse_program("p", one, directions, limits(strength=50.0)).strengths
+    assert raised == pytest.approx((-50.0, 50.0))
+    raised = parse_program("p", {"ablate": "r"}, directions, limits(strength=50.0)).strengths
+    assert 1 < largest < raised[1] < 2.1  # the stream would overflow
+
+
+def test_the_strengths_of_other_edits(directions):
+    given = directions
+    least, largest = parse_program("p", {"add": "r", "block_input": 1}, given, limits()).strengths
+    assert -least == largest == pytest.approx(1e12 / 3)
+    fp16 = parse_program("p", {"add": "r", "sites": "all"}, given, limits(torch.float16))
+    assert fp16.strengths[1] == pytest.approx(1e4 / 3 / 61)
+    rotate = {"rotate": "r", "b2": "t", "angle": 180.0}  # by -1 at strength 1, by -3 at 2
+    assert parse_program("p", rotate, given, limits()).strengths[1] == pytest.approx(
+        1 + (100 ** (1 / 61) - 1) / 2, rel=1e-4
+    )
+    clamp = parse_program("p", {"clamp": "r", "high": 0.0}, given, limits()).strengths
+    assert clamp == pytest.approx((1 - 100 ** (1 / 61), 2.0), rel=1e-4)
+    assert parse_program("p", {"set": "r", "value": 5}, given, limits()).strengths[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ({"ablate": "r", "strength": 8}, r"'p' can make .* overflow; ablate 'r' .* factor of 0.25"),
+        ({"set": "r", "value": 1e30}, "set 'r' must be weaker"),
+        ({"clamp": "r", "low": 1e30}, "clamp 'r' must be weaker"),
+        ([{"ablate": "t"}, {"add": "r", "coefficient": 1e30, "layers": [1]}], "'t' and add 'r'"),
+        ({"ablate": "r", "block_input": 30}, "'p': ablate 'r': no place of the model .* 0 to 29"),
+        ({"ablate": "r", "layers": [30, 31]}, "no place of the model"),
+        ({"ablate": "long"}, "ablate 'long': the direction has hidden size 9; the model has 8"),
+    ],
+)
+def test_programs_that_do_not_fit_the_model_are_refused(directions, program, words):
+    given = {**directions, "long": Direction(torch.ones(9))}
+    with pytest.raises(InputError, match=words):
+        parse_program("p", program, given, limits())
+    parse_program("p", program, given)  # of no known model
+
+
+def test_requests_that_are_too_strong_are_refused(directions):
+    programs = {"p": parse_program("p", {"ablate": "r"}, directions, limits())}
+    for strength in (6, -1, 1e30):
+        with pytest.raises(InputError, match=r"of program 'p' could make .* expected -0.07.* to 2"):
+            read_steering({"steer": "p", "steer_strength": strength}, programs, None)
+    assert read_steering({"steer": "p", "steer_strength": 2}, programs, None).strength == 2.0
+    assert read_steering({"steer": "p", "steer_strength": -0.05}, programs, None)
+
+
+def test_the_largest_strength_is_a_setting(directions, tmp_path):
+    directions["r"].save(tmp_path / "r")
+    given = {
+        "directions": {"r": str(tmp_path / "r")},
+        "programs": {"p": {"ablate": "r", "block_input": 1}},
+    }
+    for others, strength in (({}, 2.0), ({"max_strength": 3}, 3.0)):
+        read = parse_settings({**given, **others}, limits())
+        assert read.programs["p"].strengths[1] == pytest.approx(strength)
+        assert read.limits.strength == strength
+
+
+# --- keys that would silently leave a request unsteered
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        ("steering", "steer"),
+        ("Steer", "steer"),
+        ("steer_program", "steer_strength"),
+        ("program", "steer"),
+        ("programme", "steer"),
+        ("steer_strenght", "steer_strength"),
+        ("steer-strength", "steer_strength"),
+        ("steering_strength", "steer_strength"),
+        ("strength", "steer_strength"),
+    ],
+)
+def test_misspelt_keys_are_refused(programs, key, right):
+    for extra in ({key: "r"}, {"steer": "r", key: 0.7}):
+        with pytest.raises(InputError, match=f"has '{key}'; expected '{right}'"):
+            read_steering(extra, programs, None)
+
+
+def test_keys_of_others_pass(programs):
+    names = "seed stream steps top_k session_id kv_transfer_params ec_transfer_params structured"
+    extra = dict.fromkeys(names.split(), 1)
+    assert read_steering(extra, programs, None) is None
+    assert read_steering({**extra, "steer": "r"}, programs, None) is not None
+
+
+def test_a_strength_needs_a_program(programs):
+    for extra in ({"steer_strength": 0.5}, {"steer": {"strength": 0.5}}):
+        with pytest.raises(InputError, match=r"a strength, 0\.5, and no program"):
+            read_steering(extra, programs, None)
+        assert read_steering(extra, programs, "r").strength == 0.5
+
+
+def test_requests_of_the_server_that_would_be_unsteered_are_refused():
+    def request(extra=None, beam=False, **others):
+        return SimpleNamespace(model_extra=others, vllm_xargs=extra, use_beam_search=beam)
+
+    for good in (request(), request({"steer": "r"}), request({"a": 1}, beam=True, user="u")):
+        check_request(good)
+    check_request(SimpleNamespace(model="no extra fields"))
+    for bad, words in (
+        (request(steer="r"), "'steer' outside 'vllm_xargs'"),
+        (request(steering="r"), "has 'steering'; expected 'steer'"),
+        (request(extra_body={"steer": "r"}), "'steer' in 'extra_body'; expected it in"),
+        (request({"steer": "r"}, beam=True), "a beam search takes no 'steer'"),
+        (request({"steer_strength": 1}, beam=True), "a beam search"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_request(bad)
