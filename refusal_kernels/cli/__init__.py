@@ -47,7 +47,10 @@ app = typer.Typer(
 )
 for command in commands():
     # given whole, because Typer would cut the docstring
-    app.command(short_help=(command.__doc__ or "").partition("\n")[0])(expanded(command))
+    app.command(
+        short_help=(command.__doc__ or "").partition("\n")[0],
+        context_settings=getattr(command, "context_settings", None),
+    )(expanded(command))
 
 
 def _refuse(reason: str) -> NoReturn:

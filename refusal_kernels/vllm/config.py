@@ -10,8 +10,12 @@ from refusal_kernels.vllm.limits import MAX_STRENGTH, Limits
 from refusal_kernels.vllm.names import GRAPH, KEY
 from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
 from refusal_kernels.vllm.refusals import refuse_unsupported
+from refusal_kernels.vllm.settings_file import with_file
 
-KNOWN = ("directions", "programs", "default", "slots", "fuse_norms", "monitor", "max_strength")
+KNOWN = (
+    *("directions", "programs", "default", "slots", "fuse_norms", "monitor"),
+    *("max_strength", "file"),
+)
 MOST_SLOTS = 16
 
 
@@ -54,6 +58,8 @@ class EngineSettings:
         What is watched, or None.
     limits
         What limits the strength of programs; None where the model is not known.
+    given, specifications
+        The settings and the programs in their JSON form, the latter with those of a file.
     """
 
     directions: dict[str, Any]
@@ -62,7 +68,9 @@ class EngineSettings:
     slots: int
     fuse_norms: bool
     monitor: Monitor | None
-    limits: Limits | None = None
+    limits: Limits | None
+    given: dict[str, Any]
+    specifications: dict[str, Any]
 
 
 def read_settings(vllm_config: Any) -> EngineSettings:
@@ -82,6 +90,7 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
     """Read the settings from their JSON form, for a model with these limits."""
     if not isinstance(given, dict):
         raise InputError(f"additional_config[{KEY!r}] is {given!r}; expected an object")
+    alone, given = given, with_file(given)
     if unknown := sorted(set(given) - {*KNOWN, GRAPH}):
         raise InputError(
             f"additional_config[{KEY!r}] has {unknown[0]!r}; expected {', '.join(KNOWN)}"
@@ -108,7 +117,10 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
     if not isinstance(fuse_norms, bool):
         raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
     monitor = _monitor(given, directions)
-    return EngineSettings(directions, programs, default, slots, fuse_norms, monitor, limits)
+    return EngineSettings(
+        *(directions, programs, default, slots, fuse_norms, monitor, limits, alone),
+        given.get("programs", {}),
+    )
 
 
 def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | None:

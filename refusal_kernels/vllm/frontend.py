@@ -1,15 +1,21 @@
 """The front end: programs by name, and the program of each request before it is queued."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.config import EngineSettings
+from refusal_kernels.vllm.config import EngineSettings, parse_settings
+from refusal_kernels.vllm.counters import REQUESTS, counted_change, counter
 from refusal_kernels.vllm.names import CATALOG, KEY, MONITOR, RESOLVED, UPDATE
-from refusal_kernels.vllm.programs import NamedProgram, check_name, parse_program
+from refusal_kernels.vllm.programs import NONE, NamedProgram, check_name, parse_program
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
+from refusal_kernels.vllm.settings_file import FILE
+
+# settings that can not change while an engine runs, by attribute
+FIXED = {"fuse_norms": "fuse_norms", "monitor": "monitor", "limits": "max_strength"}
 
 
 @dataclass(frozen=True)
@@ -18,8 +24,8 @@ class Change:
 
     Attributes
     ----------
-    directions, programs
-        All of them, after the change.
+    directions, programs, default
+        All of them, and the default, after the change.
     vectors, specifications
         For the workers: all directions by name, each its vector and layer, and the new programs in
         their JSON form by name.
@@ -27,6 +33,7 @@ class Change:
 
     directions: dict[str, Direction]
     programs: dict[str, NamedProgram]
+    default: str | None
     vectors: dict[str, tuple[list[float], int | None]]
     specifications: dict[str, Any]
 
@@ -38,20 +45,38 @@ class Change:
 
 
 class Catalog:
-    """The programs that requests can name."""
+    """The programs that requests can name.
+
+    Attributes
+    ----------
+    directions, programs
+        By name.
+    default
+        The program of requests that name none, or None.
+    settings
+        Those with which the engine was started.
+    changing
+        Held by a change from its check until it is made.
+    """
 
     def __init__(self, settings: EngineSettings, servers: int) -> None:
         self.programs = dict(settings.programs)
         self.directions = dict(settings.directions)
         self.default = settings.default
-        self.slots = settings.slots
-        self.monitor = settings.monitor
-        self._limits = settings.limits
+        self.settings = settings
+        self.changing = asyncio.Lock()
         self._servers = servers
 
     def read(self, extra_args: Mapping[str, Any] | None) -> Steering | None:
         """Return the steering that a request asks for, as `read_steering`."""
         return read_steering(extra_args, self.programs, self.default)
+
+    def name_of(self, steering: Steering | None) -> str:
+        """Return the name of a request's program; of one that is gone, its version."""
+        if steering is None:
+            return NONE
+        names = (name for name, p in self.programs.items() if p.version == steering.version)
+        return next(names, steering.version)
 
     def resolve(self, request: Any) -> None:
         """Write a request's steering into an ``EngineCoreRequest``, and salt its prefixes.
@@ -64,6 +89,7 @@ class Catalog:
         sampling, pooling = request.sampling_params, request.pooling_params
         extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
         steering = self.read(extra)
+        counter(REQUESTS).labels(self.name_of(steering)).inc()
         if steering is None:
             return
         resolved = {**(extra or {}), RESOLVED: list(steering)}
@@ -83,24 +109,42 @@ class Catalog:
         InputError
             If it is malformed or removes the default program.
         """
-        if self._servers > 1:
-            raise InputError(
-                f"programs can not change: {self._servers} API servers each have their own list"
-            )
+        self._check_servers()
         for name in directions:
             check_name(name, "direction")
         known = {**self.directions, **directions}
         after = dict(self.programs)
         for name, given in programs.items():
             if given is not None:
-                after[name] = parse_program(name, given, known, self._limits)
+                after[name] = parse_program(name, given, known, self.settings.limits)
+                self._check_slots(name, after[name].slots)
             elif after.pop(name, None) is None:
                 raise InputError(f"there is no program {name!r} to remove")
             elif name == self.default:
                 raise InputError(f"program {name!r} is the default; it can not be removed")
         new = {name: given for name, given in programs.items() if given is not None}
-        vectors = {name: (d.vector.tolist(), d.layer) for name, d in known.items()}
-        return Change(known, after, vectors if new else {}, new)
+        return Change(known, after, self.default, _vectors(known) if new else {}, new)
+
+    def plan_reload(self) -> Change:
+        """Check the change to what an engine would have that starts with the file as it is.
+
+        Raises
+        ------
+        InputError
+            If there is no file, it is malformed, or it changes what is fixed while an engine runs.
+        """
+        self._check_servers()
+        started = self.settings
+        if FILE not in started.given:
+            raise InputError(f"this engine was started without a {FILE!r} of settings")
+        new = parse_settings(started.given, started.limits)
+        for name, program in new.programs.items():
+            self._check_slots(name, program.slots)
+        for name, setting in FIXED.items():
+            if getattr(new, name) != getattr(started, name):
+                raise InputError(f"{setting} can not change while the engine runs")
+        vectors = _vectors(new.directions)
+        return Change(new.directions, new.programs, new.default, vectors, new.specifications)
 
     def commit(self, change: Change, answers: list[str | None]) -> None:
         """Make a change that all workers have made.
@@ -113,6 +157,24 @@ class Catalog:
         if refused := [answer for answer in answers if answer is not None]:
             raise InputError(refused[0])
         self.directions, self.programs = change.directions, change.programs
+        self.default = change.default
+
+    def _check_slots(self, name: str, slots: int) -> None:
+        if slots > self.settings.slots:
+            raise InputError(
+                f"program {name!r} takes {slots} slots; the engine was started with slots "
+                f"{self.settings.slots}"
+            )
+
+    def _check_servers(self) -> None:
+        if self._servers > 1:
+            raise InputError(
+                f"programs can not change: {self._servers} API servers each have their own list"
+            )
+
+
+def _vectors(directions: Mapping[str, Direction]) -> dict[str, tuple[list[float], int | None]]:
+    return {name: (d.vector.tolist(), d.layer) for name, d in directions.items()}
 
 
 def catalog_of(engine: Any) -> Catalog:
@@ -161,8 +223,28 @@ async def set_programs_async(
 ) -> None:
     """Do the same to a ``vllm.AsyncLLM``."""
     catalog = catalog_of(engine)
-    change = catalog.plan(programs, directions or {})
-    catalog.commit(change, await engine.collective_rpc(UPDATE, args=change.arguments))
+    async with catalog.changing:
+        with counted_change():
+            change = catalog.plan(programs, directions or {})
+            catalog.commit(change, await engine.collective_rpc(UPDATE, args=change.arguments))
+
+
+async def reload_programs_async(engine: Any) -> None:
+    """Read the settings file of a ``vllm.AsyncLLM`` again: what it has is then what it serves.
+
+    Programs that were changed by other means are as the file says, or gone. Running requests keep
+    the program with which they began.
+
+    Raises
+    ------
+    InputError
+        If the file is refused; nothing has changed then.
+    """
+    catalog = catalog_of(engine)
+    async with catalog.changing:
+        with counted_change():
+            change = catalog.plan_reload()
+            catalog.commit(change, await engine.collective_rpc(UPDATE, args=change.arguments))
 
 
 def read_monitor(llm: Any) -> dict[str, Any]:
@@ -185,6 +267,6 @@ def read_monitor(llm: Any) -> dict[str, Any]:
 def first_answer(catalog: Catalog, answers: list[Any]) -> dict[str, Any]:
     """Return the counts of the first rank that has the watched block; all that have it agree."""
     counts: dict[str, Any] | None = next((a for a in answers if a is not None), None)
-    if catalog.monitor is None or counts is None:
+    if catalog.settings.monitor is None or counts is None:
         raise InputError("this engine was started without a monitor")
     return counts

@@ -7,9 +7,10 @@ from typing import Any
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm import metrics
 from refusal_kernels.vllm.config import read_settings
+from refusal_kernels.vllm.counters import REFUSED, counter
 from refusal_kernels.vllm.frontend import Catalog
 from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
-from refusal_kernels.vllm.http_requests import check_request
+from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
 from refusal_kernels.vllm.names import CATALOG, STEER
 
 
@@ -35,10 +36,23 @@ def _validate(engine: Any, prompt: Any, sampling_params: Any, *_: Any, **__: Any
 
 
 def _check_request(serving: Any, request: Any, *_: Any, **__: Any) -> None:
-    processor = getattr(serving.models, "input_processor", None)
-    if getattr(processor, CATALOG, None) is not None:
+    models = serving.models
+    if (catalog := _catalog_of_server(models)) is not None:
+        served = [*(path.name for path in models.base_model_paths), *models.lora_requests]
         with _as_bad_request():
+            resolve_model(request, served, catalog.programs)
             check_request(request)
+
+
+def _list_programs(models: Any, *_: Any, result: Any, **__: Any) -> None:
+    if (catalog := _catalog_of_server(models)) is not None:
+        list_programs(result.data, catalog.programs, catalog.default)
+
+
+def _catalog_of_server(models: Any) -> Catalog | None:
+    """Return the catalog of a server's ``OpenAIServingModels``, if its engine has one."""
+    catalog: Catalog | None = getattr(getattr(models, "input_processor", None), CATALOG, None)
+    return catalog
 
 
 def _export(app: Any, **_: Any) -> None:
@@ -53,6 +67,7 @@ def _as_bad_request() -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        counter(REFUSED).inc()
         kind = type("SteeringError", (VLLMValidationError, ValueError), {})
         raise kind(str(error), parameter=STEER) from None
 
@@ -60,10 +75,12 @@ def _as_bad_request() -> Iterator[None]:
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 SERVING = "vllm.entrypoints.serve.engine.serving:BaseServing"
+MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 METRICS = "vllm.entrypoints.serve.instrumentator.metrics"
 FRONT_END_HOOKS = (
     Hook(PROCESSOR, "process_inputs", AFTER, _resolve, "to give each request its program"),
     Hook(ENGINE, "generate", BEFORE, _validate, "to refuse a request before its stream begins"),
     Hook(SERVING, "_check_model", BEFORE, _check_request, "to read the requests of its server"),
+    Hook(MODELS, "show_available_models", AFTER, _list_programs, "to list programs as models"),
 )
 SERVER_HOOKS = (Hook(METRICS, "attach_router", AFTER, _export, "to show the monitor at /metrics"),)

@@ -1,9 +1,10 @@
 """Run code before or after methods of vLLM: tables of hooks, and how they are put in place."""
 
 import functools
+import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Hook(NamedTuple):
         Its name.
     when
         `BEFORE`: ``action(self, *args)`` runs first, and may raise. `AFTER`: it runs last, as
-        ``action(self, *args, result=result)``.
+        ``action(self, *args, result=result)``; of a coroutine, when it has been awaited.
     action
         What runs.
     why
@@ -89,8 +90,16 @@ def _hooked(method: Callable[..., Any], when: str, action: Callable[..., Any]) -
             action(*args, **kwargs)
             return method(*args, **kwargs)
         result = method(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            return _awaited(result, functools.partial(action, *args, **kwargs))
         action(*args, result=result, **kwargs)
         return result
 
     setattr(hooked, MARK, True)
     return hooked
+
+
+async def _awaited(coroutine: Coroutine[Any, Any, Any], action: Callable[..., Any]) -> Any:
+    result = await coroutine
+    action(result=result)
+    return result

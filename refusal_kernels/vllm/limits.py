@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from refusal_kernels.errors import InputError
+from refusal_kernels.banks import check_program
 from refusal_kernels.intervention_base import Intervention
 
 MAX_STRENGTH = 2.0  # an ablation turns the component around; a stronger one lengthens it
@@ -55,31 +55,42 @@ class Limits:
         """How much may be added to a row: far from where its square overflows float32."""
         return 1e4 if self.dtype == torch.float16 else 1e12
 
-    def places(self, intervention: Intervention) -> int:
-        """Return at how many places of the stream an intervention acts, at most.
+    def places(self, interventions: Sequence[Intervention]) -> list[list[Intervention]]:
+        """Return which interventions act at each place of the stream where any does.
+
+        A family may have fewer places: it may add what attention and MLP write in one sum.
 
         Raises
         ------
         InputError
-            If there is none.
+            If they interfere at a place.
         """
-        writers = ["attn", "mlp", *(["add"] if "add" in (intervention.sites or ()) else [])]
-        count = int(intervention.meets(None, frozenset(), 0))
+        kinds = ["attn", "mlp"]
+        if any("add" in (i.sites or ()) for i in interventions):
+            kinds.append("add")
+        stream: list[tuple[int | None, frozenset[str], int | None]] = [(None, frozenset(), 0)]
         for block in range(self.blocks):
             following = block + 1 if block + 1 < self.blocks else None
-            for writer in writers:
-                feeds = following if writer == writers[-1] else None
-                count += intervention.meets(block, frozenset({writer}), feeds)
-        if not count:
-            raise InputError(
-                f"no place of the model is where it acts; the blocks are 0 to {self.blocks - 1}"
-            )
-        return count
+            stream += [
+                (block, frozenset({kind}), following if kind == kinds[-1] else None)
+                for kind in kinds
+            ]
+        acting = [[i for i in interventions if i.meets(*place)] for place in stream]
+        for different in {tuple(there) for there in acting if there}:
+            check_program(different)
+        return [there for there in acting if there]
 
 
 def strengths(interventions: Sequence[Intervention], limits: Limits) -> tuple[float, float]:
-    """Return the least and the largest strength that a request may give to a program."""
-    edits = [EditSize(i, limits.places(i)) for i in interventions]
+    """Return the least and the largest strength that a request may give to a program.
+
+    Raises
+    ------
+    InputError
+        If its interventions interfere (`check_program`).
+    """
+    acting = limits.places(interventions)
+    edits = [EditSize(i, sum(i in there for there in acting)) for i in interventions]
 
     def safe(strength: float) -> bool:
         growth = length = 0.0

@@ -29,7 +29,7 @@ def export(app: Any) -> None:
         try:
             catalog = catalog_of(engine)
             counts = first_answer(catalog, await engine.collective_rpc(MONITOR))
-            text += generate_latest(Snapshot(counts, catalog.monitor))
+            text += generate_latest(Snapshot(counts, catalog.settings.monitor))
         except (EngineDeadError, InputError):
             pass  # vLLM's own metrics are still served
         return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -79,7 +79,10 @@ def parse_program(
         return NamedProgram(interventions, version)
     for i, item in zip(interventions, items, strict=True):
         _check_fit(f"{where}: {_label(i, item)}", i, limits)
-    least, largest = strengths(interventions, limits)
+    try:
+        least, largest = strengths(interventions, limits)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     if largest < 1.0:
         what = " and ".join(map(_label, interventions, items))
         raise InputError(
@@ -147,10 +150,11 @@ def _check_fit(where: str, intervention: Intervention, limits: Limits) -> None:
         raise InputError(
             f"{where}: the direction has hidden size {hidden}; the model has {limits.hidden}"
         )
-    try:
-        limits.places(intervention)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+    if not limits.places([intervention]):
+        raise InputError(
+            f"{where}: no place of the model is where it acts; the blocks are 0 to "
+            f"{limits.blocks - 1}"
+        )
 
 
 def _label(intervention: Intervention, given: Mapping[str, Any]) -> str:

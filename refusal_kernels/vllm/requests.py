@@ -68,7 +68,7 @@ def read_steering(
     return Steering(program.version, strength) if strength else None
 
 
-def refuse_misspelt(keys: Iterable[str], where: str = "the request") -> None:
+def refuse_misspelt(keys: Iterable[str]) -> None:
     """Refuse a key that seems to mean steering: the request would silently be unsteered.
 
     Raises
@@ -84,7 +84,7 @@ def refuse_misspelt(keys: Iterable[str], where: str = "the request") -> None:
         if not alike and word.startswith(STEER):
             alike = [STEER]
         if alike:
-            raise InputError(f"{where} has {key!r}; expected {MEANT[alike[0]]!r}")
+            raise InputError(f"the request has {key!r}; expected {MEANT[alike[0]]!r}")
 
 
 def cache_salt(salt: str | None, steering: Steering | None) -> str | None:

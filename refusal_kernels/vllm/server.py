@@ -1,9 +1,12 @@
-"""HTTP routes that list and change the programs of a running server.
+"""HTTP routes that list and change the programs of a running server, and SIGHUP.
 
 vLLM loads endpoint plugins only where ``VLLM_PLUGINS`` names them. The routes are below ``/v1``,
 which ``--api-key`` guards.
 """
 
+import asyncio
+import logging
+import signal
 from typing import Any
 
 import torch
@@ -11,9 +14,16 @@ import torch
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import parse_json
-from refusal_kernels.vllm.frontend import catalog_of, set_programs_async
+from refusal_kernels.vllm.frontend import (
+    catalog_of,
+    reload_programs_async,
+    set_programs_async,
+)
+from refusal_kernels.vllm.settings_file import FILE
 
+logger = logging.getLogger("vllm.refusal_kernels")  # so that vLLM's handlers print it
 PATH = "/v1/refusal_kernels/programs"
+RELOAD = "/v1/refusal_kernels/reload"
 MOST_BYTES = 16 << 20  # of a request: a direction of hidden size 16384 takes 0.4 MB of JSON
 
 
@@ -27,10 +37,36 @@ class Endpoints:
         """Add the routes."""
         app.get(PATH)(_list)
         app.post(PATH)(_change)
+        app.post(RELOAD)(_reload)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Keep the engine for the routes."""
+        """Keep the engine for the routes, and reload its file of settings on SIGHUP."""
         state.refusal_kernels_engine = engine_client
+        try:
+            given = catalog_of(engine_client).settings.given
+        except InputError:  # nothing to reload
+            return
+        if FILE in given:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, _hang_up, engine_client, given[FILE])
+
+
+def _hang_up(engine: Any, file: str) -> None:
+    """Reload the settings, and say in the log what came of it."""
+
+    async def reload() -> None:
+        try:
+            await reload_programs_async(engine)
+            logger.info("refusal_kernels: programs reloaded from %s", file)
+        except InputError as error:
+            logger.error("refusal_kernels: the programs stay as they were: %s", error)
+
+    task = asyncio.get_running_loop().create_task(reload())
+    _reloads.add(task)  # the loop holds tasks weakly
+    task.add_done_callback(_reloads.discard)
+
+
+_reloads: set[asyncio.Task[None]] = set()
 
 
 try:  # FastAPI reads the annotations of the routes, so these names must be global
@@ -59,6 +95,16 @@ async def _change(request: Request) -> JSONResponse:
         return _refusal(error)
 
 
+async def _reload(request: Request) -> JSONResponse:
+    """POST: read the file of settings again."""
+    engine = request.app.state.refusal_kernels_engine
+    try:
+        await reload_programs_async(engine)
+        return _answer(catalog_of(engine))
+    except InputError as error:
+        return _refusal(error)
+
+
 async def _read(request: Request) -> tuple[dict[str, Any], dict[str, Direction]]:
     """Read and check the body of a request."""
     body = b""
@@ -81,9 +127,15 @@ async def _read(request: Request) -> tuple[dict[str, Any], dict[str, Direction]]
 
 
 def _answer(catalog: Any) -> JSONResponse:
-    programs = {name: program.version for name, program in catalog.programs.items()}
-    directions, default = sorted(catalog.directions), catalog.default
-    return JSONResponse({"programs": programs, "default": default, "directions": directions})
+    programs, directions = catalog.programs, sorted(catalog.directions)
+    return JSONResponse(
+        {
+            "programs": {name: program.version for name, program in programs.items()},
+            "strengths": {name: list(program.strengths) for name, program in programs.items()},
+            "default": catalog.default,
+            "directions": directions,
+        }
+    )
 
 
 def _refusal(error: InputError) -> JSONResponse:

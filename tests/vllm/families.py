@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from refusal_kernels import toy
+
 HIDDEN, VOCABULARY = 64, 256
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -65,3 +67,10 @@ def make(family: str, folder: Path, **changes: Any) -> str:
     path = folder / family
     model.save_pretrained(path)
     return str(path)
+
+
+def add_tokenizer(path: str) -> None:
+    """Give a saved model the toy's tokenizer and chat template, with tokens enough."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy.PATH)
+    tokenizer.add_tokens([f"<{k}>" for k in range(VOCABULARY - len(tokenizer))])
+    tokenizer.save_pretrained(path)

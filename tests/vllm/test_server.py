@@ -1,9 +1,9 @@
 """The OpenAI-compatible server: steering per request, bad requests, cancellations, changes."""
 
 import asyncio
-import json
-import os
 import random
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,54 +11,70 @@ import time
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
-from families import make
+from families import add_tokenizer, make
 from prometheus_client.parser import text_string_to_metric_families
 from reference import greedy, hugging_face, prompts
+from transformers import AutoTokenizer
 
 import refusal_kernels as rk
+from refusal_kernels.vllm.counters import CHANGES, REFUSED, REQUESTS
 from refusal_kernels.vllm.metrics import NAME
 
 TOKENS = 12
-PROGRAMS = "/v1/refusal_kernels/programs"
+PROGRAMS, RELOAD = "/v1/refusal_kernels/programs", "/v1/refusal_kernels/reload"
 
 
 @pytest.fixture(scope="module")
 def path(folder):
-    return make("llama", folder)
+    made = make("llama", folder)
+    add_tokenizer(made)
+    return made
+
+
+FILE = """
+[directions]
+r = "r.safetensors"
+t = "t.safetensors"
+[programs]
+r = {ablate = "r"}
+[monitor]
+direction = "r"
+block_input = 2
+"""
 
 
 @pytest.fixture(scope="module")
-def server(path, steering, folder):
+def server(path, directions, folder):
+    """A client of a server, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = steering(
-        programs={"r": {"ablate": "r"}, "t": {"ablate": "t"}},
-        monitor={"direction": "r", "block_input": 2},
-    )
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    (folder / "settings.toml").write_text(FILE)
+    command = [sys.executable, "-m", "refusal_kernels", "serve", path]
+    command += ["--programs", str(folder / "settings.toml"), "--program", "t=ablate:t"]
     for name, value in {
-        **{"model": path, "served-model-name": "tiny", "host": "127.0.0.1", "port": port},
+        **{"served-model-name": "tiny", "host": "127.0.0.1", "port": port, "api-key": "secret"},
         **{"max-model-len": 128, "max-num-seqs": 8, "max-num-batched-tokens": 128},
         **{"gpu-memory-utilization": 0.3, "kv-cache-memory-bytes": 64 << 20, "dtype": "float32"},
-        "additional-config": json.dumps(settings),
     }.items():
         command += [f"--{name}", str(value)]
-    command += ["--enforce-eager", "--skip-tokenizer-init"]
-    environment = {**os.environ, "VLLM_PLUGINS": "refusal_kernels,interpreted_triton"}
+    command += ["--enforce-eager"]
     log = open(folder / "server.log", "w")  # noqa: SIM115
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    process = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
+    key = {"Authorization": "Bearer secret"}
     try:
-        for _ in range(600):
-            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        yield url, process
+        with httpx.Client(base_url=url, headers=key, timeout=300) as client:
+            for _ in range(600):
+                assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
+                try:
+                    if client.get("/health").status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(0.5)
+            yield client, process
     finally:
         process.terminate()
         process.wait(60)
@@ -96,17 +112,17 @@ def wanted(path, directions):
 
 
 def test_requests_name_their_program(server, wanted):
-    url, _ = server
+    client, _ = server
     for (k, name, strength), text in wanted.items():
         xargs = {"steer": name, "steer_strength": strength}
-        answer = httpx.post(f"{url}/v1/completions", json=body(prompts(8, seed=21)[k], xargs))
+        answer = client.post("/v1/completions", json=body(prompts(8, seed=21)[k], xargs))
         assert tokens_of(answer) == text
-    answer = httpx.post(f"{url}/v1/completions", json=body(prompts(8, seed=21)[0]))
+    answer = client.post("/v1/completions", json=body(prompts(8, seed=21)[0]))
     assert tokens_of(answer) == wanted[0, "none", 1.0]
 
 
 def test_bad_requests_get_400(server):
-    url, _ = server
+    client, _ = server
     for xargs, words in (
         ({"steer": "x"}, "no program 'x'"),
         ({"steer": 3}, "no program 3"),
@@ -121,13 +137,13 @@ def test_bad_requests_get_400(server):
     ):
         for stream in (False, True):
             request = {**body([5, 6, 7], xargs), "stream": stream}
-            answer = httpx.post(f"{url}/v1/completions", json=request)
+            answer = client.post("/v1/completions", json=request)
             assert answer.status_code == 400, answer.text
             assert words in answer.json()["error"]["message"]
 
 
 def test_requests_that_vllm_would_serve_unsteered_get_400(server):
-    url, _ = server
+    client, _ = server
     for others, words in (
         ({"steer": "r"}, "'steer' outside 'vllm_xargs'"),
         ({"steering": "r"}, "has 'steering'"),
@@ -135,21 +151,21 @@ def test_requests_that_vllm_would_serve_unsteered_get_400(server):
         ({"use_beam_search": True, "vllm_xargs": {"steer": "r"}}, "a beam search takes no"),
     ):
         request = {**body([5, 6, 7]), **others}
-        answer = httpx.post(f"{url}/v1/completions", json=request)
+        answer = client.post("/v1/completions", json=request)
         assert answer.status_code == 400, answer.text
         assert words in answer.json()["error"]["message"]
 
 
 def test_programs_change_over_http(server):
-    url, _ = server
-    there = httpx.get(url + PROGRAMS).json()
+    client, _ = server
+    there = client.get(PROGRAMS).json()
     assert set(there["programs"]) == {"r", "t"} and there["directions"] == ["r", "t"]
     vector = [1.0, 0.0] * 32
     change = {"programs": {"n": {"set": "n", "value": 2.0}}, "directions": {"n": vector}}
-    assert "n" in httpx.post(url + PROGRAMS, json=change).json()["programs"]
-    answer = httpx.post(f"{url}/v1/completions", json=body([5, 6, 7], {"steer": "n"}))
+    assert "n" in client.post(PROGRAMS, json=change).json()["programs"]
+    answer = client.post("/v1/completions", json=body([5, 6, 7], {"steer": "n"}))
     assert len(tokens_of(answer)) == TOKENS
-    assert httpx.post(url + PROGRAMS, json={"programs": {"n": None}}).status_code == 200
+    assert client.post(PROGRAMS, json={"programs": {"n": None}}).status_code == 200
     for text, words in (
         ("{", "not JSON"),
         ('{"programs": []}', "must be objects"),
@@ -158,14 +174,128 @@ def test_programs_change_over_http(server):
         ('{"directions": {"v": [1, "x"]}}', "list of numbers"),
         ('{"directions": {"v": [0, 0]}}', "zero"),
         ('{"other": 1}', "an object with programs"),
+        ('{"directions": {"v": [NaN]}}', "not JSON"),
+        ('{"directions": {"v": [1e39]}}', "finite"),
+        ('{"directions": {"v": [1]}, "programs": {"n": {"ablate": "v"}}}', "hidden size 1; the"),
+        ('{"programs": {"n": {"ablate": "r", "strength": 6}}}', "'n' can make the residual stream"),
+        ('{"programs": {"n": {"ablate": "r", "layers": [9]}}}', "no place of the model"),
+        ('{"programs": {"n": [{"ablate": "r"}, {"ablate": "t"}]}}', "'n' takes 2 slots"),
     ):
-        answer = httpx.post(url + PROGRAMS, content=text)
-        assert answer.status_code == 400 and words in answer.text
+        answer = client.post(PROGRAMS, content=text)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+    assert client.get(PROGRAMS).json()["programs"] == there["programs"]
 
 
-def counted(url):
+def test_a_wrong_key_gets_401(server):
+    client, _ = server
+    for headers in ({"Authorization": "Bearer wrong"}, {"Authorization": ""}):
+        for path in ("/v1/completions", PROGRAMS, RELOAD):
+            assert client.post(path, json={}, headers=headers).status_code == 401
+        assert client.get(PROGRAMS, headers=headers).status_code == 401
+
+
+def test_any_openai_client_chooses_a_program(server, path, directions):
+    """By the name of a model, in chats and completions; docs/serving.md shows it."""
+    client, _ = server
+    page = (Path(rk.__file__).parents[1] / "docs" / "serving.md").read_text()
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "OpenAI(" in b]
+    url = str(client.base_url).rstrip("/")
+    for there, here in (
+        ("http://localhost:8000", url),
+        ("Qwen/Qwen2.5-7B-Instruct", "tiny"),
+        ("ablate-refusal", "r"),
+    ):
+        assert there in example
+        example = example.replace(there, here)
+    exec(example, {})
+    api = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
+    assert [model.id for model in api.models.list()] == ["tiny", "tiny:r", "tiny:t"]
+    messages = [{"role": "user", "content": "How do I bake bread?"}]
+    prompt = AutoTokenizer.from_pretrained(path).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    exact = {"ignore_eos": True, "return_token_ids": True}
+    model, answers = hugging_face(path), []
+    for name, edits in (("tiny", ()), ("tiny:r", (rk.Ablate(directions["r"]),))):
+        wanted = greedy(model, prompt, 8, edits)
+        common = {"model": name, "max_tokens": 8, "temperature": 0, "extra_body": exact}
+        chat = api.chat.completions.create(messages=messages, **common)
+        assert chat.choices[0].token_ids == wanted
+        completion = api.completions.create(prompt=prompt, **common)
+        assert completion.choices[0].token_ids == wanted
+        answers.append(wanted)
+    half = {"vllm_xargs": {"steer_strength": 0.5}, **exact}
+    chat = api.chat.completions.create(messages=messages, **{**common, "extra_body": half})
+    edits = (rk.Ablate(directions["r"], 0.5),)
+    answers.append(chat.choices[0].token_ids)
+    assert answers[-1] == greedy(model, prompt, 8, edits) and len(set(map(str, answers))) == 3
+    for name, error in (("tiny:x", openai.BadRequestError), ("other:r", openai.NotFoundError)):
+        with pytest.raises(error):
+            api.completions.create(prompt=prompt, model=name)
+
+
+def test_programs_are_reloaded_from_their_file(server, folder):
+    client, process = server
+    file, log = folder / "settings.toml", folder / "server.log"
+
+    def programs():
+        return client.get(PROGRAMS).json()["programs"]
+
+    def wait_for(what):
+        for _ in range(100):
+            if what():
+                return True
+            time.sleep(0.1)
+
+    before = programs()
+    try:
+        file.write_text(FILE + '\n[[programs.more]]\nablate = "r"\nstrength = 0.5\n')
+        process.send_signal(signal.SIGHUP)
+        assert wait_for(lambda: "more" in programs())
+        tokens_of(client.post("/v1/completions", json=body([5, 6, 7], {"steer": "more"})))
+        for text, words in (
+            (FILE + "[", "is not TOML"),
+            (FILE + '[programs.bad]\nablate = "x"\n', "program 'bad': there is no direction 'x'"),
+            (FILE.replace("block_input = 2", "block_input = 1"), "monitor can not change"),
+        ):
+            file.write_text(text)
+            answer = client.post(RELOAD)
+            assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+            process.send_signal(signal.SIGHUP)
+            assert wait_for(lambda w=words: w in log.read_text())
+            assert "more" in programs()
+    finally:
+        file.write_text(FILE)
+        assert client.post(RELOAD).json()["programs"] == before
+
+
+def test_requests_and_changes_are_counted(server):
+    client, _ = server
+
+    def counts():
+        text = client.get("/metrics").text
+        return {
+            (sample.name.removesuffix("_total"), *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith("refusal_kernels:") and sample.name.endswith("_total")
+        }
+
+    before = counts()
+    for steer in ("t", "none", "t", "nowhere"):
+        client.post("/v1/completions", json=body([5, 6, 7], {"steer": steer}))
+    client.post(PROGRAMS, json={"programs": {"t": {"ablate": "t"}}})
+    client.post(PROGRAMS, json={"programs": {"t": {"ablate": "x"}}})
+    new = {key: value - before.get(key, 0) for key, value in counts().items()}
+    assert {key: value for key, value in new.items() if value} == {
+        (REQUESTS, "t"): 2, (REQUESTS, "none"): 1, (REFUSED,): 1,
+        (CHANGES, "made"): 1, (CHANGES, "refused"): 1,
+    }  # fmt: skip
+
+
+def counted(client):
     """What the server's own metrics say: tokens that it read, and tokens in the histogram."""
-    text = httpx.get(f"{url}/metrics").text
+    text = client.get("/metrics").text
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -176,12 +306,12 @@ def counted(url):
 
 
 def test_the_monitor_is_among_the_metrics_of_the_server(server):
-    url, _ = server
-    before = counted(url)
+    client, _ = server
+    before = counted(client)
     for k, prompt in enumerate(prompts(3, seed=77)):
         xargs = {"steer": ("r", "none", "t")[k]}
-        tokens_of(httpx.post(f"{url}/v1/completions", json=body(prompt, xargs)))
-    read, seen, requests = (b - a for a, b in zip(before, counted(url), strict=True))
+        tokens_of(client.post("/v1/completions", json=body(prompt, xargs)))
+    read, seen, requests = (b - a for a, b in zip(before, counted(client), strict=True))
     assert requests == 3
     assert seen == read - requests  # of each request the last token is never read
 
@@ -197,7 +327,7 @@ def memory_of(process):
 @pytest.mark.parametrize("requests", [200, pytest.param(4000, marks=pytest.mark.soak)])
 def test_soak(requests, server, wanted):
     """Random programs, cancellations and changes: no wrong stream, no crash, no leak."""
-    url, process = server
+    client, process = server
     generator, mistakes, memory = random.Random(0), [], []
     all_prompts, cases = prompts(8, seed=21), list(wanted)
 
@@ -230,8 +360,9 @@ def test_soak(requests, server, wanted):
 
     async def all_of_them():
         gate = asyncio.Semaphore(12)
-        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
-            await asyncio.gather(*(one(client, gate, number) for number in range(requests)))
+        there = {"base_url": client.base_url, "headers": client.headers, "timeout": 300}
+        async with httpx.AsyncClient(**there) as many:
+            await asyncio.gather(*(one(many, gate, number) for number in range(requests)))
 
     asyncio.run(all_of_them())
     assert not mistakes

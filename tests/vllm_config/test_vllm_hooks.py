@@ -1,5 +1,6 @@
 """Hooks in vLLM, on stand-ins for its modules: inert engines stay as they are."""
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -58,6 +59,24 @@ def test_actions_run_before_and_after_and_once(module, calls):
     install([Hook("engines:Engine", "run", AFTER, after, "to be last")], engine)
     assert engine.run(number=4) == other.run(4) == 8  # one engine alone is hooked
     assert calls == [("run", 4), ("after", engine, 4, 8), ("run", 4)]
+
+
+def test_an_action_runs_when_a_coroutine_has_been_awaited(module, calls):
+    async def run(engine, number):
+        await asyncio.sleep(0)
+        calls.append(number)
+        return [number]
+
+    module.Engine.run = run
+    table = [Hook("engines:Engine", "run", AFTER, lambda _, n, *, result: result.append(-n), "")]
+    install(table)
+    waiting = module.Engine().run(3)
+    assert calls == []
+    assert asyncio.run(waiting_for(waiting)) == [3, -3] and calls == [3]
+
+
+async def waiting_for(coroutine):
+    return await coroutine
 
 
 def test_a_missing_method_is_named_with_both_versions(module, monkeypatch):
