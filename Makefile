@@ -118,6 +118,8 @@ soak-vllm: .venv-vllm/.ready  ## the vLLM server under load for two minutes
 
 bench-vllm: .venv-vllm/.ready  ## the benchmark of the vLLM plugin
 	@$(VLLM_BIN)/python benchmarks/bench_vllm.py --out benchmarks/results/vllm-cpu.jsonl
+	@PYTHONPATH=tests/vllm/triton_shim $(VLLM_BIN)/python benchmarks/bench_vllm_hooks.py \
+		--out benchmarks/results/vllm-hooks-cpu.jsonl
 
 lint: setup-full  ## ruff, mypy, import contracts, clang-format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -35,12 +35,17 @@ def vectors_of(interventions: Sequence[Intervention], slots: int) -> Tensor:
     return vectors
 
 
-def params_of(interventions: Sequence[Intervention], slots: int, strength: float = 1.0) -> Tensor:
-    """Return a program's numbers, float32 [slots, 5]; `strength` multiplies the interventions'."""
-    params = torch.zeros(slots, NUMBERS)
+def params_of(
+    interventions: Sequence[Intervention],
+    slots: int,
+    strength: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return a program's numbers, [slots, 5]; `strength` multiplies the interventions'."""
+    params = torch.zeros(slots, NUMBERS, dtype=dtype)
     terms = [slot for i in interventions for slot in i.slots(i.strength * strength)]
     for k, slot in enumerate(terms):
-        params[k] = torch.tensor([slot.a, slot.c, slot.b, slot.low, slot.high])
+        params[k] = torch.tensor([slot.a, slot.c, slot.b, slot.low, slot.high], dtype=dtype)
     return params
 
 

@@ -6,6 +6,7 @@ the one that was unused the longest goes first.
 """
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,23 @@ from refusal_kernels.vllm.programs import NamedProgram
 from refusal_kernels.vllm.requests import Steering
 
 PLAIN = -1
+SCALED = 3  # of a slot's numbers, the first: a, c and b; low and high do not depend on the strength
+
+
+class StoredProgram(NamedTuple):
+    """A program on the device, at strength 1.
+
+    Attributes
+    ----------
+    vectors
+        float32 [2, slots, hidden].
+    numbers
+        float64 [places, slots, 5], so that a product with a strength is rounded once; zeros where
+        the program does not act.
+    """
+
+    vectors: Tensor
+    numbers: Tensor
 
 
 class Bank:
@@ -57,9 +75,8 @@ class Bank:
         self.params = torch.zeros(len(places), rows, slots, NUMBERS, device=device)
         self.route = torch.full((tokens,), PLAIN, dtype=torch.int32, device=device)
         self.routed = False
-        # Of each version: the program, and which of its slots act at each place, [places, slots].
-        self._programs: dict[str, tuple[NamedProgram, Tensor]] = {}
-        self._row_of: dict[Steering, int] = {}  # the least recently used first
+        self._programs: dict[str, StoredProgram] = {}  # by version
+        self._row_of: dict[tuple[str, float], int] = {}  # the least recently used first
         self._free = list(range(rows))[::-1]
 
     # --- programs
@@ -97,59 +114,83 @@ class Bank:
             check_program(acting)
             flags = [i in acting for i in program.interventions for _ in i.slots(1.0)]
             acts[at, : len(flags)] = torch.tensor(flags)
+        vectors = vectors_of(program.interventions, self.slots)
+        numbers = params_of(program.interventions, self.slots, dtype=torch.float64)
+        device = self.vectors.device
         self._programs.pop(program.version, None)  # the latest last
-        self._programs[program.version] = program, acts
+        self._programs[program.version] = StoredProgram(
+            vectors.to(device), torch.where(acts[..., None], numbers, 0.0).to(device)
+        )
 
     def keep_only(self, versions: Collection[str]) -> None:
         """Forget every other program."""
         kept = set(versions)
         self._programs = {v: p for v, p in self._programs.items() if v in kept}
-        for steering in [s for s in self._row_of if s.version not in kept]:
-            self._free.append(self._row_of.pop(steering))
+        for key in [key for key in self._row_of if key[0] not in kept]:
+            self._free.append(self._row_of.pop(key))
 
     # --- batches
 
-    def route_batch(self, asked: Sequence[Steering | None], counts: np.ndarray) -> None:
-        """Route the tokens of a batch.
+    def rows_of(self, asked: Sequence[Steering | None]) -> tuple[int, ...]:
+        """Return the row of each request; write the rows that the bank does not have."""
+        keys = [None if s is None else (s.version, s.strength) for s in asked]
+        wanted = {key for key in keys if key is not None}
+        for key in wanted & self._row_of.keys():
+            self._row_of[key] = self._row_of.pop(key)  # used last
+        for key in sorted(wanted - self._row_of.keys()):
+            self._row_of[key] = self._write(key, wanted)
+        return tuple(PLAIN if key is None else self._row_of[key] for key in keys)
+
+    def write_route(self, rows: np.ndarray) -> None:
+        """Write the row of every token of a batch, int32 [tokens]; what follows is padding."""
+        route = np.full(self.route.shape[0], PLAIN, dtype=np.int32)
+        route[: len(rows)] = rows
+        self.route.copy_(self._staged(route), non_blocking=True)
+        self.routed = True
+
+    def write_route_by_position(
+        self, rows: np.ndarray, first: np.ndarray, end: np.ndarray, positions: Tensor
+    ) -> None:
+        """Do the same where the device alone knows the positions of the tokens.
 
         Parameters
         ----------
-        asked
-            The steering of each request.
-        counts
-            int [requests]: how many tokens of each are in the batch, in this order.
+        rows
+            int32 [tokens]: the row of each token's request.
+        first, end
+            int32 [tokens]: a token at a position from `first` to `end` - 1 is steered.
+        positions
+            [tokens], on the device.
         """
-        rows = self.rows_of(asked)
-        tokens = np.full(self.route.shape[0], PLAIN, dtype=np.int32)
-        routed = np.repeat(np.asarray(rows, dtype=np.int32), counts)
-        tokens[: len(routed)] = routed  # the rest is padding
-        source = torch.from_numpy(tokens)
-        if self.route.is_cuda:  # a fresh block: an earlier copy may still be under way
-            source = source.pin_memory()
-        self.route.copy_(source, non_blocking=True)
-        self.routed = True
+        count = len(rows)
+        steering = self._staged(np.stack([rows, first, end])).to(
+            positions.device, non_blocking=True
+        )
+        steered = (positions >= steering[1]) & (positions < steering[2])
+        self.route[:count].copy_(torch.where(steered, steering[0], PLAIN))
+        self.route[count:].fill_(PLAIN)
+        self.routed = False  # the positions differ in every batch
 
-    def rows_of(self, asked: Sequence[Steering | None]) -> tuple[int, ...]:
-        """Return the row of each request; write the rows that the bank does not have."""
-        wanted = {s for s in asked if s is not None}
-        for steering in wanted & self._row_of.keys():
-            self._row_of[steering] = self._row_of.pop(steering)  # used last
-        for steering in sorted(wanted - self._row_of.keys()):
-            self._row_of[steering] = self._write(steering, wanted)
-        return tuple(PLAIN if s is None else self._row_of[s] for s in asked)
+    def _staged(self, values: np.ndarray) -> Tensor:
+        """Return values in a fresh block, as an earlier copy may still be under way."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self.route.is_cuda else tensor
 
-    def _write(self, steering: Steering, wanted: set[Steering]) -> int:
-        if steering.version not in self._programs:
+    def _write(self, key: tuple[str, float], wanted: Collection[tuple[str, float]]) -> int:
+        """Write a row, all of it on the device: nothing waits."""
+        version, strength = key
+        if version not in self._programs:
             raise RuntimeError(
-                f"a request asks for program version {steering.version}, which this worker does "
-                "not have: are the direction files the same on all nodes?"
+                f"a request asks for program version {version}, which this worker does not have: "
+                "are the direction files the same on all nodes?"
             )
-        program, acts = self._programs[steering.version]
+        program = self._programs[version]
         if not self._free:
-            oldest = next(s for s in self._row_of if s not in wanted)
+            oldest = next(key for key in self._row_of if key not in wanted)
             self._free.append(self._row_of.pop(oldest))
         row = self._free.pop()
-        params = params_of(program.interventions, self.slots, steering.strength)
-        self.vectors[row].copy_(vectors_of(program.interventions, self.slots))
-        self.params[:, row].copy_(torch.where(acts[..., None], params, 0.0))
+        numbers = program.numbers.clone()
+        numbers[..., :SCALED] *= strength
+        self.vectors[row].copy_(program.vectors)
+        self.params[:, row].copy_(numbers)
         return row

@@ -67,9 +67,9 @@ class Catalog:
         self.changing = asyncio.Lock()
         self._servers = servers
 
-    def read(self, extra_args: Mapping[str, Any] | None) -> Steering | None:
+    def read(self, extra_args: Mapping[str, Any] | None, prompt: int = 0) -> Steering | None:
         """Return the steering that a request asks for, as `read_steering`."""
-        return read_steering(extra_args, self.programs, self.default)
+        return read_steering(extra_args, self.programs, self.default, prompt)
 
     def name_of(self, steering: Steering | None) -> str:
         """Return the name of a request's program; of one that is gone, its version."""
@@ -88,10 +88,12 @@ class Catalog:
         """
         sampling, pooling = request.sampling_params, request.pooling_params
         extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
-        steering = self.read(extra)
+        steering = self.read(extra, _prompt_length(request))
         counter(REQUESTS).labels(self.name_of(steering)).inc()
         if steering is None:
             return
+        if request.resumable and (steering.first, steering.end) != (0, None):
+            raise InputError("a request whose prompt comes in parts is steered at all positions")
         resolved = {**(extra or {}), RESOLVED: list(steering)}
         if sampling is not None:
             sampling.extra_args = resolved
@@ -175,6 +177,12 @@ class Catalog:
 
 def _vectors(directions: Mapping[str, Direction]) -> dict[str, tuple[list[float], int | None]]:
     return {name: (d.vector.tolist(), d.layer) for name, d in directions.items()}
+
+
+def _prompt_length(request: Any) -> int:
+    """Return how many tokens the prompt of an ``EngineCoreRequest`` has, images included."""
+    ids = request.prompt_token_ids
+    return len(request.prompt_embeds if ids is None else ids)
 
 
 def catalog_of(engine: Any) -> Catalog:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refusal_kernels.errors import InputError
-from refusal_kernels.vllm.names import STEER, STRENGTH
+from refusal_kernels.vllm.names import FLAT, STEER
 from refusal_kernels.vllm.programs import NONE
 from refusal_kernels.vllm.requests import refuse_misspelt
 
@@ -32,16 +32,16 @@ def check_request(request: Any) -> None:
     for name, value in (getattr(request, "model_extra", None) or {}).items():
         if name == XARGS and takes_xargs:
             continue
-        if name in (STEER, STRENGTH):
+        if name in (STEER, *FLAT):
             raise InputError(f"the request has {name!r} outside {XARGS!r}; expected it inside")
         refuse_misspelt([name])
-        if isinstance(value, dict) and {STEER, STRENGTH} & set(value):
+        if isinstance(value, dict) and {STEER, *FLAT} & set(value):
             raise InputError(
                 f"the request has {STEER!r} in {name!r}; expected it in {XARGS!r}, of chats and "
                 "completions alone"
             )
     extra = getattr(request, XARGS, None) or {}
-    if getattr(request, "use_beam_search", False) and {STEER, STRENGTH} & set(extra):
+    if getattr(request, "use_beam_search", False) and {STEER, *FLAT} & set(extra):
         raise InputError(
             f"a beam search takes no {STEER!r}: vLLM gives no extra arguments to its steps; only "
             "the engine's default program steers it"

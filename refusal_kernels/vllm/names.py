@@ -2,7 +2,9 @@
 
 KEY = "refusal_kernels"  # of the plugin's settings in additional_config
 GRAPH = "graph"  # in those settings: what the compiled graph depends on, written by the worker
-STEER, STRENGTH = "steer", "steer_strength"  # in a request's extra_args
+# In a request's extra_args: a name or an object, and what is flat beside a name.
+STEER, STRENGTH = "steer", "steer_strength"
+FLAT = {STRENGTH: "strength", **{f"steer_{key}": key for key in ("positions", "from", "to")}}
 RESOLVED = "refusal_kernels.steer"  # the same, as the front end hands it to the workers
 # Attributes that vLLM's objects are given.
 CATALOG, STATE = "refusal_kernels", "refusal_kernels_state"

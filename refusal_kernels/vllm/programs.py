@@ -17,6 +17,8 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.intervention_base import INF, kind_of
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.vllm.limits import Limits, strengths
+from refusal_kernels.vllm.spans import EVERY_TOKEN, Span, read_span
+from refusal_kernels.vllm.spans import KEYS as SPAN_KEYS
 
 logger = logging.getLogger(__name__)
 NONE = "none"  # the name of doing nothing, in a request
@@ -36,11 +38,14 @@ class NamedProgram:
         prefix cache, and a running request keeps the version with which it began.
     strengths
         The least and the largest that a request may give.
+    span
+        Which tokens of a request it steers.
     """
 
     interventions: tuple[Intervention, ...]
     version: str
     strengths: tuple[float, float] = (-INF, INF)
+    span: Span = EVERY_TOKEN
 
     @property
     def hidden(self) -> int:
@@ -58,7 +63,7 @@ def parse_program(
 ) -> NamedProgram:
     """Read one program from its JSON form: an intervention, or a list of them.
 
-    `Intervention.from_dict` reads each; ``positions`` are refused.
+    `Intervention.from_dict` reads each, `read_span` the tokens, which are those of all of them.
 
     Raises
     ------
@@ -70,13 +75,17 @@ def parse_program(
     items = given if isinstance(given, list) else [given]
     if not items:
         raise InputError(f"{where} is an empty list; expected one intervention or more")
+    spans = {read_span(item, where) for item in items if isinstance(item, Mapping)}
+    if len(spans) > 1:
+        raise InputError(f"{where} has different positions; all of a program must act at the same")
     interventions = tuple(_intervention(where, item, directions) for item in items)
     sizes = sorted({i.hidden for i in interventions})
     if len(sizes) > 1:
         raise InputError(f"{where} has directions of different hidden sizes: {sizes}")
-    version = _version(interventions)
+    (span,) = spans
+    version = _version(interventions, span)
     if limits is None:
-        return NamedProgram(interventions, version)
+        return NamedProgram(interventions, version, span=span)
     for i, item in zip(interventions, items, strict=True):
         _check_fit(f"{where}: {_label(i, item)}", i, limits)
     try:
@@ -89,7 +98,7 @@ def parse_program(
             f"{where} can make the residual stream overflow; {what} must be weaker, by a factor "
             f"of {largest:.4g}"
         )
-    return NamedProgram(interventions, version, (least, largest))
+    return NamedProgram(interventions, version, (least, largest), span)
 
 
 def parse_programs(
@@ -132,8 +141,7 @@ def check_name(name: Any, what: str) -> None:
 
 def _intervention(where: str, given: Any, directions: Mapping[str, Direction]) -> Intervention:
     if isinstance(given, Mapping):
-        if "positions" in given:
-            raise InputError(f"{where}: a program of vLLM takes no 'positions'")
+        given = {key: value for key, value in given.items() if key not in SPAN_KEYS}
         if "layer" in given and "block_input" not in given:
             _warn_of_layer()
             given = {"block_input" if key == "layer" else key: v for key, v in given.items()}
@@ -170,8 +178,8 @@ def _warn_of_layer() -> None:
     logger.warning('"layer" in a steering program is now named "block_input"')
 
 
-def _version(interventions: tuple[Intervention, ...]) -> str:
-    digest = hashlib.sha256()
+def _version(interventions: tuple[Intervention, ...], span: Span) -> str:
+    digest = hashlib.sha256(json.dumps(span).encode())
     for i in interventions:
         places = [i.block_input, i.layers and list(i.layers), i.sites and list(i.sites)]
         digest.update(json.dumps([i.name, i.strength, *places]).encode())

@@ -1,4 +1,4 @@
-"""The steering of a request: a program and a strength, from its ``extra_args``."""
+"""The steering of a request: program, strength and positions, from its ``extra_args``."""
 
 import difflib
 import hashlib
@@ -7,30 +7,60 @@ from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.intervention_base import finite_number
-from refusal_kernels.vllm.names import RESOLVED, STEER, STRENGTH
+from refusal_kernels.vllm.names import FLAT, RESOLVED, STEER, STRENGTH
 from refusal_kernels.vllm.programs import NONE, NamedProgram
+from refusal_kernels.vllm.spans import overlap, read_span
 
-FIELDS = ("program", "strength")
-# What a request means that gives another key than the two; words are compared in lower case.
-MEANT = {STEER: STEER, STRENGTH: STRENGTH, "program": STEER, "strength": STRENGTH}
+FIELDS = ("program", *FLAT.values())
+# What a request means that gives another key than these; words are compared in lower case.
+MEANT = {key: key for key in (STEER, *FLAT)}
+MEANT |= {"program": STEER, "steer_program": STEER, "strength": STRENGTH}
 ALIKE = 0.75  # of difflib's ratio: "steering" and "steer" have 0.77, "seed" and "steer" 0.67
 
 
 class Steering(NamedTuple):
-    """The program and the strength of one request; an unsteered request has none."""
+    """What steers one request; an unsteered request has none.
+
+    Attributes
+    ----------
+    version, strength
+        Of its program.
+    first, end
+        The tokens from position `first` to `end` - 1 are steered; None has no end.
+    bounded
+        Whether it begins or ends somewhere behind the prompt.
+    """
 
     version: str
     strength: float
+    first: int = 0
+    end: int | None = None
+    bounded: bool = False
 
 
 def read_steering(
-    extra_args: Mapping[str, Any] | None, programs: Mapping[str, NamedProgram], default: str | None
+    extra_args: Mapping[str, Any] | None,
+    programs: Mapping[str, NamedProgram],
+    default: str | None,
+    prompt: int = 0,
 ) -> Steering | None:
     """Return the steering that a request asks for; None leaves it unsteered.
 
     Two forms mean the same: ``{"steer": {"program": NAME, "strength": 0.7}}`` and, for HTTP, where
     an extra argument is a string or a number, ``{"steer": NAME, "steer_strength": 0.7}``. Without a
-    program the engine's default is taken; "none" asks for the unmodified model.
+    program the engine's default is taken; "none" asks for the unmodified model. ``positions``,
+    ``from`` and ``to`` (flat: ``steer_positions`` ...) restrict the program to some tokens.
+
+    Parameters
+    ----------
+    extra_args
+        Of the request.
+    programs
+        By name.
+    default
+        The program of requests that name none, or None.
+    prompt
+        How many tokens the prompt has.
 
     Raises
     ------
@@ -44,15 +74,17 @@ def read_steering(
     steer = extra.get(STEER)
     if not isinstance(steer, dict):
         steer = {} if steer is None and STEER not in extra else {"program": steer}
-    elif STRENGTH in extra:
-        raise InputError(f"give the strength in {STEER} or as {STRENGTH}, not both")
+    elif flat := [key for key in FLAT if key in extra]:
+        raise InputError(f"give the {FLAT[flat[0]]} in {STEER} or as {flat[0]}, not both")
+    steer = {**{FLAT[key]: extra[key] for key in FLAT if key in extra}, **steer}
     if unknown := sorted(map(str, set(steer) - set(FIELDS))):
-        raise InputError(f"{STEER} has {unknown[0]!r}; expected {' and '.join(FIELDS)}")
-    given = steer.get("strength", extra.get(STRENGTH))
+        raise InputError(f"{STEER} has {unknown[0]!r}; expected {', '.join(FIELDS)}")
+    given = steer.get("strength")
     name = steer.get("program", default)
     strength = 1.0 if given is None else finite_number(given, f"the strength of program {name!r}")
-    if name is None and given is not None:
-        raise InputError(f"there is a strength, {strength:g}, and no program; name one as {STEER}")
+    if name is None and (alone := [field for field in FLAT.values() if field in steer]):
+        given = f"{alone[0]} {steer[alone[0]]!r}"
+        raise InputError(f"the request has {given} and no program; name one as {STEER}")
     if name is None or name == NONE:
         return None
     if not isinstance(name, str) or name not in programs:
@@ -65,7 +97,12 @@ def read_steering(
             f"strength {strength:g} of program {name!r} could make the residual stream overflow; "
             f"expected {least:.4g} to {largest:.4g}"
         )
-    return Steering(program.version, strength) if strength else None
+    span = read_span(steer, "the request")
+    first, end = overlap(program.span.window(prompt), span.window(prompt))
+    if not strength or (end is not None and end <= first):
+        return None
+    bounded = first > prompt or (end is not None and end > prompt)
+    return Steering(program.version, strength, first, end, bounded)
 
 
 def refuse_misspelt(keys: Iterable[str]) -> None:
@@ -77,7 +114,7 @@ def refuse_misspelt(keys: Iterable[str]) -> None:
         With the key, and the right one.
     """
     for key in keys:
-        if key in (STEER, STRENGTH):
+        if key in (STEER, *FLAT):
             continue
         word = str(key).lower().replace("-", "_")
         alike = difflib.get_close_matches(word, MEANT, n=1, cutoff=ALIKE)
@@ -90,6 +127,9 @@ def refuse_misspelt(keys: Iterable[str]) -> None:
 def cache_salt(salt: str | None, steering: Steering | None) -> str | None:
     """Return the salt that restricts cached prefixes to requests with the same steering.
 
+    The same tokens must be steered, so prompts of different lengths share no prefix where
+    ``positions`` say which.
+
     Parameters
     ----------
     salt
@@ -100,5 +140,6 @@ def cache_salt(salt: str | None, steering: Steering | None) -> str | None:
     """
     if steering is None:
         return salt
-    text = f"{steering.version} {steering.strength!r} {salt or ''}"
+    version, strength, first, end, _ = steering
+    text = f"{version} {strength!r} {first} {end} {salt or ''}"
     return f"{RESOLVED}:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -1,11 +1,12 @@
 """The steering of one worker's model: the adds in it, and the route of every batch."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
@@ -18,6 +19,7 @@ from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.names import GRAPH, KEY, RESOLVED
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import Steering
+from refusal_kernels.vllm.routing import Router
 from refusal_kernels.vllm.sites import claim
 
 logger = logging.getLogger("vllm.refusal_kernels")  # so that vLLM's handlers print it
@@ -47,10 +49,8 @@ class WorkerState:
             self.bank.add(program)
         self.sites = claim(places, self.bank, settings.fuse_norms)
         inductor.register()  # tracing does it too, but a compile cache skips tracing
-        self.steering: dict[str, Steering | None] = {}  # of the running requests, by id
+        self.router = Router(self.bank, config.speculative_config is not None)
         self.monitor = self._watch(settings, blocks)
-        self._batch: tuple[list[str], bytes] | None = None  # the last: request ids, token counts
-        self._batch_tokens = 0
         self._uncounted = 0  # tokens of a routed batch that the monitor has not counted
         # vLLM's compile cache is keyed by its configuration and its own code. All else that the
         # graph depends on is added to the configuration here.
@@ -79,30 +79,19 @@ class WorkerState:
         params
             Its sampling or pooling parameters.
         """
-        self.steering[req_id] = _resolved(params)
-        self._batch = None
+        self.router.learn(req_id, _resolved(params))
 
-    def route(self, req_ids: Sequence[str], counts: np.ndarray) -> None:
-        """Route a batch.
-
-        Parameters
-        ----------
-        req_ids
-            The requests, in their order in the batch; all have been learned.
-        counts
-            int32 [requests]: how many tokens of each are in the batch.
-        """
-        batch = list(req_ids), counts.tobytes()
-        if batch != self._batch or not self.bank.routed:
-            self.bank.route_batch([self.steering[req_id] for req_id in req_ids], counts)
-            self._batch = batch
-            self._batch_tokens = int(counts.sum())
-        self._uncounted = self._batch_tokens
+    def route(
+        self, req_ids: list[str], counts: np.ndarray, computed: np.ndarray, positions: Tensor
+    ) -> None:
+        """Route a batch, as `Router.route`."""
+        self.router.route(req_ids, counts, computed, positions)
+        self._uncounted = int(counts.sum())
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """Forget requests that have ended."""
         for req_id in req_ids:
-            self.steering.pop(req_id, None)
+            self.router.forget(req_id)
 
     def count(self) -> None:
         """Let the monitor count the batch that was routed. Dummy batches are not routed."""
@@ -151,7 +140,7 @@ class WorkerState:
                 self.bank.add(parse_program(name, given, directions))
         except InputError as error:
             return str(error)
-        held = {s.version for s in self.steering.values() if s is not None}
+        held = {s.version for s in self.router.steering.values() if s is not None}
         self.bank.keep_only({*named, *held, *self.bank.versions[-MOST_VERSIONS:]})
         return None
 
@@ -174,5 +163,5 @@ class WorkerState:
 def _resolved(params: Any) -> Steering | None:
     """Return what the front end wrote into a request's parameters."""
     extra = getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
-    pair = extra.get(RESOLVED)
-    return None if pair is None else Steering(str(pair[0]), float(pair[1]))
+    resolved = extra.get(RESOLVED)
+    return None if resolved is None else Steering(*resolved)

@@ -47,12 +47,15 @@ def _follow_requests(runner: Any, scheduler_output: Any, *_: Any, **__: Any) -> 
 
 
 def _route_v1(runner: Any, scheduler_output: Any, counts: Any, *_: Any, **__: Any) -> None:
-    getattr(runner, STATE).route(runner.input_batch.req_ids, counts)
+    batch = runner.input_batch
+    computed = batch.num_computed_tokens_cpu[: len(counts)]
+    getattr(runner, STATE).route(batch.req_ids, counts, computed, runner.positions)
 
 
 def _route_v2(runner: Any, *_: Any, result: Any, **__: Any) -> None:
-    starts = result.query_start_loc_np[: result.num_reqs + 1]
-    getattr(runner, STATE).route(result.req_ids, np.diff(starts))
+    counts = np.diff(result.query_start_loc_np[: result.num_reqs + 1])
+    computed = result.num_computed_tokens_np
+    getattr(runner, STATE).route(result.req_ids, counts, computed, result.positions)
 
 
 def _count(runner: Any, *_: Any, **__: Any) -> None:

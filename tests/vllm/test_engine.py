@@ -77,12 +77,13 @@ def test_the_route_follows_every_change_of_a_batch(path, steering, engines):
 
     def routed(asked, counts):
         for name, params in asked.items():
-            if name not in state.steering:
+            if name not in state.router.steering:
                 state.learn(name, params)
-        state.route(list(asked), np.array(counts, dtype=np.int32))
+        counts = np.array(counts, dtype=np.int32)
+        state.route(list(asked), counts, 0 * counts, torch.zeros(16))
         route = state.bank.route[: sum(counts) + 1].tolist()
         assert route.pop() == -1
-        rows = {row: steering.version for steering, row in state.bank._row_of.items()}
+        rows = {row: version for (version, _), row in state.bank._row_of.items()}
         return [rows.get(row) for row in route]
 
     def params(version):

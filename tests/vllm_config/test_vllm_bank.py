@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from refusal_kernels import Direction, InputError
 from refusal_kernels.vllm.bank import Bank
@@ -15,14 +17,14 @@ from refusal_kernels.vllm.requests import Steering
 HIDDEN = 8
 
 
-def bank(rows=3, slots=2, tokens=16):
+def bank(rows=3, slots=2, tokens=16, device="cpu"):
     layer = torch.nn.Identity()
     places = [
         EnginePlace("embed", START, layer, feeds=0),
         EnginePlace("layers.0.attn", ADD, layer, 0, frozenset({"attn"})),
         EnginePlace("layers.0.mlp", ADD, layer, 0, frozenset({"mlp"}), 1),
     ]
-    return Bank(places, HIDDEN, rows, slots, tokens, "cpu")
+    return Bank(places, HIDDEN, rows, slots, tokens, device)
 
 
 def test_a_row_holds_a_program_at_its_strength_and_its_places(directions):
@@ -35,19 +37,6 @@ def test_a_row_holds_a_program_at_its_strength_and_its_places(directions):
     assert torch.equal(made.vectors[row, 1, 1], directions["t"].vector)
     assert made.params[:, row, 0, 0].tolist() == [-0.25] * 3
     assert made.params[:, row, 1, 2].tolist() == [0.0, 0.0, 0.25]
-
-
-def test_batches_are_routed(directions):
-    made = bank()
-    programs = [parse_program("p", {"ablate": name}, directions) for name in ("r", "t")]
-    for program in programs:
-        made.add(program)
-    a, b = (Steering(program.version, 1.0) for program in programs)
-    made.route_batch([a, None, b, a], np.array([2, 3, 1, 1]))
-    first, second = made.rows_of([a, b])
-    assert made.route[:8].tolist() == [first] * 2 + [-1] * 3 + [second, first, -1]
-    made.route_batch([None], np.array([2]))
-    assert made.route.eq(-1).all()
 
 
 def test_rows_are_reused_the_longest_unused_first_and_never_within_a_batch(directions):
@@ -64,6 +53,33 @@ def test_rows_are_reused_the_longest_unused_first_and_never_within_a_batch(direc
         assert len(set(rows)) == 3
         written = made.params[0, list(rows), 0, 0]
         assert torch.allclose(written, torch.tensor([-s.strength for s in batch]))
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Fails where an operation could wait for the device: a value read, a copy that blocks."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        hosts = [t for t in tensors if t.device.type == "cpu"]
+        copies = operation is torch.ops.aten.copy_.default and args[2:] == (True,)
+        assert len(hosts) in (0, len(tensors)) or copies, operation
+        assert operation is not torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **kwargs)
+
+
+def test_a_new_program_or_strength_does_not_wait_for_the_device(directions):
+    made = bank(device="meta")  # a device whose values nobody can read
+    programs = [parse_program("p", {"ablate": name}, directions) for name in ("r", "t")]
+    for program in programs:
+        made.add(program)
+    with NeverWaiting():
+        for strength in (1.0, 0.5, 0.25):
+            asked = [Steering(program.version, strength) for program in programs]
+            rows = made.rows_of([*asked, None])
+            made.write_route(np.array(rows, dtype=np.int32))
+    with pytest.raises(AssertionError), NeverWaiting():
+        made.vectors[0].copy_(torch.zeros(2, 2, HIDDEN))
 
 
 def test_programs_that_can_not_be_are_refused(directions):

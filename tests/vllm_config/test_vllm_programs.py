@@ -86,6 +86,9 @@ def test_the_version_changes_with_all_that_changes_the_result(directions):
         ({"add": "r", "layers": [1]}, directions),
         ({"add": "r", "sites": ["mlp"]}, directions),
         ({"ablate": "r"}, directions),
+        ({"ablate": "r", "positions": "last"}, directions),
+        ({"ablate": "r", "from": 3}, directions),
+        ({"ablate": "r", "to": 3}, directions),
         ([{"add": "r", "sites": "all"}, {"ablate": "t"}], directions),
     ]
     versions = [parse_program("p", given, those).version for given, those in variants]
@@ -102,7 +105,10 @@ def test_the_version_changes_with_all_that_changes_the_result(directions):
         ({"ablate": "x"}, "no direction 'x'; there are: r, t"),
         ({"ablate": ["r"]}, "no direction"),
         ({"ablate": "r", "value": 1}, "takes no 'value'"),
-        ({"ablate": "r", "positions": "last"}, "takes no 'positions'"),
+        ({"ablate": "r", "positions": "first"}, "positions is 'first'; expected all, prompt"),
+        ({"ablate": "r", "from": -1}, "from is -1; expected the position of a token"),
+        ({"ablate": "r", "from": 5, "to": 5}, "to is 5; expected more than from, which is 5"),
+        ([{"ablate": "r"}, {"ablate": "t", "positions": "last"}], "different positions"),
         ({"set": "r"}, "needs 'value'"),
         ({"ablate": "r", "strength": "1"}, "strength is '1'"),
         ({"ablate": "r", "strength": True}, "strength is True"),
@@ -186,6 +192,9 @@ def test_requests_are_read(programs):
         ({"steer": {"program": "r"}, "steer_strength": 1.0}, "not both"),
         ({"steer": "none", "steer_strength": "x"}, "finite"),
         ({RESOLVED: ["0", 1.0]}, "set by the engine itself"),
+        ({"steer": {"program": "r", "positions": "some"}}, "positions is 'some'"),
+        ({"steer": "r", "steer_from": 1.5}, "from is 1.5"),
+        ({"steer": {"program": "r"}, "steer_to": 3}, "give the to in steer or as steer_to"),
     ],
 )
 def test_malformed_requests_are_refused(programs, extra, words):
@@ -193,10 +202,39 @@ def test_malformed_requests_are_refused(programs, extra, words):
         read_steering(extra, programs, "r")
 
 
+@pytest.mark.parametrize(
+    ("program", "request_", "window"),
+    [
+        ({}, {}, (0, None, False)),
+        ({"positions": "prompt"}, {}, (0, 10, False)),
+        ({}, {"positions": "prompt"}, (0, 10, False)),
+        ({"positions": "generated"}, {}, (10, None, False)),
+        ({"positions": "last"}, {}, (9, None, False)),
+        ({"from": 3, "to": 8}, {}, (3, 8, False)),
+        ({"from": 3}, {"to": 8}, (3, 8, False)),
+        ({"from": 3}, {"from": 5, "to": 12}, (5, 12, True)),
+        ({"from": 12}, {}, (12, None, True)),
+        ({"positions": "last"}, {"to": 15}, (9, 15, True)),
+        ({"positions": "prompt"}, {"positions": "last"}, (9, 10, False)),
+        ({"positions": "prompt"}, {"positions": "generated"}, None),
+        ({"to": 3}, {"from": 3}, None),
+    ],
+)
+def test_positions_of_a_program_and_a_request_restrict_each_other(
+    directions, program, request_, window
+):
+    programs = {"p": parse_program("p", {"ablate": "r", **program}, directions)}
+    wanted = window and Steering(programs["p"].version, 1.0, *window)
+    flat = {f"steer_{key}": value for key, value in request_.items()}
+    for extra in ({"steer": {"program": "p", **request_}}, {"steer": "p", **flat}):
+        assert read_steering(extra, programs, None, prompt=10) == wanted
+
+
 def test_prefixes_are_salted_by_program_and_strength():
     plain = [cache_salt(salt, None) for salt in (None, "tenant")]
     assert plain == [None, "tenant"]
-    asked = [Steering(v, s) for v in ("a", "b") for s in (1.0, 0.5)]
+    windows = ((0, None), (0, 5), (5, None))
+    asked = [Steering(v, s, *w) for v in ("a", "b") for s in (1.0, 0.5) for w in windows]
     salts = [cache_salt(salt, s) for s in asked for salt in (None, "tenant")]
     assert len(set(salts)) == len(salts)
     assert cache_salt("x", Steering("a", 1.0)) == cache_salt("x", Steering("a", 1.0))
@@ -312,7 +350,7 @@ def test_keys_of_others_pass(programs):
 
 def test_a_strength_needs_a_program(programs):
     for extra in ({"steer_strength": 0.5}, {"steer": {"strength": 0.5}}):
-        with pytest.raises(InputError, match=r"a strength, 0\.5, and no program"):
+        with pytest.raises(InputError, match=r"strength 0\.5 and no program"):
             read_steering(extra, programs, None)
         assert read_steering(extra, programs, "r").strength == 0.5
 
