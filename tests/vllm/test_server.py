@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from families import add_tokenizer, make
 from prometheus_client.parser import text_string_to_metric_families
 from reference import greedy, hugging_face, prompts
@@ -79,6 +80,19 @@ def server(path, directions, folder):
         process.terminate()
         process.wait(60)
         log.close()
+
+
+def test_a_server_that_can_not_steer_ends_with_one_line(path, folder):
+    """Before it loads the weights."""
+    rk.Direction(torch.ones(9)).save(folder / "long.safetensors")
+    program = f"p=ablate:{folder / 'long.safetensors'}"
+    command = [sys.executable, "-m", "refusal_kernels", "serve", path, "--program", program]
+    command += ["--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    words = "program 'p': ablate 'long': the direction has hidden size 9; the model has 64"
+    assert done.stderr.splitlines()[-1] == f"refusal_kernels: {words}"
+    assert "Traceback" not in done.stderr and "Loading safetensors" not in done.stderr
 
 
 def body(prompt, xargs=None):
