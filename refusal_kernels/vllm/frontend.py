@@ -222,8 +222,9 @@ def set_programs(
         If the change is refused; nothing has changed then.
     """
     catalog = catalog_of(llm)
-    change = catalog.plan(programs, directions or {})
-    catalog.commit(change, llm.collective_rpc(UPDATE, args=change.arguments))
+    with counted_change():
+        change = catalog.plan(programs, directions or {})
+        catalog.commit(change, llm.collective_rpc(UPDATE, args=change.arguments))
 
 
 async def set_programs_async(
