@@ -33,6 +33,7 @@ from refusal_kernels.research.extraction.moments import Moments as Moments
 from refusal_kernels.research.selection.algorithm import Selection as Selection
 from refusal_kernels.research.selection.algorithm import select as select
 from refusal_kernels.research.sources import read_prompts as read_prompts
+from refusal_kernels.vllm.engine import Engine as Engine
 from refusal_kernels.weights.certificate import Certificate as Certificate
 from refusal_kernels.weights.certificate import certify as certify
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint as orthogonalize_checkpoint

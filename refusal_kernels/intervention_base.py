@@ -151,6 +151,12 @@ class Intervention(ABC):
         """The hidden size that it is made for."""
         return self.slots(1.0)[0].read.shape[0]
 
+    def at(self, strength: float) -> "Intervention":
+        """Return the same edit at another strength."""
+        this: Any = self  # of a subclass, where the strength is a field
+        changed: Intervention = dataclasses.replace(this, strength=strength)
+        return changed
+
     # --- where it acts
 
     def meets(self, block: int | None, writers: frozenset[str], feeds: int | None) -> bool:
@@ -268,6 +274,25 @@ class Intervention(ABC):
                 direction = _direction(value, directions)
                 settings[key] = direction if hints[key] is Direction else direction.vector
         return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` reads; its vectors are `Direction` objects."""
+        taken = self.fields()
+        first = next(key for key, (kind, _) in taken.items() if kind == "vector")
+        given: dict[str, Any] = {}
+        for key in (*taken, *PLACE_FIELDS[:-1]):
+            value = getattr(self, key)
+            if not isinstance(value, Tensor) and value in (
+                None,
+                "all",
+                INF,
+                -INF,
+            ):  # what it is without being given
+                continue
+            if isinstance(value, Tensor):
+                value = Direction(value)
+            given[self.name if key == first else key] = value
+        return given
 
 
 PLACE_FIELDS = ("block_input", "layers", "sites", "positions", "layer")

@@ -197,3 +197,23 @@ def test_a_class_of_a_user_is_known_everywhere(plane):
                 Intervention.from_dict(wrong, {"a": plane[0]})
     finally:
         del INTERVENTIONS["double"]
+
+
+@pytest.mark.parametrize("given", [
+    {"ablate": "r", "strength": 0.5, "layers": [1, 2], "sites": ["mlp"]},
+    {"add": "r", "coefficient": -2.0, "block_input": 3},
+    {"set": "r", "value": 1.5, "positions": "prompt"},
+    {"clamp": "r", "high": 0.0},
+    {"erase": "unit", "v": "unit"},
+    {"rotate": "r", "b2": "t", "angle": 30.0},
+], ids=lambda given: next(iter(given)))  # fmt: skip
+def test_an_intervention_is_spelled_as_it_is_read(given, plane):
+    directions = {"r": plane[0], "t": plane[1], "unit": rk.Direction(plane[0].unit)}
+    first = Intervention.from_dict(given, directions)
+    second = Intervention.from_dict(first.to_dict())
+    places = ("strength", "block_input", "layers", "sites", "positions")
+    assert [getattr(second, p) for p in places] == [getattr(first, p) for p in places]
+    for strength in (1.0, 0.7):
+        for a, b in zip(second.slots(strength), first.slots(strength), strict=True):
+            assert torch.equal(a.read, b.read) and torch.equal(a.write, b.write) and a[2:] == b[2:]
+    assert first.at(0.25).strength == 0.25 and first.at(0.25).to_dict().keys() >= given.keys()

@@ -260,8 +260,8 @@ MUTANTS = [
     Mutant(
         "an answer keeps its end token",
         "hf/generate.py",
-        "answers[row] = ids[:stop]",
-        "answers[row] = ids[: stop + 1]",
+        "return ids[:stop]",
+        "return ids[: stop + 1]",
         "tests/hf/test_generate.py",
     ),
     # extraction

@@ -12,6 +12,7 @@ from refusal_kernels.hf.checks import NoNumbers
 from refusal_kernels.hf.greedy import decode, end_tokens
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.hf.padding import fitted
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.hf.thoughts import MARKS, OPENING, marked
 from refusal_kernels.progress import Progress
 
@@ -92,6 +93,10 @@ def generate_ids(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
     ends = end_tokens(model, chat.tokenizer)
+    if isinstance(model, ServedModel):
+        with nullcontext() if around is None else around(list(range(len(prompts)))):
+            full = model.answers(chat.encode(prompts), max_new_tokens, ends, progress)
+        return [_until(ids, ends) for ids in full]
     answers: list[list[int]] = [[]] * len(prompts)
     device = input_device(model)
     done = 0
@@ -104,10 +109,14 @@ def generate_ids(
             except NoNumbers as error:
                 raise NoNumbers(batch.rows[error.row]) from None
         for row, ids in zip(batch.rows, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
-            # A row that ended is filled with the pad token, which may not be a special token.
-            stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-            answers[row] = ids[:stop]
+            # a row that ended is filled with the pad token, which may not be a special token
+            answers[row] = _until(ids, ends)
         done += len(batch.rows)
         if progress is not None:
             progress(done, len(prompts))
     return answers
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:stop]

@@ -122,12 +122,34 @@ def load(
                 f"model '{name}' brings code of its own; read it, then give --trust-remote-code"
             ) from None
         raise InputError(f"model '{name}' cannot be loaded: {first_line(error)}") from None
+    check_hidden(name, model, direction)
+    return model.eval(), tokenizer
+
+
+def model_folder(name: str) -> str:
+    """Return where a model's weights and its tokenizer are: a folder or a hub id.
+
+    Raises
+    ------
+    InputError
+        If it has files of another form, an adapter, or there is no such folder.
+    """
+    embedded = EMBEDDED.get(name)
+    if name.endswith(GGUF) or (embedded and embedded.adapter):
+        raise InputError(f"model '{name}' is no folder of whole weights; expected one, or a hub id")
+    if embedded:
+        return str(embedded.folder())
+    _check_there(name, "model")
+    return name
+
+
+def check_hidden(name: str, model: Any, direction: Direction | None) -> None:
+    """Refuse a direction of another hidden size."""
     if direction is not None and direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; "
             f"the model '{name}' has {hidden_size(model)}"
         )
-    return model.eval(), tokenizer
 
 
 def _placement(options: LoadOptions) -> dict[str, Any]:

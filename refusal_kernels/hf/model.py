@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.served import ServedModel
 
 # What families call the list of their blocks.
 LISTS = ("layers", "h", "blocks", "block", "layer")
@@ -47,6 +48,11 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return named_list[1]
 
 
+def layer_count(model: Any) -> int:
+    """Return how many decoder layers a model has, served or not."""
+    return model.layers if isinstance(model, ServedModel) else len(decoder_layers(model))
+
+
 def tokens_first(layer: nn.Module) -> bool:
     """Whether the stream of a decoder layer is [tokens, batch, hidden]."""
     return any(cls.__name__ in TOKENS_FIRST for cls in type(layer).__mro__)
@@ -83,6 +89,8 @@ def input_embedding(model: Any) -> Any:
 
 def input_device(model: Any) -> torch.device:
     """Return where the model takes its tokens; model.device is not it where it is spread out."""
+    if isinstance(model, ServedModel):
+        return model.device
     embedding = input_embedding(model)
     if embedding is None:
         first: torch.Tensor = next(model.parameters())

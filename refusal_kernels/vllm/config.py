@@ -9,12 +9,12 @@ from refusal_kernels.intervention_base import finite_number
 from refusal_kernels.vllm.limits import MAX_STRENGTH, Limits
 from refusal_kernels.vllm.names import GRAPH, KEY
 from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
-from refusal_kernels.vllm.refusals import refuse_unsupported
+from refusal_kernels.vllm.refusals import refuse_reading, refuse_unsupported
 from refusal_kernels.vllm.settings_file import with_file
 
 KNOWN = (
     *("directions", "programs", "default", "slots", "fuse_norms", "monitor"),
-    *("max_strength", "file"),
+    *("max_strength", "file", "reads"),
 )
 MOST_SLOTS = 16
 
@@ -60,6 +60,9 @@ class EngineSettings:
         What limits the strength of programs; None where the model is not known.
     given, specifications
         The settings and the programs in their JSON form, the latter with those of a file.
+    reads
+        How many tokens at the end of a prompt the experiment may read (`reading`); with 0 it reads
+        logits alone. None: nothing is read of any request.
     """
 
     directions: dict[str, Any]
@@ -71,6 +74,7 @@ class EngineSettings:
     limits: Limits | None
     given: dict[str, Any]
     specifications: dict[str, Any]
+    reads: int | None
 
 
 def read_settings(vllm_config: Any) -> EngineSettings:
@@ -83,7 +87,10 @@ def read_settings(vllm_config: Any) -> EngineSettings:
     """
     refuse_unsupported(vllm_config)
     limits = Limits.of(vllm_config.model_config)
-    return parse_settings(vllm_config.additional_config[KEY], limits)
+    settings = parse_settings(vllm_config.additional_config[KEY], limits)
+    if settings.reads is not None:
+        refuse_reading(vllm_config)
+    return settings
 
 
 def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
@@ -116,10 +123,13 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
     fuse_norms = given.get("fuse_norms", True)
     if not isinstance(fuse_norms, bool):
         raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
-    monitor = _monitor(given, directions)
+    monitor, reads = _monitor(given, directions), given.get("reads")
+    if reads is not None and (type(reads) is not int or reads < 0):
+        raise InputError(f"reads is {reads!r}; expected null or a number of tokens")
     return EngineSettings(
         *(directions, programs, default, slots, fuse_norms, monitor, limits, alone),
         given.get("programs", {}),
+        reads,
     )
 
 

@@ -9,7 +9,7 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.config import EngineSettings, parse_settings
 from refusal_kernels.vllm.counters import REQUESTS, counted_change, counter
-from refusal_kernels.vllm.names import CATALOG, KEY, MONITOR, RESOLVED, UPDATE
+from refusal_kernels.vllm.names import CATALOG, KEY, MONITOR, READ, RESOLVED, UPDATE
 from refusal_kernels.vllm.programs import NONE, NamedProgram, check_name, parse_program
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 from refusal_kernels.vllm.settings_file import FILE
@@ -69,6 +69,8 @@ class Catalog:
 
     def read(self, extra_args: Mapping[str, Any] | None, prompt: int = 0) -> Steering | None:
         """Return the steering that a request asks for, as `read_steering`."""
+        if READ in (extra_args or {}) and self.settings.reads is None:
+            raise InputError(f"{READ!r} is for an engine whose settings have 'reads'")
         return read_steering(extra_args, self.programs, self.default, prompt)
 
     def name_of(self, steering: Steering | None) -> str:

@@ -6,7 +6,10 @@ GRAPH = "graph"  # in those settings: what the compiled graph depends on, writte
 STEER, STRENGTH = "steer", "steer_strength"
 FLAT = {STRENGTH: "strength", **{f"steer_{key}": key for key in ("positions", "from", "to")}}
 RESOLVED = "refusal_kernels.steer"  # the same, as the front end hands it to the workers
+READ = "refusal_kernels.read"  # in a request's extra_args: what is read of it, and its number
+MOMENTS, PROJECTION, LOGITS, SCORES = "moments", "projection", "logits", "scores"  # what is read
 # Attributes that vLLM's objects are given.
 CATALOG, STATE = "refusal_kernels", "refusal_kernels_state"
 # Methods that every worker is given.
 UPDATE, MONITOR = "refusal_kernels_update", "refusal_kernels_monitor"
+READING = "refusal_kernels_reading"

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,21 @@ def parse_programs(
     if not isinstance(given, dict):
         raise InputError(f"programs is {kind_of(given)}; expected an object, program by name")
     return {name: parse_program(name, one, directions, limits) for name, one in given.items()}
+
+
+def spelled(
+    programs: Mapping[str, Sequence[Intervention]],
+) -> tuple[dict[str, Any], dict[str, Direction]]:
+    """Return programs in their JSON form, and the directions that they name."""
+    directions, given = dict[str, Direction](), dict[str, Any]()
+    for name, interventions in programs.items():
+        given[name] = [i.to_dict() for i in interventions]
+        for item in given[name]:
+            for key, value in item.items():
+                if isinstance(value, Direction):
+                    item[key] = f"direction {len(directions)} of {name}"
+                    directions[item[key]] = value
+    return given, directions
 
 
 def parse_directions(given: Any) -> dict[str, Direction]:

@@ -51,3 +51,19 @@ def refuse_unsupported(config: Any) -> None:
         if set_:
             raise InputError(f"steering does not support {name}: {why}")
     architecture_of(config.model_config)
+
+
+def refuse_reading(config: Any) -> None:
+    """Refuse an engine of which the experiment would read the wrong logits, or none.
+
+    Raises
+    ------
+    InputError
+        With the setting that prevents it.
+    """
+    for set_, name in (
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.parallel_config.enable_batch_sharded_sampling, "enable_batch_sharded_sampling"),
+    ):
+        if set_:
+            raise InputError(f"nothing can be read of requests with {name}; start it without")

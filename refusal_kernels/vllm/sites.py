@@ -17,6 +17,7 @@ from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, steered
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.families import ADD, NORM, EnginePlace
 from refusal_kernels.vllm.monitor import Meter
+from refusal_kernels.vllm.reading import SiteReader
 
 
 class SteeredAdd(nn.Module):
@@ -29,6 +30,7 @@ class SteeredAdd(nn.Module):
     def __init__(self, bank: Bank, number: int) -> None:
         super().__init__()
         self.meter: Meter | None = None
+        self.reader: SiteReader | None = None
         self.register_buffer("bank", bank.vectors, persistent=False)
         self.register_buffer("params", bank.params[number], persistent=False)
         self.register_buffer("route", bank.route, persistent=False)
@@ -38,9 +40,14 @@ class SteeredAdd(nn.Module):
         tokens = x.numel() // x.shape[-1]  # the Transformers backend has a batch of one
         op = torch.ops.refusal_kernels.add_steer_inference
         steered: Tensor = op(x, residual, self.bank, self.params, self.route[:tokens])
-        if self.meter is not None:
-            self.meter(steered)
+        self._look(steered)
         return steered
+
+    def _look(self, h: Tensor) -> None:
+        if self.meter is not None:
+            self.meter(h)
+        if self.reader is not None:
+            self.reader(h)
 
     def before_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the arguments of vLLM's norm: (h, 0) for steered rows, (x, residual) for others.
@@ -62,8 +69,7 @@ class SteeredAddNorm(SteeredAdd):
         op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
         route = self.route[: x.shape[0]]
         normed, h = op(x, residual, weight, eps, self.bank, self.params, route, offset)
-        if self.meter is not None:
-            self.meter(h)
+        self._look(h)
         return normed, h
 
 

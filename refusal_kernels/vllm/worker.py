@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.distributed import get_tp_group
 
 from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
@@ -18,6 +19,7 @@ from refusal_kernels.vllm.families import architecture_of, find_places, whole_mo
 from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.names import GRAPH, KEY, RESOLVED
 from refusal_kernels.vllm.programs import parse_program
+from refusal_kernels.vllm.reading import Reading
 from refusal_kernels.vllm.requests import Steering
 from refusal_kernels.vllm.routing import Router
 from refusal_kernels.vllm.sites import claim
@@ -51,6 +53,11 @@ class WorkerState:
         inductor.register()  # tracing does it too, but a compile cache skips tracing
         self.router = Router(self.bank, config.speculative_config is not None)
         self.monitor = self._watch(settings, blocks)
+        self.reading: Reading | None = None
+        if settings.reads is not None:
+            self.reading = Reading(
+                settings.reads, self.bank, self.sites, blocks, get_tp_group().rank_in_group == 0
+            )
         self._uncounted = 0  # tokens of a routed batch that the monitor has not counted
         # vLLM's compile cache is keyed by its configuration and its own code. All else that the
         # graph depends on is added to the configuration here.
@@ -62,6 +69,7 @@ class WorkerState:
                 list(self.bank.vectors.shape),
                 self.bank.route.shape[0],
                 [inductor.MOST, inductor.MOST_ROUTED],
+                settings.reads,
             ],
         }
         logger.info(
@@ -80,24 +88,32 @@ class WorkerState:
             Its sampling or pooling parameters.
         """
         self.router.learn(req_id, _resolved(params))
+        if self.reading is not None:
+            self.reading.mark(req_id, params)
 
     def route(
         self, req_ids: list[str], counts: np.ndarray, computed: np.ndarray, positions: Tensor
     ) -> None:
         """Route a batch, as `Router.route`."""
         self.router.route(req_ids, counts, computed, positions)
+        if self.reading is not None:
+            self.reading.follow(req_ids, counts, computed)
         self._uncounted = int(counts.sum())
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """Forget requests that have ended."""
         for req_id in req_ids:
             self.router.forget(req_id)
+            if self.reading is not None:
+                self.reading.forget(req_id)
 
     def count(self) -> None:
-        """Let the monitor count the batch that was routed. Dummy batches are not routed."""
+        """Let monitor and reading keep what they saw. Dummy batches are not routed."""
         if self.monitor is not None and self._uncounted:
             self.monitor.count(self._uncounted)
         self._uncounted = 0
+        if self.reading is not None:
+            self.reading.after_forward()
 
     def read_monitor(self) -> dict[str, Any] | None:
         """Return the counts of the monitor; None on a rank without the watched block."""

@@ -12,7 +12,7 @@ import numpy as np
 from refusal_kernels.vllm.check import check
 from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.hooks import AFTER, Hook, install
-from refusal_kernels.vllm.names import MONITOR, STATE, UPDATE
+from refusal_kernels.vllm.names import MONITOR, READING, STATE, UPDATE
 from refusal_kernels.vllm.worker import WorkerState
 
 
@@ -31,6 +31,11 @@ def _attach(worker: Any, *_: Any, **__: Any) -> None:
     setattr(worker.model_runner, STATE, state)
     setattr(worker, UPDATE, state.update_programs)
     setattr(worker, MONITOR, state.read_monitor)
+    if state.reading is not None:
+        model = worker.model_runner.get_model()
+        setattr(worker, READING, state.reading.call)
+        setattr(model, STATE, state)
+        install(MODEL_HOOKS, model)
 
 
 def _check(worker: Any, *_: Any, **__: Any) -> None:
@@ -62,6 +67,10 @@ def _count(runner: Any, *_: Any, **__: Any) -> None:
     getattr(runner, STATE).count()
 
 
+def _read_logits(model: Any, *_: Any, result: Any, **__: Any) -> None:
+    getattr(model, STATE).reading.after_logits(result)
+
+
 WORKER = "vllm.v1.worker.gpu_worker:Worker"  # and its subclass for CPUs
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -79,4 +88,7 @@ V2_HOOKS = (
     Hook(V2, "add_requests", AFTER, _follow_requests, "to know which requests there are"),
     Hook(V2, "prepare_inputs", AFTER, _route_v2, "to route the tokens of each batch"),
     Hook(V2, "execute_model", AFTER, _count, "to count for the monitor"),
+)
+MODEL_HOOKS = (
+    Hook("the model", "compute_logits", AFTER, _read_logits, "to read the logits after a prompt"),
 )

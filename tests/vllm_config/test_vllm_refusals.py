@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from refusal_kernels import InputError
-from refusal_kernels.vllm.refusals import refuse_unsupported
+from refusal_kernels.vllm.refusals import refuse_reading, refuse_unsupported
 
 
 @pytest.fixture
@@ -54,3 +54,16 @@ def test_an_architecture_on_no_list_is_refused_before_it_is_loaded(config):
     config.model_config.hf_config.architectures = ["NewForCausalLM"]
     with pytest.raises(InputError, match="NewForCausalLM can't be steered"):
         refuse_unsupported(config)
+
+
+@pytest.mark.parametrize("setting", ["speculative decoding", "enable_batch_sharded_sampling"])
+def test_an_engine_whose_logits_would_be_misread_is_refused(config, setting):
+    config.speculative_config = None
+    config.parallel_config.enable_batch_sharded_sampling = False
+    refuse_reading(config)
+    if setting == "speculative decoding":
+        config.speculative_config = SimpleNamespace()
+    else:
+        config.parallel_config.enable_batch_sharded_sampling = True
+    with pytest.raises(InputError, match=f"requests with {setting}"):
+        refuse_reading(config)

@@ -13,13 +13,15 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
 from refusal_kernels.hf.forward import read_inputs
-from refusal_kernels.hf.model import decoder_layers, hidden_size, input_device, text_config
+from refusal_kernels.hf.model import hidden_size, input_device, layer_count, text_config
 from refusal_kernels.hf.padding import fitted
 from refusal_kernels.hf.prefix import Prefix, agree, common_prefix, run_prefix
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.extraction.distributed import Team, team
 from refusal_kernels.research.extraction.moments import Moments
 from refusal_kernels.research.extraction.resume import Checkpoint, identity_of
+from refusal_kernels.research.extraction.served import stream_served
 
 
 def collect(
@@ -44,8 +46,8 @@ def collect(
     Parameters
     ----------
     model
-        A transformers causal language model. If it calls a layer repeatedly, the first call is
-        read.
+        A transformers causal language model, or an `Engine` that reads as many positions. If it
+        calls a layer repeatedly, the first call is read.
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     prompts
@@ -159,7 +161,7 @@ def mean_difference(
 
 def layers_to_read(model: Any, last_layer: int | None) -> int:
     """Return how many layers to read, from the first to `last_layer`; None means all."""
-    layers = len(decoder_layers(model))
+    layers = layer_count(model)
     last = layers - 1 if last_layer is None else last_layer
     if not 0 <= last < layers:
         raise InputError(f"the last layer is {last}; expected 0 to {layers - 1}")
@@ -246,6 +248,9 @@ def _stream(
     Every batch's moments are computed alone and then merged in order, so one process and several
     give the same bits.
     """
+    if isinstance(model, ServedModel):
+        stream_served(model, parts, moments, progress, checkpoint)
+        return
     parts = [(group, fitted(model, batches)) for group, batches in parts]
     jobs = [(group, batches, i) for group, batches in parts for i in range(len(batches))]
     ends = list(accumulate(batches.size(i) for _, batches, i in jobs))

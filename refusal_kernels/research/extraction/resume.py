@@ -1,8 +1,9 @@
 """Checkpoints of an extraction: what an interrupted run leaves, and whether a run may resume it."""
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import sweep
 from refusal_kernels.hf.batches import Batches
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.research.extraction.moments import Moments
 
 DONE = "batches"  # how far the run has come
@@ -69,11 +71,17 @@ def identity_of(
     show: a patch or a hook, the kernels, the machine, the number of threads.
     """
     prompts, weights = hashlib.sha256(), hashlib.sha256(type(model).__name__.encode())
+    tensors: Iterable[tuple[str, Tensor]]
+    if isinstance(model, ServedModel):  # its weights are elsewhere, and have made the probe
+        weights.update(json.dumps(model.config.to_dict(), default=str).encode())
+        tensors = ()
+    else:
+        tensors = *model.named_parameters(), *model.named_buffers()
     for group, batches in parts:
         prompts.update(f"{group} {batches.pad_id} {batches.prompts}\n".encode())
         prompts.update(batches.ends.numpy().data)
         prompts.update(batches.tokens.numpy().data)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in tensors:
         weights.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         weights.update(str(_checksum(tensor)).encode())
     numbers = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in probe.tensors))
