@@ -1,10 +1,9 @@
 """The conditions of an evaluation, and the runner that measures a model under each of them."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +16,15 @@ from refusal_kernels.hf.generate import decoded, generate_ids
 from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.hf.model import input_device
 from refusal_kernels.hf.padding import fitted
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.interventions import Intervention
-from refusal_kernels.patching.handle import PatchHandle
-from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge, judged
 from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
 from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
+from refusal_kernels.research.steering import Route, steering
 
 DESTROYED_KL = 1.0  # nats: of an edit with more, a next token says nothing of the model
 
@@ -64,13 +63,21 @@ class DosePoint:
         return dict(to_json(vars(self)))
 
 
+class _Answered(NamedTuple):
+    """What one edit does to a set of prompts."""
+
+    texts: list[str]
+    score: float | None  # the mean refusal score; None without refusal tokens
+    kl: float  # the mean
+
+
 @contextlib.contextmanager
-def _naming(names: Sequence[str], each: int) -> Iterator[None]:
-    """Say under which edit a model gave no numbers; each edit has so many of the rows."""
+def _naming(names: Sequence[str]) -> Iterator[None]:
+    """Say under which edit a model gave no numbers; `names` has that of each row, or of all."""
     try:
         yield
     except NoNumbers as error:
-        raise InputError(f"{names[error.row // each]}: {error}") from None
+        raise InputError(f"{names[error.row % len(names)]}: {error}") from None
 
 
 @dataclass
@@ -86,6 +93,7 @@ class ConditionRunner:
     batch_size: int
     # by set: those of the unmodified model after every prompt, float32 [prompts, vocabulary]
     logits: dict[str, Tensor] = field(init=False)
+    notes: list[str] = field(default_factory=list)  # what was not measured, and why
 
     def __post_init__(self) -> None:
         self.logits = {
@@ -113,42 +121,27 @@ class ConditionRunner:
 
     def measure(
         self,
-        handle: PatchHandle,
-        programs: Mapping[str, int],
+        edits: Mapping[str, Intervention],
         wanted: Mapping[str, Sequence[str]],
         conditions: Mapping[str, Condition],
         progress: Progress,
     ) -> None:
-        """Measure many edits together: every row of a batch is routed to the program of its edit.
+        """Measure many edits together: every row of a batch, or every request, has its own.
 
-        `programs` has the number of each edit's program in the patch, and `wanted` the edits to
-        measure on each set of prompts. The results go to `conditions`.
+        `wanted` has the names of the edits to measure on each set of prompts. The results go to
+        `conditions`.
         """
-        total = sum(len(self.sets[part]) * len(names) for part, names in wanted.items())
-        done = 0
-        for part, names in wanted.items():
-            prompts, size = self.sets[part], len(self.sets[part])
-            every = [prompt for _ in names for prompt in prompts]
-            owners = [programs[name] for name in names for _ in prompts]
-
-            def around(rows: list[int], owners: list[int] = owners) -> Any:
-                return handle.route([owners[row] for row in rows])
-
-            before = done
-            with _naming(names, size):
-                ids = self.answer(
-                    every, around=around, progress=lambda now, _, b=before: progress(b + now, total)
-                )
-                done += len(every)
-                scores, kl = self._last(part, every, around)
-            for k, name in enumerate(names):
-                rows = slice(k * size, (k + 1) * size)
+        asked = [(part, name) for part, names in wanted.items() for name in names]
+        names = list(edits)
+        with steering(self.model, list(edits.values())) as route:
+            found = self._answered(asked, names, route, progress)
+            for (part, name), answered in zip(asked, found, strict=True):
                 condition = conditions[name]
-                condition.kl[part] = float(kl[rows].mean())
-                if scores is not None:
-                    condition.refusal_scores[part] = float(scores[rows].mean())
-                with handle.route([programs[name]]):  # a judge may run the model
-                    self._judge(condition, part, decoded(self.chat, ids[rows]))
+                condition.kl[part] = answered.kl
+                if answered.score is not None:
+                    condition.refusal_scores[part] = answered.score
+                with route([names.index(name)]):  # a judge may run the model
+                    self._judge(condition, part, answered.texts)
 
     def capability(
         self,
@@ -162,8 +155,8 @@ class ConditionRunner:
         """Measure right answers and cross-entropy under each of the edits; None for no edit."""
         total, done = len(edits) * (len(skills) + len(passages)), 0
         for name, edit in edits.items():
-            steered = contextlib.nullcontext() if edit is None else patch(self.model, edit)
-            with steered, _naming([name], sys.maxsize):
+            steered = contextlib.nullcontext() if edit is None else steering(self.model, [edit])
+            with steered, _naming([name]):
                 for task, items in skills.items():
                     texts = decoded(self.chat, self.answer([prompt for prompt, _ in items]))
                     right = exact_match(texts, [answer for _, answer in items], match or exact)
@@ -180,25 +173,60 @@ class ConditionRunner:
         passages: Sequence[Passage] | None,
         progress: Progress,
     ) -> list[DosePoint]:
-        """Measure one edit at several strengths, in ascending order."""
-        points = []
-        with patch(self.model, edit) as handle:
-            for number, strength in enumerate(sorted(strengths), 1):
-                handle.strength = strength
-                rates, scores, kl = {}, {}, 0.0
-                with _naming([f"{type(edit).__name__} at strength {strength:g}"], sys.maxsize):
-                    for part in ("harmful", "harmless"):
-                        prompts = self.sets[part]
-                        texts = decoded(self.chat, self.answer(prompts))
-                        rates[part] = judged(self.judges[0], prompts, texts)
-                        score, moved = self._last(part, prompts, None)
-                        if score is not None:
-                            scores[part] = float(score.mean())
-                        kl = float(moved.mean())  # kept: that of the harmless prompts, the last
+        """Measure one edit at several strengths, in ascending order, all of them together.
+
+        A note names those that an engine refuses.
+        """
+        points, parts = list[DosePoint](), ("harmful", "harmless")
+        strengths = [strength for strength in sorted(strengths) if self._serves(edit.at(strength))]
+        if not strengths:
+            return points
+        names = [f"{type(edit).__name__} at strength {strength:g}" for strength in strengths]
+        asked = [(part, name) for name in names for part in parts]
+        with steering(self.model, [edit.at(strength) for strength in strengths]) as route:
+            every = iter(self._answered(asked, names, route, progress))
+            for number, strength in enumerate(strengths):
+                found = {part: next(every) for part in parts}
+                with route([number]), _naming([names[number]]):
+                    rates = {
+                        part: judged(self.judges[0], self.sets[part], found[part].texts)
+                        for part in parts
+                    }
                     loss = self._loss(passages) if passages else None
+                scores = {p: f.score for p, f in found.items() if f.score is not None}
+                kl = found["harmless"].kl
                 points.append(DosePoint(strength, **rates, refusal_scores=scores, kl=kl, loss=loss))
-                progress(number, len(strengths))
         return points
+
+    def _serves(self, edit: Intervention) -> bool:
+        why = self.model.refusal(edit) if isinstance(self.model, ServedModel) else None
+        if why is not None:
+            self.notes.append(f"strength {edit.strength:g} is not measured: {why}")
+        return why is None
+
+    def _answered(
+        self,
+        asked: Sequence[tuple[str, str]],
+        names: Sequence[str],
+        route: Route,
+        progress: Progress,
+    ) -> list[_Answered]:
+        """Answer sets of prompts, each under an edit; `names` has those of the route's edits."""
+        prompts = [prompt for part, _ in asked for prompt in self.sets[part]]
+        owners = [name for part, name in asked for _ in self.sets[part]]
+
+        def around(rows: list[int]) -> Any:
+            return route([names.index(owners[row]) for row in rows])
+
+        with _naming(owners):
+            ids = self.answer(prompts, around=around, progress=progress)
+            scores, kl = self._last([part for part, _ in asked], around)
+        found, end = list[_Answered](), 0
+        for part, _ in asked:
+            rows = slice(end, end := end + len(self.sets[part]))
+            score = None if scores is None else float(scores[rows].mean())
+            found.append(_Answered(decoded(self.chat, ids[rows]), score, float(kl[rows].mean())))
+        return found
 
     def _loss(self, passages: Sequence[Passage]) -> Loss:
         return cross_entropy(self.model, passages, batch_size=min(self.batch_size, 16))
@@ -211,20 +239,37 @@ class ConditionRunner:
 
     @torch.inference_mode()
     def _last(
-        self, part: str, prompts: Sequence[str], around: Callable[[list[int]], Any] | None
+        self, parts: Sequence[str], around: Callable[[list[int]], Any]
     ) -> tuple[Tensor | None, Tensor]:
-        """Return refusal score and KL(unmodified || this) after every prompt: float64 [prompts]."""
-        size, device = len(self.sets[part]), input_device(self.model)
+        """Return refusal score and KL(unmodified || this) after every prompt: float64 [prompts].
+
+        The prompts are those of the sets in `parts`, one after the other.
+        """
+        prompts = [prompt for part in parts for prompt in self.sets[part]]
+        first, start = dict[str, int](), 0
+        for part, logits in self.logits.items():
+            first[part], start = start, start + len(logits)
+        before = torch.cat(list(self.logits.values()))  # of every set
+        rows = [first[part] + row for part in parts for row in range(len(self.sets[part]))]
+        if isinstance(self.model, ServedModel):
+            with around(list(range(len(prompts)))):
+                scores = self.model.scores(
+                    self.chat.encode(prompts), self.tokens or (), before, rows
+                )
+            broken = (~scores[:, 1].isfinite()).nonzero()
+            if len(broken):
+                raise NoNumbers(int(broken[0]))
+            return None if self.tokens is None else scores[:, 0], scores[:, 1]
+        device = input_device(self.model)
         kl = torch.zeros(len(prompts), dtype=torch.float64)
-        scores = torch.zeros_like(kl)
+        score = torch.zeros_like(kl)
         for batch in fitted(self.model, self.chat.stream(prompts, self.batch_size)):
-            with contextlib.nullcontext() if around is None else around(batch.rows):
+            with around(batch.rows):
                 inputs = model_inputs(batch, device)
                 out = self.model(**inputs, use_cache=False, logits_to_keep=LAST)
             logits = out.logits[:, -1].to("cpu", torch.float32)
             check_numbers(logits, batch.rows)
-            rows = torch.tensor(batch.rows)
-            kl[rows] = kl_divergence(self.logits[part][rows % size], logits)
+            kl[batch.rows] = kl_divergence(before[[rows[row] for row in batch.rows]], logits)
             if self.tokens is not None:
-                scores[rows] = refusal_score(logits, self.tokens)
-        return (None if self.tokens is None else scores), kl
+                score[batch.rows] = refusal_score(logits, self.tokens)
+        return None if self.tokens is None else score, kl

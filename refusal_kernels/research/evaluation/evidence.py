@@ -14,9 +14,8 @@ import torch
 from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.model import decoder_layers, input_device
+from refusal_kernels.hf.model import input_device, layer_count
 from refusal_kernels.interventions import Ablate, Add, Intervention
-from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Step, no_step, single_step
 from refusal_kernels.research.evaluation.conditions import Condition, ConditionRunner, DosePoint
 from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, make_judge
@@ -119,7 +118,8 @@ def evaluate(
     Parameters
     ----------
     model
-        A transformers causal language model; it is unmodified again when this returns.
+        A transformers causal language model, unmodified again when this returns; or an `Engine`
+        that reads a position.
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     direction
@@ -215,9 +215,7 @@ def evaluate(
     with single_step(step("Projections")):
         projections = project(model, chat, sets, direction.unit, position, batch_size)
     completions = runner.unmodified(conditions[UNMODIFIED], step("Unmodified"))
-    with patch(model, *([edit] for edit in edits.values())) as handle:
-        programs = {name: number for number, name in enumerate(edits)}
-        runner.measure(handle, programs, wanted, conditions, step("Ablated, added, controls"))
+    runner.measure(edits, wanted, conditions, step("Ablated, added, controls"))
 
     passages = dict(texts or {})
     pairs = [(p, ids) for p, ids in zip(sets["harmless"], completions, strict=True) if ids]
@@ -249,7 +247,7 @@ def evaluate(
             "date": chat.date,
             "answer_prefix": chat.answer_prefix or None,
         },
-        notes=notes,
+        notes=notes + runner.notes,
     )  # fmt: skip
 
 
@@ -268,7 +266,7 @@ def _controls(
         for i, control in enumerate(random_directions(direction, random, seed), 1)
     }
     if candidates is not None and others > 0:
-        layers = len(decoder_layers(model))
+        layers = layer_count(model)
         position = -1 if direction.position is None else direction.position
         if len(candidates.layers) > layers or candidates.hidden != direction.hidden:
             raise InputError(

@@ -20,6 +20,7 @@ from refusal_kernels.hf.embedded import Material
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
 from refusal_kernels.hf.padding import batch_limits
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.tasks import (
     ANSWER_FIELDS,
@@ -134,7 +135,12 @@ def own_passages(
 
 
 def context_of(model: Any) -> int:
-    """Return the tokens of a window: the model's own limit, but at most 2048."""
+    """Return the tokens of a window: the model's own limit, but at most 2048.
+
+    An engine scores what it could answer, so its windows leave room for a token.
+    """
+    if isinstance(model, ServedModel):
+        return min(model.longest - 1, LONGEST_CONTEXT)
     limit = getattr(text_config(model), "max_position_embeddings", None) or LONGEST_CONTEXT
     return min(int(limit), LONGEST_CONTEXT)
 
@@ -164,6 +170,10 @@ def cross_entropy(
     if not passages:
         raise InputError("there is no text to score; expected two tokens at least")
     order = sorted(passages, key=lambda p: -len(p.ids))
+    if isinstance(model, ServedModel):
+        likelihoods = model.log_likelihoods([list(p.ids) for p in order])
+        scored = [row[p.start - 1 :] for p, row in zip(order, likelihoods, strict=True)]
+        return _loss(-math.fsum(map(math.fsum, scored)), sum(map(len, scored)))
     check_tokens(model, max(max(p.ids) for p in order), len(order[0].ids))
     limits = batch_limits(model, batch_size, [p.ids for p in (order[0], order[-1])])
     total, count = 0.0, 0
@@ -172,6 +182,10 @@ def cross_entropy(
         total, count = total + float(nats.double().sum()), count + nats.numel()
         if progress is not None:
             progress(end, len(order))
+    return _loss(total, count)
+
+
+def _loss(total: float, count: int) -> Loss:
     if not math.isfinite(total):
         raise InputError("the cross-entropy is not finite: NaN or infinity came out of the model")
     return Loss(total / count, count)

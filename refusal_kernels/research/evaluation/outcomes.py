@@ -9,11 +9,11 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Intervention
-from refusal_kernels.patching.patch import patch
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge, JudgeInputs, judged, make_judge
 from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
+from refusal_kernels.research.steering import steering
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def measure_outcomes(
         judge = make_judge(judge, JudgeInputs(model, chat, harmful, harmless))
     for label, intervention in interventions.items():
         completions: dict[str, list[str]] = {}
-        with nullcontext() if intervention is None else patch(model, intervention):
+        with nullcontext() if intervention is None else steering(model, [intervention]):
             for name, prompts in sets.items():
                 completions[name] = generate(model, chat, prompts, max_new_tokens, batch_size)
                 done += 1

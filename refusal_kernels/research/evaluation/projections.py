@@ -10,6 +10,7 @@ from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import LAST, model_inputs
 from refusal_kernels.hf.model import decoder_layers, input_device, layer_input
 from refusal_kernels.hf.padding import fitted
+from refusal_kernels.hf.served import ServedModel
 
 
 @torch.inference_mode()
@@ -26,6 +27,11 @@ def project(
     The position counts from the prompt's end: -1 is the last token. The result is by set of
     prompts: for the input of every block and the output of the last, one number for each prompt.
     """
+    if isinstance(model, ServedModel):
+        return {
+            part: model.projections(chat.encode(prompts), unit, position).tolist()
+            for part, prompts in sets.items()
+        }
     layers = decoder_layers(model)
     projections: dict[str, list[list[float]]] = {}
 

@@ -16,7 +16,8 @@ import torch
 from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.model import decoder_layers
+from refusal_kernels.hf.model import layer_count
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.progress import Step, single_step
 from refusal_kernels.research.evaluation.evidence import (
     ABLATED,
@@ -74,8 +75,10 @@ class _Protocol:
             "skills": inputs.skills, "match": inputs.match, "max_new_tokens": inputs.max_new_tokens,
             "batch_size": self.size,
         }  # fmt: skip
-        chat, dtype = self.chat, str(next(self.model.parameters()).dtype)
-        options = [chat.system, chat.thinking, chat.answer_prefix, chat.date, dtype]
+        chat, model = self.chat, self.model
+        served = isinstance(model, ServedModel)
+        runs = [model.about, str(model.dtype)] if served else str(next(model.parameters()).dtype)
+        options = [chat.system, chat.thinking, chat.answer_prefix, chat.date, runs]
         self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
         self.edited = False
 
@@ -199,6 +202,8 @@ class _Protocol:
 
     def evaluate_edited(self, direction: Direction) -> dict[str, Any]:
         """Measure refusals and skills of the edited weights; "refused" if they are not edited."""
+        if isinstance(self.model, ServedModel):
+            return {"refused": "an engine's weights are not edited in place"}
         try:
             self.edit(direction)
         except InputError as error:
@@ -252,7 +257,7 @@ def _sha256(candidates: Candidates) -> str:
 
 def _alone(model: Any, direction: Direction, name: str) -> Candidates:
     """Return candidates that are zero except for one; select does not measure zero ones."""
-    layers = len(decoder_layers(model))
+    layers = layer_count(model)
     if direction.layer is None or direction.layer >= layers:
         raise InputError(
             f"the direction was read at layer {direction.layer}; expected one of {layers}, "

@@ -18,7 +18,9 @@ from refusal_kernels.direction import Candidates, Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.forward import batch_logits, find_prefix
-from refusal_kernels.hf.model import decoder_layers, hidden_size
+from refusal_kernels.hf.logits import last_logits
+from refusal_kernels.hf.model import hidden_size, layer_count
+from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.selection.measurement import Measurement, Question
 from refusal_kernels.research.selection.plan import same_length
@@ -29,6 +31,7 @@ from refusal_kernels.research.selection.scoring import (
     refusal_score,
     token_texts,
 )
+from refusal_kernels.research.selection.served import ServedMeasurement
 
 NOT_FINITE = "not finite"
 # At the first layer the template's tokens have the same embedding whatever the instruction: the
@@ -144,7 +147,7 @@ def select(
     Parameters
     ----------
     model
-        A transformers causal language model.
+        A transformers causal language model, or an `Engine`.
     tokenizer
         Its tokenizer, or a `ChatFormat`.
     candidates
@@ -186,7 +189,7 @@ def select(
         If the candidates do not fit the model, a threshold is none, there are no refusal tokens, or
         the checkpoint is of another run.
     """
-    layers, hidden = len(decoder_layers(model)), hidden_size(model)
+    layers, hidden = layer_count(model), hidden_size(model)
     if not isinstance(candidates, Candidates):
         raise InputError(f"candidates is a {type(candidates).__name__}; expected rk.Candidates")
     if len(candidates.layers) > layers or candidates.hidden != hidden:
@@ -206,8 +209,13 @@ def select(
     ids = chat.encode(harmful), chat.encode(harmless)
 
     prompts = [*ids[0], *ids[1]]
-    prefix = find_prefix(model, prompts)
-    unmodified = batch_logits(model, same_length(prompts, batch_size), prefix)
+    kind: type[Measurement] = Measurement
+    if isinstance(model, ServedModel):
+        kind, prefix = ServedMeasurement, None
+        unmodified = last_logits(model, chat, [*harmful, *harmless])
+    else:
+        prefix = find_prefix(model, prompts)
+        unmodified = batch_logits(model, same_length(prompts, batch_size), prefix)
     parts = unmodified[: len(ids[0])], unmodified[len(ids[0]) :]
     tokens = distinctive_tokens(parts[0], parts[1], chat) if given is None else given
     unfit = _unfit(candidates, int(layers * (1.0 - prune_last)))
@@ -219,7 +227,7 @@ def select(
     mean_scores: dict[tuple[int, int], list[float]] = {}
     if measured:
         question = Question(*ids, unmodified, tokens, batch_size, prefix)
-        scores = Measurement(model, question, list(measured.values())).run(
+        scores = kind(model, question, list(measured.values())).run(
             None if checkpoint is None else Path(checkpoint), progress
         )
         means = torch.stack([table.mean(dim=1) for table in scores], dim=1)
