@@ -40,18 +40,30 @@ def title_of(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
+def engine_of(model: Any) -> dict[str, Any]:
+    """Return what runs a model, for the JSON."""
+    from importlib.metadata import version
+
+    from refusal_kernels.hf.served import ServedModel
+
+    if isinstance(model, ServedModel):
+        return model.about
+    return {"name": "transformers", "version": version("transformers")}
+
+
 def provenance(model: str, language_model: Any) -> dict[str, Any]:
     """Return what a result depends on: model, versions, device, command and time."""
     from refusal_kernels.environment import describe_device, versions
     from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.hf.model import input_device
 
-    embedded = EMBEDDED.get(model)
+    embedded, engine = EMBEDDED.get(model), engine_of(language_model)
     return {
         "model": embedded.title if embedded else model,
         "title": embedded.title if embedded else title_of(model),
         "versions": versions(),
-        "device": describe_device(input_device(language_model)),
+        "engine": engine,
+        "device": engine.get("device") or describe_device(input_device(language_model)),
         "command": shlex.join(["refusal-kernels", *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

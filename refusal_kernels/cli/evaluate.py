@@ -12,7 +12,7 @@ from typer import Option
 
 from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
-from refusal_kernels.cli.groups import ChatOptions, LoadingOptions, RefusalOptions, SplitOptions
+from refusal_kernels.cli.groups import ChatOptions, EngineOptions, RefusalOptions, SplitOptions
 from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_json
 
@@ -25,7 +25,7 @@ QUICK_PROMPTS, QUICK_STRENGTHS, QUICK_LAYERS = 32, (-1.0, 0.0, 1.0, 2.5), 3
 def evaluate(
     direction: options.Direction,
     *,
-    loading: LoadingOptions,
+    loading: EngineOptions,
     prompts: SplitOptions,
     chat: ChatOptions,
     refusals: RefusalOptions,
@@ -143,6 +143,8 @@ def evaluate(
     if chosen is not None and tokens == options.AUTO:
         tokens = chosen["refusal_tokens"]
     others = None if candidates is None else Candidates.load(candidates)
+    if lm_eval is not None and loading.engine == options.VLLM:
+        raise InputError(f"--lm-eval needs --engine {options.TRANSFORMERS}")
     if lm_eval is not None:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks, run_tasks
 
@@ -150,7 +152,7 @@ def evaluate(
         manager = find_tasks(asked, lm_eval_include)
     common.prepare(report, json_file)
 
-    model, template = chat.load(loading, sets, loaded)
+    model, template = chat.load(loading, sets, loaded, positions=1)
     used = prompts.tell(sets, "test", more)
     context = context_of(model)
     files = common.named_sources(text or [], "--text")

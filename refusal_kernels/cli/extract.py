@@ -13,8 +13,8 @@ from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
 from refusal_kernels.cli.groups import (
     ChatOptions,
+    EngineOptions,
     FilterOptions,
-    LoadingOptions,
     RefusalOptions,
     SplitOptions,
 )
@@ -29,7 +29,7 @@ _METHODS = ("mean_difference", *options.names("research.extraction.methods", "FI
 
 def extract(
     *,
-    loading: LoadingOptions,
+    loading: EngineOptions,
     prompts: SplitOptions,
     chat: ChatOptions,
     selective: FilterOptions,
@@ -72,13 +72,18 @@ def extract(
     check_method(method)
     if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"method '{method}' runs in one process; expected no torchrun")
+    if method != MEAN_DIFFERENCE and loading.engine == options.VLLM:
+        raise InputError(
+            f"method '{method}' keeps the activations, which stay in the engine; expected "
+            f"--engine {options.TRANSFORMERS}, or --method {MEAN_DIFFERENCE}"
+        )
     with joined(one_model=loading.tensor_parallel) as (rank, _):
         texts = prompts.read(loading.model, "train")
         common.prepare(out, state, json_file)
         if rank == 0:
             for path in filter(None, (out, state, json_file)):
                 sweep(path)
-        model, template = chat.load(loading, texts)
+        model, template = chat.load(loading, texts, positions=positions)
         texts, removed = selective.apply(model, template, texts, refusals, chat.batch_size)
         with progress_bars(visible=rank == 0) as step:
             try:
@@ -104,6 +109,7 @@ def extract(
         common.console.print(_table(norms, loading.model, method))
         document = {
             "norm": norms.tolist(), "model": loading.model, "method": method,
+            "engine": common.engine_of(model),
             "answer_prefix": template.answer_prefix, "prompts": prompts.tell(texts, "train"),
             **removed,
         }  # fmt: skip

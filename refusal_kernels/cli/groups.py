@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -19,6 +19,8 @@ from rich.text import Text
 
 from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
+from refusal_kernels.errors import InputError
+from refusal_kernels.files.atomic import parse_json
 from refusal_kernels.hf.load_options import LoadOptions
 from refusal_kernels.progress import single_step
 from refusal_kernels.research.sources import SEED
@@ -55,8 +57,11 @@ class LoadingOptions:
         return LoadOptions(**values)
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Run a command in all processes that share the model; the first one alone prints."""
+    def running(self) -> Iterator[None]:
+        """Run a command: in all processes that share the model, of which the first one prints."""
+        if not self.tensor_parallel:
+            yield
+            return
         from refusal_kernels.research.extraction.distributed import joined
 
         with joined(one_model=True) as (rank, _):
@@ -70,12 +75,87 @@ class LoadingOptions:
         """
         return None if self.tensor_parallel else state
 
-    def load(self, direction: Direction | None = None) -> tuple[Any, Any]:
+    def load(
+        self, direction: Direction | None = None, reads: Callable[[Any], int] | None = None
+    ) -> tuple[Any, Any]:
         """Load the model and its tokenizer, and check that a direction fits it."""
         from refusal_kernels.hf.load import load
 
         common.choose_device(self.device)
         return load(self.model, direction=direction, **vars(self.how()))
+
+
+started: list[Any] = []
+"""The engines that run; `EngineOptions.running` stops them."""
+# what vLLM does itself, or not at all
+NOT_WITH_ENGINE = ("device", "load_in", "tensor_parallel", "attn", "adapter")
+
+
+@dataclass(frozen=True)
+class EngineOptions(LoadingOptions):
+    """Which model, how it is loaded, and what runs it."""
+
+    engine: options.Engine = options.TRANSFORMERS
+    tensor_parallel_size: options.TensorRanks = 1
+    pipeline_parallel_size: options.PipelineRanks = 1
+    engine_args: options.EngineArgs = "{}"
+
+    def __post_init__(self) -> None:
+        """Check the values, before anything heavy is imported."""
+        super().__post_init__()
+        defaults = {field.name: field.default for field in fields(self)}
+        served = self.engine == options.VLLM
+        names = ("tensor_parallel_size", "pipeline_parallel_size", "engine_args")
+        for name in NOT_WITH_ENGINE if served else names:
+            if getattr(self, name) != defaults[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is not for --engine {self.engine}")
+        if served and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("vLLM starts its own processes; expected no torchrun")
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``vllm.LLM`` that are given."""
+        given = parse_json(self.engine_args, "--engine-args")
+        if not isinstance(given, dict):
+            raise InputError(f"--engine-args is {self.engine_args}; expected a JSON object")
+        return given
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """See `LoadingOptions.running`; engines stop at the end."""
+        try:
+            with super().running():
+                yield
+        finally:
+            while started:
+                started.pop().close()
+
+    def load(
+        self, direction: Direction | None = None, reads: Callable[[Any], int] | None = None
+    ) -> tuple[Any, Any]:
+        """Load the model or start the engine; return it with the tokenizer.
+
+        `reads` says how many positions an engine reads, by the tokenizer.
+        """
+        if self.engine != options.VLLM:
+            return super().load(direction)
+        from refusal_kernels.hf.chat_models import load_tokenizer
+        from refusal_kernels.hf.load import check_hidden, model_folder
+        from refusal_kernels.vllm.engine import Engine
+
+        source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        tokenizer = load_tokenizer(model_folder(self.model), **source)
+        engine = Engine(
+            self.model,
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            positions=0 if reads is None else reads(tokenizer),
+            **{"dtype": self.dtype, **source, **self.arguments()},
+        )
+        started.append(engine)
+        check_hidden(self.model, engine, direction)
+        return engine, tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,16 +172,18 @@ class ChatOptions:
         loading: LoadingOptions,
         prompts: Mapping[str, Sequence[str]],
         direction: Direction | None = None,
+        positions: int | None = 0,
     ) -> tuple[Any, ChatFormat]:
         """Load the model and its chat format, and check that a direction fits it.
 
-        An answer prefix that is to be found is found with these prompts.
+        An answer prefix that is to be found is found with these prompts. An engine reads so many
+        `positions` at the end of a prompt; None: all that follow the instruction.
         """
         from refusal_kernels.hf.chat import ChatFormat
         from refusal_kernels.research.answer_prefix import find_answer_prefix
 
         with progress_bars() as step, single_step(step("Load the model")):
-            model, tokenizer = loading.load(direction)
+            model, tokenizer = loading.load(direction, partial(self._reads, positions))
         prefix = self.answer_prefix
         if prefix == options.AUTO:
             plain = ChatFormat(tokenizer, self.system, thinking=self.thinking)
@@ -110,6 +192,18 @@ class ChatOptions:
             common.console.print(Text(f"answer prefix: {prefix!r} (found)"), soft_wrap=True)
         chat = ChatFormat(tokenizer, self.system, thinking=self.thinking, answer_prefix=prefix)
         return model, chat
+
+    def _reads(self, positions: int | None, tokenizer: Any) -> int:
+        """Return how many positions an engine reads."""
+        if positions is not None:
+            return positions
+        from refusal_kernels.hf.chat import ChatFormat
+        from refusal_kernels.research.answer_prefix import TOKENS
+
+        found = self.answer_prefix == options.AUTO  # once the engine runs
+        prefix = "" if found else self.answer_prefix
+        chat = ChatFormat(tokenizer, self.system, thinking=self.thinking, answer_prefix=prefix)
+        return chat.positions + (2 * TOKENS if found else 0)
 
 
 @dataclass(frozen=True)
@@ -248,7 +342,7 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
             for name, kind in groups.items()
         }
         loading = next((g for g in made.values() if isinstance(g, LoadingOptions)), None)
-        with loading.shared() if loading and loading.tensor_parallel else nullcontext():
+        with nullcontext() if loading is None else loading.running():
             return command(**values, **made)
 
     keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]

@@ -15,6 +15,7 @@ from refusal_kernels.research.sources import PRESETS, SIZES
 
 BATCH_SIZE = 64  # of every command
 AUTO, ALL = "auto", "all"
+TRANSFORMERS, VLLM = ENGINES = ("transformers", "vllm")
 ANSWER_TOKENS = 64
 
 
@@ -82,6 +83,20 @@ Attention = Annotated[
 ]
 Adapter = Annotated[
     str | None, Option("--adapter", help="A PEFT adapter for the model, merged if it can be.")
+]
+Engine = Annotated[
+    str,
+    choice("What runs the model: {}.", ENGINES, "--engine"),
+]
+TensorRanks = Annotated[
+    int, Option("--tensor-parallel-size", min=1, help="Devices that share each layer, for vllm.")
+]
+PipelineRanks = Annotated[
+    int, Option("--pipeline-parallel-size", min=1, help="Devices in a row, for vllm.")
+]
+EngineArgs = Annotated[
+    str,
+    Option("--engine-args", metavar="JSON", help="More arguments of vllm.LLM, as a JSON object."),
 ]
 Offline = Annotated[bool, Option("--offline", help="Use only files that are on this machine.")]
 Batch = Annotated[

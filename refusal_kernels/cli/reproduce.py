@@ -15,7 +15,7 @@ from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
 from refusal_kernels.cli.groups import (
     ChatOptions,
-    LoadingOptions,
+    EngineOptions,
     PromptOptions,
     RefusalOptions,
     ThresholdOptions,
@@ -33,7 +33,7 @@ COLUMNS = ("", "measured", "expected", "verdict", "source")
 
 def reproduce(
     *,
-    loading: LoadingOptions,
+    loading: EngineOptions,
     prompts: PromptOptions,
     chat: ChatOptions,
     refusals: RefusalOptions,
@@ -112,6 +112,8 @@ def reproduce(
     sets = paper.read_protocol_prompts(loading.model, *sources, prompts.seed, prompts.column)
     files = common.named_sources(text or [], "--text")
     suite = None
+    if benchmarks and loading.engine == options.VLLM:
+        raise InputError(f"--benchmarks needs --engine {options.TRANSFORMERS}")
     if benchmarks:
         from refusal_kernels.research.evaluation.lm_eval import find_tasks
 
@@ -119,7 +121,7 @@ def reproduce(
         suite = paper.Benchmarks(manager, limit, min(chat.batch_size, 16), prompts.seed)
     common.prepare(out / "reproduction.json", record, json_file)
 
-    model, template = chat.load(loading, sets["train"], given)
+    model, template = chat.load(loading, sets["train"], given, positions=None)
     context = context_of(model)
     passages = {name: read_passages(Path(file), template, context) for name, file in files.items()}
     if not passages and embedded is not None:
@@ -186,7 +188,7 @@ def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow
     return rows.paper_rows(row or model)
 
 
-def _folders(loading: LoadingOptions) -> list[Path]:
+def _folders(loading: EngineOptions) -> list[Path]:
     """Return what the weights are read from: the model, and the adapters that are merged."""
     from refusal_kernels.hf.embedded import EMBEDDED
 

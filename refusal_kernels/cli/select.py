@@ -14,8 +14,8 @@ from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
 from refusal_kernels.cli.groups import (
     ChatOptions,
+    EngineOptions,
     FilterOptions,
-    LoadingOptions,
     RefusalOptions,
     SplitOptions,
     ThresholdOptions,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def select(
     *,
-    loading: LoadingOptions,
+    loading: EngineOptions,
     prompts: SplitOptions,
     chat: ChatOptions,
     selective: FilterOptions,
@@ -99,6 +99,7 @@ def select(
     common.console.print(f"written: {picture}", soft_wrap=True)
     document = {
         **selection.to_dict(), "model": loading.model, "method": loaded.method,
+        "engine": common.engine_of(model),
         "answer_prefix": template.answer_prefix, "prompts": used, **removed,
     }  # fmt: skip
     if selection.direction is not None:
