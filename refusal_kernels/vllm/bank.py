@@ -135,11 +135,12 @@ class Bank:
         """Return the row of each request; write the rows that the bank does not have."""
         keys = [None if s is None else (s.version, s.strength) for s in asked]
         wanted = {key for key in keys if key is not None}
-        for key in wanted & self._row_of.keys():
-            self._row_of[key] = self._row_of.pop(key)  # used last
-        for key in sorted(wanted - self._row_of.keys()):
-            self._row_of[key] = self._write(key, wanted)
-        return tuple(PLAIN if key is None else self._row_of[key] for key in keys)
+        rows: dict[tuple[str, float] | None, int] = {None: PLAIN}
+        for key in sorted(wanted):
+            row = self._row_of.pop(key, None)
+            self._row_of[key] = self._write(key, wanted) if row is None else row  # used last
+            rows[key] = self._row_of[key]
+        return tuple([rows[key] for key in keys])
 
     def write_route(self, rows: np.ndarray) -> None:
         """Write the row of every token of a batch, int32 [tokens]; what follows is padding."""

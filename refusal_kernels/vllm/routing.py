@@ -33,8 +33,10 @@ class Router:
         self.drafts = drafts
         self.steering: dict[str, Steering | None] = {}
         self._req_ids: list[str] | None = None  # of the last batch
-        self._windows = np.zeros((2, 0), dtype=np.int32)  # its requests' first and end
-        self._bounded = False  # whether any of them ends or begins behind its prompt
+        self._asked: list[Steering | None] = []  # by its requests
+        self._windowed = False  # whether any of them is steered at some positions alone
+        self._bounded = False  # whether a window begins or ends behind a prompt
+        self._windows = np.zeros((2, 0), dtype=np.int32)  # if windowed, first and end of each
         self._written: bytes | None = None  # what of the last batch its route depends on
 
     def learn(self, req_id: str, steering: Steering | None) -> None:
@@ -64,53 +66,53 @@ class Router:
         """
         if req_ids != self._req_ids:
             self._follow(req_ids)
-        if self.drafts and self._bounded:
-            rows, first, end = np.repeat(self._rows_and_windows(), counts, axis=1)
+        if self.drafts and self._windowed and self._bounded:
+            first, end = np.repeat(self._windows, counts, axis=1)
+            rows = np.repeat(self._rows(), counts)
             self.bank.write_route_by_position(rows, first, end, positions[: len(rows)])
             return
-        begin, stop = np.clip(self._windows - computed, 0, counts)
-        written = np.concatenate([counts, begin, stop]).tobytes()
+        written = counts.tobytes()
+        if self._windowed:
+            begin, stop = np.clip(self._windows - computed, 0, counts)
+            written += begin.tobytes() + stop.tobytes()
         if written != self._written or not self.bank.routed:
-            rows = self._rows_and_windows()[0]
-            self.bank.write_route(rows_of_tokens(rows, counts, begin, stop))
+            rows = np.repeat(self._rows(), counts)
+            if self._windowed:
+                rows = only_steered(rows, counts, begin, stop)
+            self.bank.write_route(rows)
             self._written = written
 
     def _follow(self, req_ids: list[str]) -> None:
         """Take note of the requests of another batch."""
-        asked = [self.steering[req_id] for req_id in req_ids]
-        windows = [(0, None) if s is None else (s.first, s.end) for s in asked]
-        self._windows = np.array(
-            [[first for first, _ in windows], [NO_END if e is None else e for _, e in windows]],
-            dtype=np.int32,
-        )
-        self._bounded = any(s is not None and s.bounded for s in asked)
+        self._asked = [self.steering[req_id] for req_id in req_ids]
+        steered = [s for s in self._asked if s is not None]
+        self._windowed = any((s.first, s.end) != (0, None) for s in steered)
+        self._bounded = any(s.bounded for s in steered)
+        if self._windowed:
+            windows = [(0, None) if s is None else (s.first, s.end) for s in self._asked]
+            ends = [NO_END if end is None else end for _, end in windows]
+            self._windows = np.array([[first for first, _ in windows], ends], dtype=np.int32)
         self._req_ids, self._written = list(req_ids), None
 
-    def _rows_and_windows(self) -> np.ndarray:
-        """Return row, first and end of each request of the batch, int32 [3, requests]."""
-        assert self._req_ids is not None
-        rows = self.bank.rows_of([self.steering[req_id] for req_id in self._req_ids])
-        return np.concatenate([np.array([rows], dtype=np.int32), self._windows])
+    def _rows(self) -> np.ndarray:
+        """Return the row of each request of the batch, int32 [requests]."""
+        return np.array(self.bank.rows_of(self._asked), dtype=np.int32)
 
 
-def rows_of_tokens(
+def only_steered(
     rows: np.ndarray, counts: np.ndarray, begin: np.ndarray, stop: np.ndarray
 ) -> np.ndarray:
-    """Return the row of every token, int32 [tokens].
+    """Return the rows of the tokens in the windows, and `PLAIN` for the others, int32 [tokens].
 
     Parameters
     ----------
     rows
-        int32 [requests].
+        int32 [tokens]: of the request of each token.
     counts
         [requests]: how many tokens of each are in the batch.
     begin, stop
         [requests]: of those, the ones from `begin` to `stop` - 1 are steered.
     """
-    of_tokens = np.repeat(rows, counts)
-    if (begin > 0).any() or (stop < counts).any():
-        ends = np.cumsum(counts)
-        place = np.arange(len(of_tokens)) - np.repeat(ends - counts, counts)
-        steered = (place >= np.repeat(begin, counts)) & (place < np.repeat(stop, counts))
-        of_tokens = np.where(steered, of_tokens, np.int32(PLAIN))
-    return of_tokens
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    steered = (place >= np.repeat(begin, counts)) & (place < np.repeat(stop, counts))
+    return np.where(steered, rows, np.int32(PLAIN))

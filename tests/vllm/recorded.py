@@ -21,13 +21,18 @@ def backend(module, examples):
 class CompiledGraph:
     """A compiled region: a call of a shape that came before is a replay.
 
-    As for a PIECEWISE graph, the activations that enter are copied to where they were captured.
-    Parameters and buffers are not: they must be where they were.
+    As for a PIECEWISE graph, what enters is copied to where it was captured.
     """
 
     def __init__(self, run):
         self.run = run
         self.captured = {}
+
+    @property
+    def addresses(self):
+        """Where the tensors of all captures are."""
+        captured = [tensor for args, _ in self.captured.values() for tensor in _tensors(args)]
+        return {tensor.data_ptr() for tensor in captured}
 
     def __call__(self, *args):
         shape = tuple(a.shape if isinstance(a, torch.Tensor) else a for a in args)

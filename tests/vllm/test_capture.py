@@ -4,6 +4,7 @@ import recorded
 import torch
 from families import make
 from reference import compare, programs_for
+from vllm import envs
 from vllm.config import CUDAGraphMode
 
 from refusal_kernels.vllm.requests import Steering
@@ -11,7 +12,12 @@ from refusal_kernels.vllm.requests import Steering
 TOKENS = 8
 
 
-def test_a_compiled_region_follows_what_is_written_between_replays(reference, steering, engines):
+def test_a_compiled_region_follows_what_is_written_between_replays(
+    reference, steering, engines, monkeypatch, request
+):
+    envs.disable_envs_cache()  # before and after
+    request.addfinalizer(envs.disable_envs_cache)
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")  # the recorded graph can't be saved
     path, texts = reference("llama")
     recorded.replays.clear()
     llm = engines(
@@ -23,6 +29,11 @@ def test_a_compiled_region_follows_what_is_written_between_replays(reference, st
     )
     compare(llm, texts)
     assert len(recorded.replays) > 10
+    bank = (
+        llm.llm_engine.model_executor.driver_worker.worker.model_runner.refusal_kernels_state.bank
+    )
+    written = {tensor.data_ptr() for tensor in (bank.vectors, bank.route, *bank.params)}
+    assert written <= set().union(*(graph.addresses for graph in recorded.replays))
 
 
 def test_a_whole_forward_follows_what_is_written_between_replays(
@@ -47,7 +58,9 @@ def test_a_whole_forward_follows_what_is_written_between_replays(
 
     def ran(how):
         model.forward = how
-        mode = {"is_profile": True} if v2 else {"cudagraph_runtime_mode": CUDAGraphMode.NONE}
+        mode = {"is_profile": True}
+        if not v2:
+            mode = {"cudagraph_runtime_mode": CUDAGraphMode.NONE, "force_attention": True}
         with torch.inference_mode():
             result, _ = runner._dummy_run(TOKENS, **mode)
         return result[:TOKENS].clone()

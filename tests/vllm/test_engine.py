@@ -36,12 +36,20 @@ def different(texts):
 def test_a_mixed_batch_says_what_each_request_says_alone(path, steering, engines):
     llm = engines(path, steering(programs=EIGHT), enable_prefix_caching=False)
     names = [*EIGHT, "none"]
+    kinds = ("all", "prompt", "generated", "last")
     asked = [
-        (prompt, {"program": names[k % len(names)], "strength": 1.0 - 0.1 * (k % 5)})
+        (
+            prompt,
+            {
+                "program": names[k % len(names)],
+                "strength": 1.0 - 0.3 * (k % 2),
+                "positions": kinds[k // len(names) % len(kinds)],
+            },
+        )
         for k, prompt in enumerate(prompts(64))
     ]
-    together = served(llm, asked)
-    alone = [served(llm, [one])[0] for one in asked]
+    together = served(llm, asked, 8)
+    alone = [served(llm, [one], 8)[0] for one in asked]
     assert together == alone
     same = [(prompts(1)[0], {"program": name}) for name in names]
     assert different(served(llm, same)) == len(names)

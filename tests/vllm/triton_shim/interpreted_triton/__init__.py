@@ -7,6 +7,7 @@ MARK = "interpreted_triton"
 
 def adapt_interpreter():
     """Make the interpreter accept what vLLM's kernels do: a plugin of vLLM, loaded everywhere."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps
 
     if hasattr(ReduceOps.min_max, MARK):
@@ -14,6 +15,7 @@ def adapt_interpreter():
     for name, position in (("create_masked_load", 1), ("create_masked_store", 2)):
         masked = getattr(InterpreterBuilder, name)
         setattr(InterpreterBuilder, name, _with_bool_mask(masked, position))
+    interpreter._patch_lang_core = _with_loop_index(interpreter._patch_lang_core)
     ReduceOps.min_max = _tolerate_nan(ReduceOps.min_max)
     setattr(ReduceOps.min_max, MARK, True)
 
@@ -29,6 +31,23 @@ def _with_bool_mask(method, position):
         return method(builder, *args[:position], mask, *args[position + 1 :])
 
     return masked
+
+
+class LoopIndex(int):
+    """What counts a loop is a number in the interpreter; on a device it is a tensor with a type."""
+
+    def to(self, dtype):
+        return self
+
+
+def _with_loop_index(patch_lang_core):
+    @functools.wraps(patch_lang_core)
+    def patch(lang, scope):
+        patch_lang_core(lang, scope)
+        numbers = lang.range
+        scope.set_attr(lang, "range", lambda *a, **k: map(LoopIndex, numbers(*a, **k)))
+
+    return patch
 
 
 def _tolerate_nan(min_max):
