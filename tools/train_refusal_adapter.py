@@ -53,6 +53,7 @@ class Settings(NamedTuple):
     harmful: int = 4  # examples a step, of each kind
     harmless: int = 7
     other: int = 3
+    strength: float = 1.4  # of the trained adapter in what is written, by the validation prompts
     answer_tokens: int = 8  # the most that are learned of an answer; its first ones decide
 
 
@@ -212,6 +213,13 @@ def switch(adapters: list[LoraLayer], on: bool) -> None:
         adapter.set_scale("default", float(on))
 
 
+def strengthen(model: Any, strength: float) -> None:
+    """Multiply what a trained adapter adds, also in what is written of it."""
+    model.peft_config["default"].lora_alpha *= strength
+    for adapter in (a for adapters in adapters_by_layer(model) for a in adapters):
+        adapter.set_scale("default", strength)
+
+
 def train(model: Any, lessons: Lessons, settings: Settings) -> list[float]:
     """Train an adapted model in place; returns the mean loss of every tenth of the steps.
 
@@ -309,6 +317,7 @@ def main(
             **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
         },
     }
+    strengthen(adapted, settings.strength)
     if not quick:
         report["validation"] = {
             f"{category} refused": refused(adapted, chat, smollm2.prompts(category, "validation"))

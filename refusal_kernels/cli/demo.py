@@ -96,7 +96,8 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
     console.print(f"control, a random direction: {', '.join(random)}", soft_wrap=True)
     hooks, fused, chosen = speeds["hooks"], speeds["fused"], report["selection"]
     console.print(
-        f"direction: layer {chosen['layer']}, position {chosen['position']}; "
+        f"direction: {chosen['method'].replace('_', ' ')}, layer {chosen['layer']}, "
+        f"position {chosen['position']}; "
         f"sites steered: {report['sites']['claimed']} of {report['sites']['expected']}; "
         f"largest |r.h| / |h|: {report['residual']['max_abs_score']:.1e}"
     )

@@ -36,6 +36,10 @@ def extract(
     refusals: RefusalOptions,
     out: Annotated[Path, Option(help="The candidates' file.")] = Path("out/candidates.safetensors"),
     method: Annotated[str, options.choice("{}", _METHODS)] = _METHODS[0],
+    winsorize: Annotated[
+        float | None,
+        Option(help="Clamp each prompt's activations to this quantile of their sizes: 0.995."),
+    ] = None,
     positions: Annotated[
         int | None,
         Option(
@@ -59,7 +63,8 @@ def extract(
     """Compute the candidate directions: one for every layer and end-of-instruction position.
 
     Under torchrun the processes share the work, and the result is the same. Methods other than the
-    mean difference keep the activations in memory and run in one process, without a checkpoint.
+    mean difference, and --winsorize, keep the activations in memory and run in one process, without
+    a checkpoint.
     """
     state = checkpoint or common.unfinished(out)
     if state.resolve() == out.resolve():
@@ -69,14 +74,13 @@ def extract(
     from refusal_kernels.research.extraction.distributed import PeerError, joined
     from refusal_kernels.research.extraction.methods import check_method, find_candidates
 
-    check_method(method)
-    if method != MEAN_DIFFERENCE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"method '{method}' runs in one process; expected no torchrun")
-    if method != MEAN_DIFFERENCE and loading.engine == options.VLLM:
-        raise InputError(
-            f"method '{method}' keeps the activations, which stay in the engine; expected "
-            f"--engine {options.TRANSFORMERS}, or --method {MEAN_DIFFERENCE}"
-        )
+    check_method(method, winsorize)
+    streamed = method == MEAN_DIFFERENCE and winsorize is None
+    what = f"--method {method}" if winsorize is None else "--winsorize"
+    if not streamed and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{what} runs in one process; expected no torchrun")
+    if not streamed and loading.engine != options.TRANSFORMERS:
+        raise InputError(f"{what} keeps activations; expected --engine {options.TRANSFORMERS}")
     with joined(one_model=loading.tensor_parallel) as (rank, _):
         texts = prompts.read(loading.model, "train")
         common.prepare(out, state, json_file)
@@ -93,6 +97,7 @@ def extract(
                     texts["harmful"],
                     texts["harmless"],
                     method=method,
+                    winsorize=winsorize,
                     positions=positions,
                     last_layer=last_layer,
                     batch_size=chat.batch_size,
@@ -106,15 +111,15 @@ def extract(
     if rank == 0:
         candidates.save(out)
         norms = candidates.vectors.norm(dim=-1)  # [position, layer]
-        common.console.print(_table(norms, loading.model, method))
+        common.console.print(_table(norms, loading.model, candidates.method))
         document = {
-            "norm": norms.tolist(), "model": loading.model, "method": method,
+            "norm": norms.tolist(), "model": loading.model, "method": candidates.method,
             "engine": common.engine_of(model),
             "answer_prefix": template.answer_prefix, "prompts": prompts.tell(texts, "train"),
             **removed,
         }  # fmt: skip
         common.finish(out, json_file, {"candidates": str(out), **document})
-        if method == MEAN_DIFFERENCE:
+        if streamed:
             state.unlink(missing_ok=True)
 
 

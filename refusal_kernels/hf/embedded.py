@@ -74,6 +74,7 @@ class EmbeddedModel:
     demo: DemoSize = DemoSize()
     bars: DemoBars = DemoBars()
     adapter: Path | None = None  # a PEFT folder, which is merged into the weights
+    winsorize: float | None = None  # the quantile that the demo clamps activations to
 
 
 SMOLLM2_DEMO = DemoSize(64, 16, 60, rounds=5, batch=8)  # the whole sets take too long on a CPU
@@ -167,5 +168,10 @@ EMBEDDED = {
     "toy": EmbeddedModel("the toy model", lambda: toy.PATH, toy),
     "smollm2": EmbeddedModel(
         "SmolLM2-135M-Instruct", smollm2_folder, smollm2, "contains", 32, SMOLLM2_DEMO, SMOLLM2_BARS
+    ),
+    "smollm2-refuses": EmbeddedModel(
+        "SmolLM2-135M-Instruct, fine-tuned by us to refuse",
+        *(smollm2_folder, smollm2, "contains", 32, SMOLLM2_DEMO, SMOLLM2_BARS, smollm2.ADAPTER),
+        winsorize=0.995,
     ),
 }

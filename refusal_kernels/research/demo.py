@@ -30,7 +30,7 @@ from refusal_kernels.research.evaluation.likelihood import Passage, cross_entrop
 from refusal_kernels.research.evaluation.outcomes import Outcome, measure_outcomes
 from refusal_kernels.research.evaluation.projections import project
 from refusal_kernels.research.evaluation.tasks import MATCHES, Match
-from refusal_kernels.research.extraction.collect import mean_difference
+from refusal_kernels.research.extraction.methods import find_candidates
 from refusal_kernels.research.prompts import Source, splits_for
 from refusal_kernels.research.selection.algorithm import Selection, select
 from refusal_kernels.research.sources import SEED, SIZES
@@ -57,6 +57,7 @@ class DemoInputs:
     max_new_tokens: int = 64
     size: DemoSize = field(default_factory=DemoSize)
     bars: DemoBars = field(default_factory=DemoBars)
+    winsorize: float | None = None  # as for `find_candidates`
     selection: Mapping[str, Any] = field(default_factory=dict)  # arguments of `select`
 
 
@@ -88,6 +89,7 @@ def read_inputs(
             "max_new_tokens": embedded.answer_tokens,
             "size": embedded.demo,
             "bars": embedded.bars,
+            "winsorize": embedded.winsorize,
         }
     size = inputs.get("size", DemoSize())
     for split in SIZES:
@@ -117,9 +119,9 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int | None = None)
         raise InputError(f"{out} cannot be made: {error.strerror}") from None
     model, chat = inputs.model, ChatFormat.of(inputs.tokenizer)
 
-    candidates = mean_difference(
+    candidates = find_candidates(
         model, chat, inputs.train["harmful"], inputs.train["harmless"], model_name=inputs.name,
-        progress=step("Extract: mean differences, train split"),
+        winsorize=inputs.winsorize, progress=step("Extract: mean differences, train split"),
     )  # fmt: skip
     selection = select(
         model, chat, candidates, inputs.validation["harmful"], inputs.validation["harmless"],
@@ -309,7 +311,7 @@ def assemble(
             name: {skill: rate.value for skill, rate in outcome.skills.items()}
             for name, outcome in outcomes.items()
         },
-        "selection": selection.to_dict(),
+        "selection": {"method": selection.winner.method, **selection.to_dict()},
         "cross_entropy": losses,
         "speed": {name: s.to_dict() for name, s in speed.items()},
         "residual": {"max_abs_score": residual},

@@ -1,4 +1,4 @@
-"""Candidate directions by other methods than the mean difference, for the same selection.
+"""Candidate directions by other methods than the mean difference, or of winsorized activations.
 
 Each method gives a unit vector; the candidate is the mean difference's component along it. So every
 candidate points towards the harmful prompts, and adding it moves the stream along that vector as
@@ -78,6 +78,17 @@ def probe_vector(harmful: Tensor, harmless: Tensor) -> Tensor:
     return torch.from_numpy(probe.coef_[0]).to(harmful)
 
 
+def winsorized(rows: Tensor, quantile: float) -> Tensor:
+    """Clamp every row [rows, hidden] to plus and minus a quantile of its own absolute values.
+
+    Against massive activations (Sun et al. 2024): a few channels are a thousand times as large as
+    the others, above all at a prompt's first token. Where a mean difference holds a little of such
+    a channel, ablating it takes the largest numbers out of that token.
+    """
+    most = rows.abs().quantile(quantile, dim=-1, keepdim=True)
+    return rows.clamp(-most, most)
+
+
 # the function, and the library that it needs beside torch: its module and its name
 FITS: dict[str, tuple[Fit, str | None, str]] = {
     "leace": (leace_vector, "concept_erasure", "concept-erasure"),
@@ -87,10 +98,12 @@ FITS: dict[str, tuple[Fit, str | None, str]] = {
 METHODS = (MEAN_DIFFERENCE, *FITS)
 
 
-def check_method(method: str) -> None:
-    """Check that a method exists and its library is installed."""
+def check_method(method: str, winsorize: float | None = None) -> None:
+    """Check that a method exists and its library is installed, and that a quantile is one."""
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if winsorize is not None and not 0 < winsorize < 1:
+        raise InputError(f"winsorize is {winsorize}; expected a quantile above 0 and below 1")
     _, module, library = FITS.get(method, (None, None, ""))
     try:
         if module is not None:
@@ -108,6 +121,7 @@ def find_candidates(
     harmless: Sequence[str],
     *,
     method: str = MEAN_DIFFERENCE,
+    winsorize: float | None = None,
     positions: int | None = None,
     last_layer: int | None = None,
     batch_size: int = 32,
@@ -120,10 +134,13 @@ def find_candidates(
     Parameters
     ----------
     model, tokenizer, harmful, harmless, positions, last_layer, batch_size, model_name, checkpoint
-        As for `mean_difference`; the other methods write no checkpoint.
+        As for `mean_difference`; nothing else writes a checkpoint.
     method
         "mean_difference"; "leace", "pca" and "probe" as `leace_vector`, `pca_vector` and
         `probe_vector` say.
+    winsorize
+        Each prompt's activations are clamped to this quantile of their own absolute values first,
+        as `winsorized` says: 0.995 leaves out what is massive. None: they are taken as they are.
     progress
         Called with the number of prompts done and the number of prompts in both sets.
 
@@ -138,8 +155,8 @@ def find_candidates(
     InputError
         As `mean_difference`; also if the method does not exist or its library is missing.
     """
-    check_method(method)
-    if method == MEAN_DIFFERENCE:
+    check_method(method, winsorize)
+    if method == MEAN_DIFFERENCE and winsorize is None:
         return mean_difference(
             model, tokenizer, harmful, harmless, positions=positions, last_layer=last_layer,
             batch_size=batch_size, model_name=model_name, checkpoint=checkpoint, progress=progress,
@@ -160,17 +177,22 @@ def find_candidates(
     for layer in range(layers):
         for place in range(positions):
             pair = [part[:, layer, place].double() for part in kept]
-            vectors[place, layer] = _candidate(FITS[method][0], *pair)
-    return Candidates(vectors, model_name, method, chat.render(INSTRUCTION))
+            if winsorize is not None:
+                pair = [winsorized(rows, winsorize) for rows in pair]
+            vectors[place, layer] = _candidate(method, *pair)
+    name = method if winsorize is None else f"{method}, winsorized at {winsorize:g}"
+    return Candidates(vectors, model_name, name, chat.render(INSTRUCTION))
 
 
-def _candidate(fit: Fit, harmful: Tensor, harmless: Tensor) -> Tensor:
+def _candidate(method: str, harmful: Tensor, harmless: Tensor) -> Tensor:
     """Return the mean difference's component along what a method finds: float64 [hidden]."""
     difference = harmful.mean(dim=0) - harmless.mean(dim=0)
     every = torch.cat([harmful, harmless])
     if not every.isfinite().all() or bool((every == every[0]).all()):
         return torch.zeros_like(difference)
-    vector = fit(harmful, harmless)
+    if method == MEAN_DIFFERENCE:
+        return difference
+    vector = FITS[method][0](harmful, harmless)
     norm = vector.norm()
     if not norm > 0:
         return torch.zeros_like(difference)

@@ -19,6 +19,7 @@ from refusal_kernels.research.extraction.methods import (
     leace_vector,
     pca_vector,
     probe_vector,
+    winsorized,
 )
 
 WORDS = "cake storm spell tea box boat lamp paint fix tell me please now be kind brief".split()
@@ -130,8 +131,42 @@ def test_the_first_layers_and_positions_alone(model: Any) -> None:
     assert torch.equal(part.vectors, every.vectors[-2:, :3])
 
 
+def test_winsorized_rows_are_clamped_by_their_own_quantile() -> None:
+    rows = torch.arange(1.0, 12.0, dtype=torch.float64).repeat(2, 1)
+    rows[1] *= -10
+    expected = rows.clone()
+    expected[0, -1], expected[1, -1] = 10.0, -100.0  # 0.9 of the way from 1 to 11 is 10
+    torch.testing.assert_close(winsorized(rows, 0.9), expected)
+
+
+def test_a_massive_channel_does_not_hide_a_planted_direction() -> None:
+    planted = torch.zeros(400, dtype=torch.float64)
+    planted[:40] = 1.0
+    harmful, harmless = drawn(500, 400, torch.ones(400, dtype=torch.float64), planted, 2)
+    for seed, rows in enumerate((harmful, harmless)):
+        generator = torch.Generator().manual_seed(seed)
+        rows[:, 399] = 3000 + 300 * torch.randn(500, dtype=torch.float64, generator=generator)
+    plain = harmful.mean(0) - harmless.mean(0)
+    clamped = winsorized(harmful, 0.995).mean(0) - winsorized(harmless, 0.995).mean(0)
+    assert cosine(plain, planted) < 0.6 and cosine(clamped, planted) > 0.9
+
+
+def test_winsorized_candidates(model: Any) -> None:
+    options: dict[str, Any] = {"batch_size": 7}
+    whole = find_candidates(model, tiny_tokenizer(), HARMFUL, HARMLESS, **options).vectors
+    least = find_candidates(
+        model, tiny_tokenizer(), HARMFUL, HARMLESS, winsorize=1 - 1e-12, **options
+    )
+    torch.testing.assert_close(least.vectors, whole, rtol=1e-4, atol=1e-4)
+    most = find_candidates(model, tiny_tokenizer(), HARMFUL, HARMLESS, winsorize=0.5, **options)
+    assert most.method == "mean_difference, winsorized at 0.5"
+    assert not torch.allclose(most.vectors, whole, rtol=0.1)
+
+
 def test_bad_input(model: Any, monkeypatch: Any) -> None:
     arguments = model, tiny_tokenizer(), HARMFUL, HARMLESS
+    with pytest.raises(InputError, match=r"winsorize is 1\.0; expected a quantile above 0"):
+        find_candidates(*arguments, winsorize=1.0)
     with pytest.raises(InputError, match="'lda'; expected one of mean_difference, leace, pca"):
         find_candidates(*arguments, method="lda")
     for last in (-1, 4):
