@@ -37,7 +37,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def direction(loaded):
-    """The demo's candidate, of 64 training prompts a class, where its selection finds the winner."""
+    """The candidate that the demo selects, of 64 training prompts a class."""
     train = (smollm2.prompts(category, "train")[:64] for category in smollm2.CATEGORIES)
     winsorize = embedded.EMBEDDED[NAME].winsorize
     return find_candidates(*loaded, *train, winsorize=winsorize, positions=1).at(LAYER, -1)
