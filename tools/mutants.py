@@ -441,8 +441,8 @@ MUTANTS = [
     Mutant(
         "the bank ignores the strength of a request",
         "vllm/bank.py",
-        "self.slots, steering.strength)",
-        "self.slots, 1.0)",
+        "numbers[..., :SCALED] *= strength",
+        "numbers[..., :SCALED] *= 1.0",
         "tests/vllm_config",
     ),
     Mutant(
