@@ -1,5 +1,6 @@
 import collections
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from backends import DEVICES, EMULATED, GPU
 
 from refusal_kernels import _C, ops
 
+OPS = Path(__file__).parent / "ops"
 EXERCISED: dict[str, int] = {}
 
 
@@ -38,7 +40,11 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionstart(session):
     # tiny products gain nothing from more, and busy threads wait for each other
     torch.set_num_threads(1)
-    if EMULATED:
+
+
+def pytest_collection_finish(session):
+    """Compile the kernels that play a GPU, a minute or two, where a test of the ops runs."""
+    if EMULATED and any("backend" in i.fixturenames or i.path.parent == OPS for i in session.items):
         emulated_cuda.register()
 
 
@@ -73,7 +79,12 @@ def missing(config):
     a_worker = hasattr(config, "workerinput")  # xdist: it has a share of the tests
     if narrowed or a_worker or config.option.markexpr not in ("", "not full"):
         return []
-    served = {n for n, d in DEVICES.items() if ops.BACKENDS[n].why_not(d, torch.float32) is None}
+    # the process that hands out the tests to others runs none, and has no emulator
+    served = {
+        name
+        for name, device in DEVICES.items()
+        if name not in ops.BACKENDS or ops.BACKENDS[name].why_not(device, torch.float32) is None
+    }
     return sorted(served - set(EXERCISED))
 
 

@@ -21,6 +21,7 @@ ENVIRONMENTS = CHECKOUT / ".venv-peers"
 TOO_SLOW = ("triton", "cpu")  # the interpreter: it takes minutes for a step of a model
 PLUGIN = "vllm:plugin"
 ENGINES = (PLUGIN, "vllm:hooks")
+OWN = tuple(sorted(path.stem for path in METHODS.glob("[a-z]*.py")))  # of this repository
 ENGINE_ENVIRONMENT = CHECKOUT / ".venv-vllm"
 BEFOREHAND = ("orthogonalized",)  # edits that are made before the model runs
 
@@ -46,7 +47,7 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
     for all, "engines" for those of vLLM, or the path of a file, which ``@PYTHON`` gives another
     interpreter. The device chooses the backends that "refusal_kernels" stands for.
     """
-    here = [path.stem for path in METHODS.glob("[a-z]*.py") if path.stem not in (BASE, PACKAGE)]
+    here = [name for name in OWN if name not in (BASE, PACKAGE)]
     kind = torch.device(device).type
     served = [
         f"{PACKAGE}:{name}"
@@ -54,7 +55,7 @@ def find(names: Sequence[str] | None, device: str, peers: Path = PEERS) -> list[
         if (name, kind) != TOO_SLOW and backend.why_not(kind, torch.bfloat16) is None
     ]
     groups = {
-        "own": [*served, *sorted(here)],
+        "own": [*served, *here],
         "peers": sorted(path.stem for path in peers.glob("[a-z]*.py")),
         "engines": ENGINES,
         PACKAGE: served,

@@ -157,7 +157,7 @@ class Grid:
 
 PROFILES = {
     "smoke": Grid(
-        60, ("toy",), None, ("decode",), (2,), ("float32",), ("eager",), rounds=7, measure_s=0.005,
+        120, ("toy",), None, ("decode",), (2,), ("float32",), ("eager",), rounds=7, measure_s=0.005,
     ),
     "quick": Grid(
         780, ("toy", "qwen2.5-0.5b"), None, PHASES, (1, 8), ("bfloat16",), ("eager",),

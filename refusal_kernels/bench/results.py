@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal_kernels.bench import records
-from refusal_kernels.bench.catalog import BEFOREHAND, ENGINES, PACKAGE, PLUGIN
+from refusal_kernels.bench.catalog import BEFOREHAND, ENGINES, OWN, PACKAGE, PLUGIN
 from refusal_kernels.bench.worker import BASE, SITES
 from refusal_kernels.errors import InputError
 from refusal_kernels.timing import interval
@@ -23,7 +23,7 @@ is more sensitive to rounding than the unmodified one, as many times more: `refe
 it by noise."""
 CELL = tuple("model layers of_layers hidden dtype mode work batch tokens steered programs".split())
 NOT_MEASURED = "not measured"
-ALTERNATIVES = (BASE, "hooks", "orthogonalized", "vllm:hooks")  # neither this nor another package
+ALTERNATIVES = (*OWN, "vllm:hooks")  # no other package
 USUAL: dict[str, Any] = {
     "steered": None, "programs": 1, "status": OK, "sites": list(SITES), "rounds": 0,
     "tokens_per_second": None, "ratio": None, "ratio_low": None, "ratio_high": None,

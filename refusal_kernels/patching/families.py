@@ -36,11 +36,12 @@ class Family:
     ----------
     classes
         The names of the classes of its decoder layers (or of a submodule that does the adding),
-        without their module, so that copies (multimodal, quantized) share the record.
+        without their module, so that copies (multimodal, quantized) share the record. A subclass
+        under another name needs its own.
     adders
         Where the adds of a layer are if not (all) in its own forward, in order: (submodule, the
         parameter of its forward that is the stream or None for the first, what it writes: "attn"
-        or "mlp"). "" is the layer itself.
+        or "mlp"). "" is the layer itself. A place that is not named is not steered.
     hooked
         Submodules whose output is the stream, where no add can be rewritten: they do the adding
         with scales of their own, or the norm follows the add (post-norm), so that what is passed on
@@ -57,7 +58,8 @@ class Family:
     not_stream_sums
         Sums with a stream in them that are not the stream, as source: what only a branch reads.
     stream_names
-        Names that hold the stream wherever they are assigned: a submodule hands it back in a tuple.
+        Names that hold the stream wherever they are assigned: a submodule hands it back. Not one
+        that holds something else elsewhere in the forward.
     stream_expressions
         Terms of a sum that are the stream though it went through a function, as source.
     tokens_first
@@ -95,8 +97,9 @@ def register_family(*families: Family, replace: bool = False) -> None:
     Raises
     ------
     InputError
-        If a class has another record already and ``replace`` is False, a record names no class, a
-        field has another type than `Family` says, or a writer is neither "attn" nor "mlp".
+        If a class has another record already and ``replace`` is False, a record names no class, has
+        both ``adders`` and ``hooked``, a field has another type than `Family` says, or a writer is
+        neither "attn" nor "mlp".
     """
     for family in families:
         if not family.classes:
@@ -105,9 +108,16 @@ def register_family(*families: Family, replace: bool = False) -> None:
             value, kind = getattr(family, field.name), type(getattr(_ORDINARY, field.name))
             if not isinstance(value, (tuple, kind) if field.name == "restart" else kind):
                 raise InputError(f"{field.name} of a family is {value!r}; expected {field.type}")
-        for writer in (entry[-1] for entry in (*family.adders, *family.hooked)):
-            if writer not in ("attn", "mlp"):
-                raise InputError(f"a family's writer is {writer!r}; expected 'attn' or 'mlp'")
+        if family.adders and family.hooked:
+            raise InputError("a family has adders and hooked; all its places are one or the other")
+        for name, size in (("adders", 3), ("hooked", 2)):
+            for entry in getattr(family, name):
+                if len(entry) != size:
+                    raise InputError(f"{name} of a family holds {entry!r}; expected {size} items")
+                if entry[-1] not in ("attn", "mlp"):
+                    raise InputError(
+                        f"a family's writer is {entry[-1]!r}; expected 'attn' or 'mlp'"
+                    )
         for name in family.classes:
             if not replace and _BY_CLASS.get(name, family) != family:
                 raise InputError(f"{name} belongs to another family already; replace=True replaces")

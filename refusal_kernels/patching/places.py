@@ -106,15 +106,15 @@ def _in_layer(
         hooked.append(family.restart[1:])
     for path, writer in hooked:
         if not path.startswith(NEXT):
-            module = layer.get_submodule(path)
+            module = _submodule(layer, path)
         else:
-            module = layer if after is None else after.get_submodule(path.removeprefix(NEXT))
+            module = layer if after is None else _submodule(after, path.removeprefix(NEXT))
         writers = frozenset({writer})
         yield Place(name(writers), module, None, None, number, writers), [], []
     if family.hooked:
         return
     for path, stream, writer in family.adders or (("", None, ""),):
-        module = layer.get_submodule(path)
+        module = _submodule(layer, path)
         try:
             made: Steered = steered(base_class(module), stream)
         except InputError as error:
@@ -127,6 +127,17 @@ def _in_layer(
             place = Place(name(writers), module, k, stream, number, writers)
             place.passed_on = add.returned
             yield place, _modules(module, add.readers), _modules(module, made.input_readers)
+
+
+def _submodule(layer: nn.Module, path: str) -> nn.Module:
+    """Return what a family's record names."""
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        name = base_class(layer).__name__
+        raise InputError(
+            f"{name} has no submodule {path!r}, which the record of its family names"
+        ) from None
 
 
 def _modules(layer: nn.Module, sources: Any) -> list[nn.Module]:

@@ -50,10 +50,15 @@ def test_a_registered_family_is_steered_in_its_adds():
         (rk.Family("OddDecoderLayer"), r"classes of a family is 'Odd.*expected tuple"),
         (rk.Family(("X",), stream_names=["s"]), r"stream_names of a family is \['s'\]"),
         (rk.Family(("X",), adders=(("", None, "mixer"),)), "writer is 'mixer'"),
+        (rk.Family(("X",), adders=(("", "attn"),)), r"adders of a family holds .*expected 3 items"),
+        (rk.Family(("X",), adders, (("inner", "mlp"),)), "has adders and hooked"),
     ):
         with pytest.raises(rk.InputError, match=why):
             rk.register_family(wrong)
-    rk.register_family(rk.Family(("OddDecoderLayer",), start="inner"), replace=True)
+    lost = rk.Family(("OddDecoderLayer",), adders=(("outer", None, "mlp"),))
+    rk.register_family(lost, replace=True)
+    with pytest.raises(rk.InputError, match=r"OddDecoderLayer has no submodule 'outer'"):
+        rk.patch(odd, ablate)
     rk.register_family(family, replace=True)
     with rk.patch(plain, ablate, fuse_norms=False), torch.no_grad():
         want = plain(tokens).logits

@@ -154,8 +154,10 @@ def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
     if name in JUDGES:
         try:
             return JUDGES[name](text, inputs)
-        except ValueError as error:  # such as a number that is none
-            raise InputError(f"judge '{spec}': {error}") from None
+        except InputError:
+            raise
+        except ValueError:  # such as a number that is none
+            raise InputError(f"judge '{spec}': {name} does not take '{text}'") from None
     # a word alone is a mistyped name rather than a model: no hub is asked for it
     if not set(spec) & set("/#\\") and not Path(spec).is_dir():
         raise InputError(f"judge '{spec}' is none of {', '.join(JUDGES)}, model:MODEL")

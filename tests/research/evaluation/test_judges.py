@@ -260,5 +260,5 @@ def test_a_new_kind_of_judge_is_one_entry(monkeypatch) -> None:
     inputs = JudgeInputs(model, ChatFormat(tokenizer), **sets)
     with pytest.raises(InputError, match=r"'lengths:2' is none of .*words, model:MODEL"):
         make_judge("lengths:2", inputs)
-    with pytest.raises(InputError, match="'words:few': invalid literal"):
+    with pytest.raises(InputError, match="'words:few': words does not take 'few'"):
         make_judge("words:few", inputs)
