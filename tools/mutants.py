@@ -448,8 +448,8 @@ MUTANTS = [
     Mutant(
         "the cache mixes strengths",
         "vllm/requests.py",
-        "text = f\"{steering.version} {steering.strength!r} {salt or ''}\"",
-        "text = f\"{steering.version} {salt or ''}\"",
+        "text = f\"{version} {strength!r} {first} {end} {salt or ''}\"",
+        "text = f\"{version} {first} {end} {salt or ''}\"",
         "tests/vllm_config",
     ),
 ]

@@ -15,7 +15,12 @@ from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 from refusal_kernels.vllm.settings_file import FILE
 
 # settings that can not change while an engine runs, by attribute
-FIXED = {"fuse_norms": "fuse_norms", "monitor": "monitor", "limits": "max_strength"}
+FIXED = {
+    "fuse_norms": "fuse_norms",
+    "monitor": "monitor",
+    "limits": "max_strength",
+    "reads": "reads",
+}
 
 
 @dataclass(frozen=True)

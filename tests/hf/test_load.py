@@ -12,6 +12,7 @@ import torch
 from tiny import run_command, tiny_model, tiny_tokenizer
 
 import refusal_kernels as rk
+from refusal_kernels import toy
 from refusal_kernels.cli.groups import LoadingOptions
 from refusal_kernels.hf import load as loading
 from refusal_kernels.hf.load_options import LoadOptions
@@ -176,10 +177,15 @@ def test_what_a_load_takes_and_where_it_is(folder, capsys):
 def test_two_processes_share_a_model(tmp_path):
     """Extraction and selection, as they are typed, beside one process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    few = ["--split", "all"]
+    for category in ("harmful", "harmless"):
+        (tmp_path / f"{category}.txt").write_text("\n".join(toy.prompts(category, "train")[:8]))
+        few += [f"--{category}", f"{tmp_path}/{category}.txt"]
 
     def run(name, *launcher, options=()):
         for command, out in (("extract", "candidates"), ("select", "direction")):
-            files = ["--out", f"{tmp_path}/{name}-{out}.safetensors"]
+            file = f"{tmp_path}/{name}-{out}.safetensors"
+            files = [*few, "--out", file]
             if command == "select":
                 files += ["--candidates", f"{tmp_path}/{name}-candidates.safetensors"]
                 files += ["--json", f"{tmp_path}/{name}.json"]
@@ -188,7 +194,7 @@ def test_two_processes_share_a_model(tmp_path):
                 env=environment, capture_output=True, text=True, timeout=600,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-            assert done.stdout.count(f"written: {files[1]}") == 1  # by the first process alone
+            assert done.stdout.count(f"written: {file}") == 1  # by the first process alone
         candidates = rk.Candidates.load(f"{tmp_path}/{name}-candidates.safetensors").vectors
         return candidates, json.loads((tmp_path / f"{name}.json").read_text())
 

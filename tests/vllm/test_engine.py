@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from families import make
-from reference import greedy, hugging_face, prompts, served
+from reference import greedy, hugging_face, interventions, prompts, served
 from vllm import SamplingParams
 
 import refusal_kernels as rk
 from refusal_kernels import InputError
+from refusal_kernels.hf import embedded
 from refusal_kernels.vllm.check import lent
 from refusal_kernels.vllm.names import RESOLVED
 
@@ -53,6 +54,30 @@ def test_a_mixed_batch_says_what_each_request_says_alone(path, steering, engines
     assert together == alone
     same = [(prompts(1)[0], {"program": name}) for name in names]
     assert different(served(llm, same)) == len(names)
+
+
+@pytest.mark.full
+def test_real_weights_serve_programs_mixed_in_a_batch(folder, engines):
+    """SmolLM2-135M-Instruct, token by token as the patched Hugging Face model."""
+    try:
+        real = str(embedded.smollm2_folder())
+    except InputError as error:
+        pytest.skip(str(error))
+    model = hugging_face(real)
+    q, _ = torch.linalg.qr(torch.randn(576, 2, generator=torch.Generator().manual_seed(1)))
+    directions = {"r": rk.Direction(q[:, 0] * 30), "t": rk.Direction(q[:, 1] * 30)}
+    files = {name: str(folder / f"{name}-576.safetensors") for name in directions}
+    for name, direction in directions.items():
+        direction.save(files[name])
+    llm = engines(real, {"refusal_kernels": {"directions": files, "programs": EIGHT}})
+    programs = {**EIGHT, "none": []}
+    asked = [(prompt, name) for prompt in prompts(2) for name in programs]
+    texts = [
+        greedy(model, prompt, 8, interventions(programs[name], directions))
+        for prompt, name in asked
+    ]
+    assert served(llm, asked, 8) == texts
+    assert different(texts) > len(programs)
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [("float32", True), ("bfloat16", False)])

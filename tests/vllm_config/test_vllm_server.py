@@ -1,0 +1,217 @@
+"""What the server checks and reads without vLLM: requests over HTTP, and settings in a file."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from refusal_kernels import InputError
+from refusal_kernels.vllm.config import parse_settings
+from refusal_kernels.vllm.frontend import Catalog
+from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
+from refusal_kernels.vllm.limits import Limits
+
+LIMITS = Limits(8, 30, torch.bfloat16, 2.0)
+
+
+class Completion(SimpleNamespace):
+    """As a request of vLLM's that takes ``vllm_xargs``."""
+
+    model_fields = ("model", "vllm_xargs")
+
+
+class Batch(SimpleNamespace):
+    """As a batch of chats, which makes single ones of all its fields."""
+
+    def to_chat_completion_request(self):
+        """See above."""
+
+
+def test_requests_of_the_server_that_would_be_unsteered_are_refused():
+    def request(extra=None, beam=False, **others):
+        return Completion(model_extra=others, vllm_xargs=extra, use_beam_search=beam)
+
+    for good in (request(), request({"steer": "r"}), request({"a": 1}, beam=True, user="u")):
+        check_request(good)
+    check_request(SimpleNamespace(model="no extra fields"))
+    elsewhere = {"vllm_xargs": {"steer": "r"}}
+    check_request(Batch(model_extra=elsewhere))
+    for bad, words in (
+        (request(steer="r"), "'steer' outside 'vllm_xargs'"),
+        (request(steering="r"), "has 'steering'; expected 'steer'"),
+        (request(extra_body={"steer": "r"}), "'steer' in 'extra_body'; expected it in"),
+        (request({"steer": "r"}, beam=True), "a beam search takes no 'steer'"),
+        (request({"steer_strength": 1}, beam=True), "a beam search"),
+        (SimpleNamespace(model_extra=elsewhere), "'steer' in 'vllm_xargs'; .* completions alone"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_request(bad)
+
+
+# --- settings in a file, and their reload
+
+
+@pytest.fixture
+def files(directions, tmp_path):
+    for name, direction in directions.items():
+        direction.save(tmp_path / name)
+
+    def write(text, suffix="json"):
+        path = tmp_path / f"settings.{suffix}"
+        path.write_text(text if isinstance(text, str) else json.dumps(text))
+        return str(path)
+
+    return write
+
+
+FILE = {
+    "directions": {"r": "r"},
+    "programs": {"p": {"ablate": "r"}, "q": {"add": "r", "layers": [1]}},
+    "default": "p",
+}
+
+
+def test_settings_are_read_from_a_file(files):
+    toml = """
+        default = "p"
+        [directions]
+        r = "r"  # beside the file
+        [programs]
+        p = {ablate = "r"}
+        [programs.q]
+        add = "r"
+        layers = [1]
+    """
+    read = [parse_settings({"file": files(FILE)}), parse_settings({"file": files(toml, "toml")})]
+    for settings in read:
+        assert list(settings.programs) == ["p", "q"] and settings.default == "p"
+        assert settings.programs["q"].version == read[0].programs["q"].version
+    more = {"programs": {"s": {"ablate": "r"}}, "default": None}
+    beside = parse_settings({"file": files(FILE), **more})
+    assert list(beside.programs) == ["p", "q", "s"] and beside.default is None
+
+
+@pytest.mark.parametrize(
+    ("text", "others", "words"),
+    [
+        ("{", {}, "settings.json is not JSON"),
+        ("[]", {}, "must hold an object of settings"),
+        ({"file": "x"}, {}, "without 'file'"),
+        ({"program": {}}, {}, "has 'program'"),
+        ({"programs": []}, {}, "programs of .* must be an object"),
+        (FILE, {"programs": {"p": {"ablate": "r"}}}, "'p' of programs is in .* and beside it"),
+        (FILE, {"file": 3}, "file is 3; expected the path"),
+        (FILE, {"file": "/nowhere.json"}, "is not there; expected a JSON or TOML file"),
+    ],
+)
+def test_malformed_files_are_refused(files, text, others, words):
+    with pytest.raises(InputError, match=words):
+        parse_settings({"file": files(text), **others})
+    with pytest.raises(InputError, match=r"settings\.toml is not TOML"):
+        parse_settings({"file": files("a = [", "toml")})
+
+
+def test_a_reload_brings_what_a_fresh_start_would_have(files, directions):
+    given = {"file": files(FILE), "programs": {"s": {"ablate": "r"}}}
+    catalog = Catalog(parse_settings(given, LIMITS), 1)
+    change = catalog.plan({"posted": {"ablate": "t"}}, {"t": directions["t"]})
+    catalog.commit(change, [None])
+    assert set(catalog.programs) == {"p", "q", "s", "posted"}
+    files({**FILE, "programs": {"p": {"ablate": "r", "strength": 0.5}}, "default": None})
+    before = catalog.programs
+    change = catalog.plan_reload()
+    with pytest.raises(InputError, match="because"):
+        catalog.commit(change, [None, "because"])
+    assert catalog.programs is before and catalog.default == "p"
+    catalog.commit(change, [None, None])
+    assert set(catalog.programs) == {"p", "s"} and catalog.default is None
+    assert set(catalog.directions) == {"r"}
+    assert catalog.programs["p"].version != before["p"].version
+    vectors, specifications, named = change.arguments
+    assert vectors["r"][0] == directions["r"].vector.tolist()
+    assert set(specifications) == {"p", "s"}
+    assert named == sorted(p.version for p in catalog.programs.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"programs": {"p": {"ablate": "x"}}}, "no direction 'x'"),
+        (
+            {"programs": {"p": [{"ablate": "r"}, {"add": "r", "layers": [1]}]}},
+            "started with slots 1",
+        ),
+        ({"fuse_norms": False}, "fuse_norms can not change"),
+        ({"max_strength": 3}, "max_strength can not change"),
+        ({"monitor": {"direction": "r", "block_input": 1}}, "monitor can not change"),
+        ({"reads": 1}, "reads can not change"),
+        ({"default": "x"}, "default is 'x'"),
+    ],
+)
+def test_reloads_are_refused(files, changes, words):
+    catalog = Catalog(parse_settings({"file": files(FILE)}, LIMITS), 1)
+    files({**FILE, **changes})
+    with pytest.raises(InputError, match=words):
+        catalog.plan_reload()
+
+
+def test_a_reload_needs_a_file_and_one_server(files):
+    with pytest.raises(InputError, match="started without a 'file'"):
+        Catalog(parse_settings({}), 1).plan_reload()
+    with pytest.raises(InputError, match="2 API servers"):
+        Catalog(parse_settings({"file": files(FILE)}), 2).plan_reload()
+
+
+# --- models named with a program
+
+
+def asked(model, extra=None):
+    return Completion(model=model, vllm_xargs=extra)
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "left", "steer"),
+    [
+        ("m", None, "m", None),
+        (None, None, None, None),
+        ("m:p", None, "m", "p"),
+        ("m:none", {"a": 1}, "m", "none"),
+        ("m:p", {"steer": "p"}, "m", "p"),
+        ("m:8b", None, "m:8b", None),
+        ("m:8b:q:1", None, "m:8b", "q:1"),
+        ("other:p", None, "other:p", None),
+    ],
+)
+def test_a_model_names_a_program(model, extra, left, steer):
+    request = asked(model, extra)
+    resolve_model(request, ["m", "m:8b"], ["p", "q:1"])
+    assert request.model == left
+    assert request.vllm_xargs == ((extra or {}) | {"steer": steer} if steer else extra)
+
+
+def test_models_with_programs_that_are_not_there():
+    for request, words in (
+        (asked("m:x"), "model 'm' has no program 'x'; there are: p, none"),
+        (asked("m:p", {"steer": "none"}), "the model names program 'p', and 'steer' names 'none'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            resolve_model(request, ["m"], ["p"])
+    batch = Batch(model="m:p")
+    resolve_model(batch, ["m"], ["p"])
+    assert batch.model == "m" and batch.vllm_xargs == {"steer": "p"}
+    tokenize = SimpleNamespace(model="m:p")
+    resolve_model(tokenize, ["m"], ["p"])
+    assert tokenize.model == "m:p"  # vLLM answers that there is no such model
+
+
+def test_programs_are_listed_as_models():
+    class Card(SimpleNamespace):
+        def model_copy(self, update):
+            return Card(**{**vars(self), **update})
+
+    for default, names in ((None, ["m", "m:p", "m:q"]), ("p", ["m", "m:p", "m:q", "m:none"])):
+        cards = [Card(id="m", parent=None, root="/m")]
+        list_programs(cards, {"p": None, "q": None}, default)
+        assert [card.id for card in cards] == names
+        assert {card.parent for card in cards[1:]} == {"m"} and cards[-1].root == "/m"
