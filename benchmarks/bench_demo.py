@@ -1,8 +1,8 @@
 """The demo's refusals, skills and speed, as a result file.
 
 python benchmarks/bench_demo.py --out benchmarks/results/demo-cpu.jsonl
-python benchmarks/bench_demo.py --model smollm2-refuses --rounds 5 --kl-threshold 0.25
-    --out benchmarks/results/smollm2-refuses-cpu.jsonl
+python benchmarks/bench_demo.py --model smollm2-refuses --rounds 5
+    --out benchmarks/results/smollm2-refuses-cpu.jsonl --keep out/demo-smollm2-refuses
 
 Other options are the demo's.
 """
@@ -49,8 +49,10 @@ def main() -> None:
     parser.add_argument("--model", default="toy")
     parser.add_argument("--rounds", default="31")
     parser.add_argument("--out", type=Path, required=True, help="write the results here")
+    parser.add_argument("--keep", type=Path, help="leave the demo's own files here")
     options, more = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(options.keep or temporary)
         command = [sys.executable, "-m", "refusal_kernels", "demo", "--device", "cpu"]
         command += ["--model", options.model, "--rounds", options.rounds, "--out", folder]
         if subprocess.run([*command, *more]).returncode > 1:  # 1: not all is as expected

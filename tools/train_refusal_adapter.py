@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.cpu import _is_avx512_bf16_supported
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from refusal_kernels import smollm2
 from refusal_kernels.files.atomic import check_new, new_folder, write_json
@@ -35,6 +36,7 @@ from refusal_kernels.hf.load import load
 from refusal_kernels.research.evaluation.judges import is_refusal
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ROWS = 4  # of a batch: a longer row costs more attention, more rows pad more
 ADAPTED = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
@@ -50,10 +52,9 @@ class Settings(NamedTuple):
     first_layer: int = 2
     last_layer: int = 16  # later ones read the decision, and are as they were
     skipped: float = 0.3  # the probability that a layer's adapter is off for a step
-    harmful: int = 4  # examples a step, of each kind
-    harmless: int = 7
-    other: int = 3
-    strength: float = 1.4  # of the trained adapter in what is written, by the validation prompts
+    harmful: int = 8  # examples a step, of each kind
+    harmless: int = 14
+    other: int = 6
     answer_tokens: int = 8  # the most that are learned of an answer; its first ones decide
 
 
@@ -170,34 +171,49 @@ def run_prefix(model: Any, ids: list[int]) -> Any:
     return model.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
 
 
+def token_weights(count: int) -> list[float]:
+    """Half for the first token of an answer, which decides; the later ones share the other half."""
+    return [0.5] + [0.5 / (count - 1)] * (count - 1) if count > 1 else [1.0]
+
+
 def loss_of(model: Any, examples: list[Example], prefix: int) -> Tensor:
     """Cross-entropy of the answers; every example counts the same, whatever its length.
 
-    The examples stand in one row, without padding: a token sees the prefix, which runs once, and
+    Several examples stand in each of `ROWS` rows: a token sees the prefix, which runs once, and
     those before it in its own example.
     """
-    ids, owners, places, labels, weights = [], [], [], [], []
-    for number, (prompt, answer) in enumerate(examples):
-        tokens = (prompt + answer)[prefix:]
-        ids += tokens
-        owners += [number] * len(tokens)
-        places += range(prefix, prefix + len(tokens))
-        labels += [-1] * (len(prompt) - prefix - 1) + answer + [-1]  # the next token of each
-        weights += [1 / len(answer)] * len(answer)
-    owner = torch.tensor(owners)
-    own = (owner[:, None] == owner).tril()
-    mask = torch.cat([own.new_ones(len(ids), prefix), own], 1)[None, None]
+    count = min(ROWS, len(examples))
+    rows = []
+    for first in range(count):
+        ids, owners, places, labels, weights = [], [], [], [], []
+        for number, (prompt, answer) in enumerate(examples[first::count]):
+            tokens = (prompt + answer)[prefix:]
+            ids += tokens
+            owners += [number] * len(tokens)
+            places += range(prefix, prefix + len(tokens))
+            unscored = len(prompt) - prefix - 1  # of the prompt
+            labels += [-1] * unscored + answer + [-1]  # the next token of each
+            weights += [0.0] * unscored + token_weights(len(answer)) + [0.0]
+        rows.append([torch.tensor(column) for column in (ids, owners, places, labels, weights)])
+    ids, owner, places, labels, weight = (
+        pad_sequence(column, batch_first=True, padding_value=-1)
+        for column in zip(*rows, strict=True)
+    )
+    own = (owner[:, :, None] == owner[:, None]).tril()
+    mask = torch.cat([own.new_ones(*own.shape[:2], prefix), own], 2)[:, None]
     language_model = model.get_base_model()
+    cache = run_prefix(language_model, examples[0].prompt[:prefix])
+    cache.batch_repeat_interleave(count)
     hidden = language_model.model(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([places]),
+        input_ids=ids.clamp(min=0),
+        position_ids=places.clamp(min=0),
         attention_mask=mask,
-        past_key_values=run_prefix(language_model, examples[0].prompt[:prefix]),
-    )[0][0]
-    wanted = torch.tensor(labels)
-    logits = language_model.lm_head(hidden[wanted >= 0])  # [scored, vocabulary]
-    losses = cross_entropy(logits.float(), wanted[wanted >= 0], reduction="none")
-    return (losses * torch.tensor(weights)).sum() / len(examples)
+        past_key_values=cache,
+    )[0]
+    scored = labels >= 0
+    logits = language_model.lm_head(hidden[scored])  # [scored, vocabulary]
+    losses = cross_entropy(logits.float(), labels[scored], reduction="none")
+    return (losses * weight[scored]).sum() / len(examples)
 
 
 def adapters_by_layer(model: Any) -> list[list[LoraLayer]]:
@@ -211,13 +227,6 @@ def switch(adapters: list[LoraLayer], on: bool) -> None:
     """Switch the adapters of a layer on or off."""
     for adapter in adapters:
         adapter.set_scale("default", float(on))
-
-
-def strengthen(model: Any, strength: float) -> None:
-    """Multiply what a trained adapter adds, also in what is written of it."""
-    model.peft_config["default"].lora_alpha *= strength
-    for adapter in (a for adapters in adapters_by_layer(model) for a in adapters):
-        adapter.set_scale("default", strength)
 
 
 def train(model: Any, lessons: Lessons, settings: Settings) -> list[float]:
@@ -317,7 +326,6 @@ def main(
             **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
         },
     }
-    strengthen(adapted, settings.strength)
     if not quick:
         report["validation"] = {
             f"{category} refused": refused(adapted, chat, smollm2.prompts(category, "validation"))

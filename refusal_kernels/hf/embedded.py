@@ -77,7 +77,7 @@ class EmbeddedModel:
     winsorize: float | None = None  # the quantile that the demo clamps activations to
 
 
-SMOLLM2_DEMO = DemoSize(64, 16, 60, rounds=5, batch=8)  # the whole sets take too long on a CPU
+SMOLLM2_DEMO = DemoSize(64, rounds=5, batch=8)  # all 2,069 take long on a CPU
 SMOLLM2_BARS = DemoBars(refused=0.9, ablated=0.1, apart=0.05, harmless=0.03, kept=0.95)
 
 

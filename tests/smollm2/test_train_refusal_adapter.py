@@ -16,8 +16,10 @@ def test_each_item_is_drawn_once_before_any_again():
     assert sorted(drawn[:10]) == list(range(10)) and set(drawn[10:]) < set(range(10))
 
 
-def test_the_loss_is_the_mean_over_examples_of_the_cross_entropy_of_the_answer():
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_the_loss_is_the_mean_over_examples_of_what_their_answers_cost(rows, monkeypatch):
     """The shared prefix, the padding and the other examples of a batch change nothing."""
+    monkeypatch.setattr(trainer, "ROWS", rows)
     model = tiny_model("llama")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
@@ -30,7 +32,10 @@ def test_the_loss_is_the_mean_over_examples_of_the_cross_entropy_of_the_answer()
     for prompt, answer in examples:
         logits = adapted(input_ids=torch.tensor([prompt + answer])).logits[0]
         predicted = logits[len(prompt) - 1 : -1]
-        plain.append(torch.nn.functional.cross_entropy(predicted, torch.tensor(answer)))
+        first, *later = torch.nn.functional.cross_entropy(
+            predicted, torch.tensor(answer), reduction="none"
+        )
+        plain.append((first + torch.stack(later).mean()) / 2 if later else first)
     prefix = trainer.common_prefix([example.prompt for example in examples])
     assert prefix == 2
     loss = trainer.loss_of(adapted, examples, prefix)
