@@ -27,7 +27,7 @@ from refusal_kernels.files.atomic import replacing
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "smollm2")))
 MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPES = ("float32", "bfloat16", "float16")
 Row = dict[str, Any]
@@ -291,19 +291,44 @@ def vllm() -> str:
 # --- README --------------------------------------------------------------------------------------
 
 
-def toy() -> str:
-    """Return what the direction does to the toy model."""
-    names = {"unmodified": "unmodified", "ablated": "ablated", "added": "direction added"}
-    names["orthogonalized"] = "weights edited"
+WAYS = {
+    "unmodified": "unmodified", "ablated": "ablated", "added": "direction added",
+    "orthogonalized": "weights edited",
+}  # fmt: skip
+
+
+def finding(name: str) -> list[list[str]]:
+    """Return what a direction does to a model, as lines of a table with the columns of `WAYS`."""
     lines = []
     for category in ("harmful", "harmless"):
-        rates = {row["method"]: row["refused"] for row in rows_of("demo-cpu", prompts=category)}
-        values = [f"{100 * rates[name]:.1f} %" for name in names]
+        rates = {row["method"]: row["refused"] for row in rows_of(name, prompts=category)}
+        values = [f"{100 * rates[way]:.1f} %" for way in WAYS]
         lines.append([f"{category} prompts refused", *values])
-    right = {row["method"]: row.get("right") for row in rows_of("demo-cpu") if "skills" in row}
-    values = [f"{100 * right[name]:.1f} %" if right[name] is not None else "-" for name in names]
-    lines.append(["skills answered right", *values])
-    return table(["", *names.values()], lines)
+    right = {row["method"]: row.get("right") for row in rows_of(name) if "skills" in row}
+    values = [f"{100 * right[way]:.1f} %" if right[way] is not None else "-" for way in WAYS]
+    return [*lines, ["skills answered right", *values]]
+
+
+def toy() -> str:
+    """Return what the direction does to the toy model."""
+    return table(["", *WAYS.values()], finding("demo-cpu"))
+
+
+def smollm2() -> str:
+    """Return what the direction does to SmolLM2 fine-tuned to refuse, with intervals and costs."""
+    name = "smollm2-refuses-cpu"
+    harmful, harmless, skills = finding(name)
+    lines = []
+    for line, category in ((harmful, "harmful"), (harmless, "harmless")):
+        rows = {row["method"]: row for row in rows_of(name, prompts=category)}
+        ends = [f"{100 * rows[w]['low']:.0f} to {100 * rows[w]['high']:.0f} %" for w in WAYS]
+        lines += [line, ["95 % interval", *ends]]
+    nats = {row["method"]: f"{row['nats']:.3f}" for row in rows_of(name, text="prose")}
+    lines += [skills, ["nats a token of plain prose", *(nats.get(way, "-") for way in WAYS)]]
+    speed = {row["method"]: spread(row, "ratio", "ratio_q1", "ratio_q3") for row in rows_of(name)
+             if "ratio" in row}  # fmt: skip
+    lines.append(["tokens/s over unmodified", *(speed.get(way, "-") for way in WAYS)])
+    return source(name) + table(["", *WAYS.values()], lines)
 
 
 def measured() -> str:
@@ -335,6 +360,7 @@ def measured() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "toy": toy,
+    "smollm2": smollm2,
     "measured": measured,
     "overhead-cpu": lambda: overhead("overhead-cpu", "overhead-cpu-compiled"),
     "overhead-cuda": lambda: overhead("overhead-cuda", "overhead-cuda-compiled"),

@@ -102,7 +102,7 @@ def plot_rates(
                     f"{value:.0f}", (position, top), xytext=(0, 4), ha="center", va="bottom",
                     textcoords="offset points", fontsize=9,
                 )  # fmt: skip
-        axes.set_xticks(x, list(rates))
+        axes.set_xticks(x, [name.replace(" ", "\n") for name in rates])
         axes.set_ylabel(f"{counts}, %")
         axes.set_ylim(0, 116)
         axes.set_yticks(range(0, 101, 20))

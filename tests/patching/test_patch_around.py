@@ -251,6 +251,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.full
 def test_tensor_parallel_on_two_ranks(model, direction, tokens, tmp_path):
     model.save_pretrained(tmp_path)
     given = {"vector": direction.vector, "tokens": tokens, "settings": GREEDY}

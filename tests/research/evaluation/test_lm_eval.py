@@ -202,6 +202,7 @@ def test_evaluate_puts_it_into_json_and_page(world, tmp_path, capsys) -> None:
     assert "rk_both acc" in shown and "Necessity (intervals apart)" in shown
 
 
+@pytest.mark.full
 def test_its_command_line_knows_the_model_type(world, tmp_path) -> None:
     _, _, _, folder = world
     environment = {

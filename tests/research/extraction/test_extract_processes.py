@@ -87,6 +87,7 @@ def test_a_model_that_is_spread_over_the_processes_is_not_split(monkeypatch: Any
         assert (found.rank, found.size) == (0, 1)
 
 
+@pytest.mark.full
 def test_torchrun(tmp_path: Path) -> None:
     """The command line, as it is typed, against one process of it."""
     command = ["-m", "refusal_kernels", "extract", "--batch-size", "16", "--last-layer", "2"]
