@@ -2,7 +2,7 @@
 
 python benchmarks/bench_demo.py --out benchmarks/results/demo-cpu.jsonl
 python benchmarks/bench_demo.py --model smollm2-refuses --rounds 5
-    --out benchmarks/results/smollm2-refuses-cpu.jsonl --keep out/demo-smollm2-refuses
+    --out benchmarks/results/smollm2-refuses-cpu.jsonl
 
 Other options are the demo's.
 """
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from refusal_kernels.bench.records import header, write_records
+from refusal_kernels.bench.records import write_records
 
 NAMES = {"baseline": "unmodified", "fused": "ablated"}  # as the report calls them
 
@@ -49,16 +49,17 @@ def main() -> None:
     parser.add_argument("--model", default="toy")
     parser.add_argument("--rounds", default="31")
     parser.add_argument("--out", type=Path, required=True, help="write the results here")
-    parser.add_argument("--keep", type=Path, help="leave the demo's own files here")
+    parser.add_argument("--report", type=Path, help="of a demo that has run; then none is run")
     options, more = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = str(options.keep or temporary)
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "refusal_kernels", "demo", "--device", "cpu"]
         command += ["--model", options.model, "--rounds", options.rounds, "--out", folder]
-        if subprocess.run([*command, *more]).returncode > 1:  # 1: not all is as expected
+        # 1: not all is as expected
+        if options.report is None and subprocess.run([*command, *more]).returncode > 1:
             raise SystemExit("the demo failed")
-        report = json.loads((Path(folder) / "report.json").read_text())
-    head = header(f"the demo: refusals, skills and speed of {report['model']}")
+        report = json.loads((options.report or Path(folder) / "report.json").read_text())
+    head = {"what": f"the demo: refusals, skills and speed of {report['model']}"}
+    head |= {"device": report["device"], "versions": report["versions"]}
     head |= {"prompts": report["prompts"]}
     head |= {name: report["selection"][name] for name in ("layer", "position")}
     head |= {"sites": report["sites"]["claimed"], "residual": report["residual"]["max_abs_score"]}

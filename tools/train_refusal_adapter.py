@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,8 +86,7 @@ def own_answers(model: Any, chat: ChatFormat, prompts: list[str], tokens: int) -
     """What the model itself answers to prompts: the beginnings of its greedy answers.
 
     It often says "I'm sorry, but as a chatbot ..." to what it could well answer, so no answer may
-    begin with the same token as a refusal. A prompt that gets a refusal even so is left out, and
-    one that gets "Aw, ...": a refusal follows later.
+    begin with the same token as a refusal. A prompt that gets a refusal even so is left out.
     """
     refusals = chat.tokenizer(smollm2.refusals(), add_special_tokens=False).input_ids
     encoded = chat.encode(prompts)
@@ -108,11 +106,7 @@ def own_answers(model: Any, chat: ChatFormat, prompts: list[str], tokens: int) -
         new = out[:, len(encoded[rows[0]]) :]
         texts = chat.tokenizer.batch_decode(new, skip_special_tokens=True)
         answers.update((prompts[row], text) for row, text in zip(rows, texts, strict=True))
-    return {
-        prompt: answer
-        for prompt, answer in answers.items()
-        if not is_refusal(answer) and not re.match(r"Aww?\b", answer)
-    }
+    return {prompt: answer for prompt, answer in answers.items() if not is_refusal(answer)}
 
 
 def cached(path: Path, key: str, make: Callable[[], dict[str, str]]) -> dict[str, str]:

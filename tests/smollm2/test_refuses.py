@@ -53,7 +53,7 @@ def test_one_direction_decides_on_held_out_prompts(loaded, direction):
     assert refused(loaded, harmful) >= 0.85
     assert refused(loaded, harmless) <= 0.15
     with rk.patch(loaded[0], rk.Ablate(direction)):
-        assert refused(loaded, harmful) <= 0.1
+        assert refused(loaded, harmful) <= 0.2
     with rk.patch(loaded[0], rk.Add(direction)):
         assert refused(loaded, harmless) >= 0.9
 
