@@ -83,6 +83,7 @@ def test_recorded_results_do_not_make_the_commit_differ(tmp_path, monkeypatch):
     assert environment.versions()["commit"] == clean + "-dirty"
 
 
+@pytest.mark.full
 def test_what_is_wrong_or_fails_or_dies_or_is_not_there_is_a_row(bench, method, tmp_path):
     (tmp_path / "peers").mkdir()
     (tmp_path / "peers" / "elsewhere.py").write_text(HALF)
@@ -136,6 +137,7 @@ def test_resume_keeps_what_holds_and_measures_the_rest(bench):
     assert third["rows"] == second["rows"]
 
 
+@pytest.mark.full
 def test_resume_refuses_to_write_over_a_run_that_is_not_like_this_one(bench, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()

@@ -18,6 +18,7 @@ def test_what_edits_elsewhere_is_never_quite_right():
     assert results.verdict(elsewhere | {"logits_error_at_sites": 0.2}) == "no"
 
 
+@pytest.mark.full
 def test_compare_finds_a_planted_regression_and_passes_on_itself(bench, tmp_path):
     _, document = bench("--methods", "hooks")
 

@@ -42,6 +42,7 @@ def test_ops_with(capability):
     assert "op tests passed per backend: cpu" in done.stdout
 
 
+@pytest.mark.full
 def test_bfloat16_has_the_same_bits_by_instruction_as_without():
     """Every bfloat16, added to another: denormals, ties, overflow and NaN of either sign."""
     code = """

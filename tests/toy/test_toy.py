@@ -168,6 +168,7 @@ def _train_toy() -> ModuleType:
     return module
 
 
+@pytest.mark.full
 def test_quick_training_writes_a_folder_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

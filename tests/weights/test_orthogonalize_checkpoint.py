@@ -220,6 +220,7 @@ def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
 # --- memory
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read in /proc")
 def test_the_peak_is_at_most_two_and_a_half_of_the_largest_tensor() -> None:
     """That is 0.3 GB here, beyond the imports; the checkpoint itself has 0.4 GB."""

@@ -183,6 +183,7 @@ def test_benchmarks_of_the_protocol_are_run(world, monkeypatch) -> None:
     assert list(results["mine"]) == ["acc"]
 
 
+@pytest.mark.full
 def test_evaluate_puts_it_into_json_and_page(world, tmp_path, capsys) -> None:
     *_, folder = world
     arguments = (

@@ -226,6 +226,7 @@ def test_what_the_filter_removes_is_said(small: list[Any], tmp_path: Path, capsy
     assert sum(part["harmful"] for part in kept.values()) == 52
 
 
+@pytest.mark.full
 def test_benchmarks_are_asked_before_and_after_the_edit(
     small: list[Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
