@@ -8,9 +8,13 @@ from families import HIDDEN, make
 from reference import greedy, hugging_face, prompts
 from safetensors.torch import save_file
 from vllm import SamplingParams
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 
 import refusal_kernels as rk
+from refusal_kernels import toy
+from refusal_kernels.hf.chat import ChatFormat
 
 TOKENS, RANK = 12, 4
 PROGRAMS = {"ablate": {"ablate": "r"}, "add": {"add": "r", "coefficient": 2.0, "block_input": 2}}
@@ -107,3 +111,26 @@ def test_an_adapter_beside_steering(path, adapter, directions, steering, engines
                     model.get_parameter(name).add_(change)
         wanted = [[greedy(model, prompt, TOKENS, edits[steer])] for prompt, steer in asked]
         assert tokens_of(generate(llm, asked, lora, temperature=0.0)) == wanted
+
+
+def test_a_structured_output_is_chosen_by_the_steered_logits(folder, engines):
+    choice = ["i", "sure,"]  # the first words of a refusal and of an answer
+    with set_current_vllm_config(VllmConfig()):
+        model, tokenizer = rk.load("toy", "cpu")
+        classes = [toy.prompts(name, "train")[:24] for name in ("harmful", "harmless")]
+        rk.mean_difference(model, tokenizer, *classes).at(5, -1).save(folder / "toy.safetensors")
+    settings = {"directions": {"toy": str(folder / "toy.safetensors")}}
+    settings["programs"] = {"ablate": {"ablate": "toy"}}
+    llm = engines(str(toy.PATH), {"refusal_kernels": settings}, skip_tokenizer_init=False)
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            structured_outputs=StructuredOutputsParams(choice=choice),
+            extra_args=steer,
+        )
+        for steer in (None, {"steer": "ablate"}, None)
+    ]
+    prompts = [toy.prompts("harmful", "test")[0]] * 2 + [toy.prompts("harmless", "test")[1]]
+    inputs = [{"prompt_token_ids": ids} for ids in ChatFormat.of(tokenizer).encode(prompts)]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    assert [output.outputs[0].text.strip() for output in outputs] == ["i", "sure,", "sure,"]
