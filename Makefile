@@ -14,8 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup setup-test setup-full setup-smollm2 demo test test-full coverage mutants test-vllm soak-vllm \
-	bench-vllm lint bench bench-models bench-experiment bench-overhead docs-tables sanitize cuda clean
+.PHONY: help setup setup-test setup-full setup-smollm2 demo test test-full coverage mutants test-vllm test-vllm-full \
+	soak-vllm bench-vllm lint bench bench-models bench-experiment bench-overhead docs-tables sanitize cuda clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ test-vllm: .venv-vllm/.ready  ## the tests of the vLLM plugin, in .venv-vllm (3.
 
 test-vllm-%: .venv-vllm/.ready
 	@echo "== vLLM's model runner $*" && $(VLLM_PYTEST) --runner $* tests/vllm
+
+test-vllm-full: .venv-vllm/.ready  ## every family on every split, each runner after the other: hours
+	@for runner in v1 v2; do $(VLLM_PYTEST) --runner $$runner -m full tests/vllm || exit 1; done
 
 # 4,000 requests with changes and cancellations, memory watched: two minutes
 soak-vllm: .venv-vllm/.ready  ## the vLLM server under load for two minutes

@@ -53,6 +53,7 @@ from refusal_kernels.research.selection.scoring import kl_divergence, refusal_sc
 
 CHECKPOINT = "refusal_kernels.selection_checkpoint"
 DONE = "batches"  # how far the run has come
+CANDIDATES = "set of candidates"
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class Measurement:
             "set of prompts or chat format": _digest(prompts.encode()),
             # the logits stand for the weights and everything around them
             "model, patch, machine or number of threads": _digest(question.unmodified.numpy()),
-            "set of candidates": _digest(str(places).encode() + vectors.numpy().tobytes()),
+            CANDIDATES: _digest(str(places).encode() + vectors.numpy().tobytes()),
             "set of refusal tokens": str(list(question.tokens)),
             "batch size": str(question.batch_size),
         }
@@ -288,6 +289,9 @@ class Measurement:
             return 0
         tensors, metadata = read_tensors(path, CHECKPOINT, ("ablated", "added"))
         done = metadata.pop(DONE, "")
+        differ = {name for name in identity if identity[name] != metadata.get(name)}
+        if differ == {CANDIDATES} and not any(t.isnan().any() for t in tensors.values()):
+            return 0  # that selection ended and told its scores: nothing is lost
         check_identity(path, identity, metadata)
         mine = self._ablated, self._induce
         theirs = tensors["ablated"], tensors["added"]

@@ -179,7 +179,6 @@ def test_a_checkpoint_of_another_run_is_refused(
     other.model.layers[2].mlp.down_proj.weight.data[0, 0] += 0.1
     cases: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("model, patch, machine or number of threads", (other, candidates), {}),
-        ("set of candidates", (model, candidates + 1e-3), {}),
         ("set of prompts or chat format", (model, candidates, HARMFUL, HARMLESS[::-1]), {}),
         ("set of refusal tokens", (model, candidates), {"refusal_tokens": [7]}),
         ("batch size", (model, candidates), {"batch_size": 4}),
@@ -188,6 +187,20 @@ def test_a_checkpoint_of_another_run_is_refused(
         with pytest.raises(InputError, match=rf"another .*{what}.*; remove it to begin anew"):
             run(*arguments, checkpoint=file, **options)
         assert file.read_bytes() == before
+
+
+def test_other_candidates_begin_anew_where_the_selection_had_ended(
+    model: Any, candidates: torch.Tensor, tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.safetensors"
+    with pytest.raises(Stopped):
+        run(model, candidates, checkpoint=file, progress=stop_after(20))
+    with pytest.raises(InputError, match="another set of candidates; remove it"):
+        run(model, candidates, checkpoint=file, prune_last=0.6)
+    run(model, candidates, checkpoint=file)
+    assert run(model, candidates, checkpoint=file, prune_last=0.6).to_dict() == (
+        run(model, candidates, prune_last=0.6).to_dict()
+    )
 
 
 def test_what_is_no_checkpoint_is_refused(
