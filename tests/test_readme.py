@@ -75,9 +75,18 @@ def test_every_table_stands_on_a_page():
     "page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
 )
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    files = [link for link in links if "://" not in link]
-    assert all((page.parent / link).exists() for link in files), files
+    links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text())
+    for link, anchor in links:
+        if "://" not in link:
+            target = page.parent / link if link else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_recorded_results_are_small():
