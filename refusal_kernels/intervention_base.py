@@ -300,8 +300,12 @@ PLACE_FIELDS = ("block_input", "layers", "sites", "positions", "layer")
 
 def finite_number(value: Any, what: str) -> float:
     """Return a finite number; raise `InputError` for anything else (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{what} is {value!r}; expected a finite number")
+    try:
+        finite = isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        finite = False
+    if isinstance(value, bool) or not finite:
+        raise InputError(f"{what} is {value!r:.60}; expected a finite number")
     return float(value)
 
 

@@ -55,7 +55,9 @@ class Settings(NamedTuple):
     harmful: int = 8  # examples a step, of each kind
     harmless: int = 12
     other: int = 5
-    answer_tokens: int = 20  # the most that are learned of an answer; fewer, and it turns to excuses
+    answer_tokens: int = (
+        20  # the most that are learned of an answer; fewer, and it turns to excuses
+    )
 
 
 class Example(NamedTuple):

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from refusal_kernels.cli.common import clean_up, errors
 from refusal_kernels.cli.groups import expanded
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 
 # what a disk or a folder can bring at any write
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -59,6 +59,13 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is PyTorch's or Python's about memory, of an accelerator or of the host."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or (
+        "not enough memory" in str(error)
+    )
+
+
 def main() -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 2."""
     # SIGTERM is treated as Ctrl-C: what is done is kept, and temporary files are removed
@@ -71,6 +78,12 @@ def main() -> None:
         if error.errno not in DISK:
             raise
         _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _refuse(
+            f"out of memory ({first_line(error)}); expected a smaller --batch-size, or --load-in"
+        )
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)

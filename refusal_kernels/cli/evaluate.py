@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ _MATCHES = options.names("research.evaluation.tasks", "MATCHES")
 _JUDGES = options.names("research.evaluation.judges", "JUDGES")
 # what --quick leaves
 QUICK_PROMPTS, QUICK_STRENGTHS, QUICK_LAYERS = 32, (-1.0, 0.0, 1.0, 2.5), 3
+LAYERS = 8  # other layers as controls
 
 
 def evaluate(
@@ -92,8 +93,8 @@ def evaluate(
     ] = None,
     random_controls: Annotated[int, Option(min=0, help="Random directions as controls.")] = 3,
     layer_controls: Annotated[
-        int, Option(min=0, help="Other layers as controls, evenly spaced.")
-    ] = 8,
+        int | None, Option(min=0, help="Other layers as controls, evenly spaced; default: 8.")
+    ] = None,
     quick: Annotated[bool, Option("--quick", help="Fewer prompts, strengths and layers.")] = False,
     report: Annotated[Path | None, Option(help="Write an HTML page here.")] = None,
     samples: Annotated[
@@ -125,7 +126,7 @@ def evaluate(
     from refusal_kernels.research.evaluation.tasks import MATCHES, read_pairs
     from refusal_kernels.research.sources import read_prompts
 
-    doses = evidence.STRENGTHS if strengths is None else _numbers(strengths)
+    doses: Sequence[float] = evidence.STRENGTHS if strengths is None else _numbers(strengths)
     sets = prompts.read(loading.model, "test")
     more = common.named_sources(more_prompts or [], "--prompts", needs_name=True)
     for name, file in more.items():
@@ -135,8 +136,8 @@ def evaluate(
     most = max_prompts or (QUICK_PROMPTS if quick else None)
     sets = {name: list(texts)[:most] for name, texts in sets.items()}
     if quick:
-        doses = [s for s in doses if s in QUICK_STRENGTHS]
-        layer_controls = min(layer_controls, QUICK_LAYERS)
+        doses = QUICK_STRENGTHS if strengths is None else doses
+        layer_controls = QUICK_LAYERS if layer_controls is None else layer_controls
     tasks = {n: read_pairs(Path(f)) for n, f in common.named_sources(task or [], "--task").items()}
     chosen = None if selection is None else read_selection(selection)
     tokens: Any = refusals.tokens
@@ -162,6 +163,7 @@ def evaluate(
         passages = {**passages, **own_passages(model, template, embedded.material, most)}
         match = match or embedded.match
 
+    failed: InputError | None = None
     with progress_bars() as step:
         document = evidence.evaluate(
             model,
@@ -179,7 +181,7 @@ def evaluate(
             texts=passages,
             strengths=doses,
             random_controls=random_controls,
-            layer_controls=layer_controls,
+            layer_controls=LAYERS if layer_controls is None else layer_controls,
             seed=prompts.seed,
             max_new_tokens=max_new_tokens,
             batch_size=chat.batch_size,
@@ -193,12 +195,15 @@ def evaluate(
                 evidence.ABLATED: Ablate(loaded),
                 evidence.ADDED: Add(loaded, block_input=at),
             }
-            results = run_tasks(
-                model, template.tokenizer, edits, tasks=asked, manager=manager, limit=limit,
-                num_fewshot=num_fewshot, chat=lm_eval_chat, batch_size=min(chat.batch_size, 16),
-                system=chat.system if lm_eval_chat else None, seed=prompts.seed,
-                progress=step("lm-eval"),
-            )  # fmt: skip
+            try:
+                results = run_tasks(
+                    model, template.tokenizer, edits, tasks=asked, manager=manager, limit=limit,
+                    num_fewshot=num_fewshot, chat=lm_eval_chat, batch_size=min(chat.batch_size, 16),
+                    system=chat.system if lm_eval_chat else None, seed=prompts.seed,
+                    progress=step("lm-eval"),
+                )  # fmt: skip
+            except InputError as error:  # what was measured before is written first
+                results, failed = {}, error
             # the parts of a group, such as the 57 of mmlu, are in the JSON alone
             for key, wanted in (("lm_eval", True), ("lm_eval_parts", False)):
                 document[key] = {
@@ -219,6 +224,8 @@ def evaluate(
     if report is not None:
         write_page(report, document, samples=samples)
     common.finish(report, json_file, document)
+    if failed is not None:
+        raise failed
 
 
 def read_selection(path: Path) -> dict[str, Any]:

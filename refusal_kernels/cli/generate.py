@@ -47,8 +47,8 @@ def generate(
         raise InputError("there is no prompt; expected one or more, or --prompts FILE")
     if direction is not None and edit:
         raise InputError("give --direction or --edit, not both")
-    if direction is None and (add or layer is not None):
-        raise InputError("--add and --layer need --direction")
+    if direction is None and (add or layer is not None or strength != 1.0):
+        raise InputError("--add, --layer and --strength need --direction")
     try:
         given = [json.loads(text) for text in edit or []]
     except ValueError as error:

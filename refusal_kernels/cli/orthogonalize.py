@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +56,7 @@ def orthogonalize(
     check_new(out)
     common.prepare(out)
     loaded = common.read_direction(direction)
-    loading = replace(loading, device=common.choose_device(loading.device))
+    common.choose_device(loading.device)
     # whatever changes the weights at load has to be loaded
     changed = lora or in_memory or loading.dtype != "auto" or loading.adapter or loading.load_in
     local = loading.model not in EMBEDDED and Path(loading.model).is_dir()
@@ -86,6 +85,7 @@ def _by_shards(
     certify: bool | None,
     step: Step,
 ) -> dict[str, Any]:
+    from refusal_kernels.hf.load import load
     from refusal_kernels.weights.certificate import certify_checkpoint
     from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
@@ -99,12 +99,12 @@ def _by_shards(
     )
     certificate: Certificate | None = None
     why_not = "--no-certify" if certify is False else "the model may not fit into memory"
-    if _fits(out, loading.device) if certify is None else certify:
+    if _fits(out, loading) if certify is None else certify:
         sides = iter(("the original, to certify", "the edited model, to certify"))
 
         def loaded(path: str) -> Any:
             with single_step(step(f"Load {next(sides)}")):
-                return replace(loading, model=path).load()[0]
+                return load(path, **vars(loading.how()))[0]
 
         try:
             certificate = certify_checkpoint(loading.model, out, direction, loaded)
@@ -130,6 +130,7 @@ def _in_memory(
     step: Step,
 ) -> dict[str, Any]:
     from refusal_kernels.files.atomic import check_space, new_folder
+    from refusal_kernels.hf.load import load
     from refusal_kernels.weights.in_memory import orthogonalize
     from refusal_kernels.weights.lora import orthogonalize_lora
     from refusal_kernels.weights.rest import save_whole, source_folder
@@ -138,7 +139,7 @@ def _in_memory(
     dropped: list[str] = []
     more: tuple[str, ...]
     with single_step(step("Load the model")):
-        model, tokenizer = loading.load(direction)
+        model, tokenizer = load(loading.model, direction=direction, **vars(loading.how()))
     if not lora:
         check_space(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
     if lora:
@@ -184,14 +185,18 @@ def _print(result: dict[str, Any], model: str, out: Path, verbose: bool) -> None
         common.console.print(f"edited: {', '.join(result['edited'])}", soft_wrap=True)
 
 
-def _fits(folder: Path, device: str) -> bool:
+def _fits(folder: Path, loading: LoadingOptions) -> bool:
     """Whether the model of a folder can run: its weights, and a quarter more for the rest."""
     import torch
 
+    from refusal_kernels.hf.load import find_device
+
+    device = str(find_device(loading.device))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     try:
         if device.startswith("cuda"):
-            available = torch.cuda.mem_get_info(device)[0]
+            every = range(torch.cuda.device_count()) if loading.device == "auto" else [device]
+            available = sum(torch.cuda.mem_get_info(one)[0] for one in every)
         else:
             fields = Path("/proc/meminfo").read_text().split("MemAvailable:")
             available = 1024 * int(fields[1].split()[0])

@@ -148,7 +148,10 @@ def reproduce(
         batch_size=chat.batch_size,
         seed=prompts.seed,
         controls=controls,
-        identity=[_identity(folder, model) for folder in _folders(loading)],
+        identity=[
+            *(identity_of(source, model) for source in _sources(loading)),
+            [loading.load_in, loading.attn, loading.arguments()],
+        ],
     )
     with progress_bars() as step:
         result = run(inputs, out, step)
@@ -188,7 +191,7 @@ def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow
     return rows.paper_rows(row or model)
 
 
-def _folders(loading: EngineOptions) -> list[Path]:
+def _sources(loading: EngineOptions) -> list[Path]:
     """Return what the weights are read from: the model, and the adapters that are merged."""
     from refusal_kernels.hf.embedded import EMBEDDED
 
@@ -197,14 +200,20 @@ def _folders(loading: EngineOptions) -> list[Path]:
     return [model, *(Path(a) for a in (embedded and embedded.adapter, loading.adapter) if a)]
 
 
-def _identity(folder: Path, model: Any) -> list[Any]:
+def identity_of(source: Path, model: Any) -> list[Any]:
     """Identify the weights: their commit on the hub, or the sizes and times of the files.
 
     Hashing the weights would take longer than some of the steps.
     """
-    if not folder.is_dir():
-        return [getattr(model.config, "_commit_hash", None)]
-    files = sorted(file for file in folder.iterdir() if file.is_file())
+    if not source.exists():  # the hub's; its files lie in a folder that is named by the commit
+        from huggingface_hub import try_to_load_from_cache
+
+        adapter = try_to_load_from_cache(str(source), "adapter_config.json")
+        commit = getattr(model.config, "_commit_hash", None)
+        return [str(source), Path(adapter).parent.name if isinstance(adapter, str) else commit]
+    files = (
+        sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
+    )
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

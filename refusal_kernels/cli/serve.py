@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -86,6 +87,8 @@ def serve(
     sys.stdout.flush()
     command = [*_vllm(model), "--additional-config", json.dumps({KEY: given}), *arguments]
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins(os.environ))
+    if programs is not None:  # the server takes SIGHUP as a reload once it can; it never ends it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.execv(command[0], command)
 
 

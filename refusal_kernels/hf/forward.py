@@ -111,13 +111,15 @@ def batch_logits(model: Any, batches: Iterable[Batch], prefix: Prefix | None = N
 
     Float32 [prompts, vocabulary] on the CPU.
     """
-    rows, logits = [], []
+    logits: list[Tensor] = []  # by prompt: joined once, as a vocabulary is large
     for batch in batches:
         check_tokens(model, int(batch.input_ids.max()), batch.input_ids.shape[1])
-        logits.append(next_token_logits(model, batch, prefix).to("cpu", torch.float32))
-        check_numbers(logits[-1], batch.rows)
-        rows += batch.rows
-    return torch.cat(logits)[torch.tensor(rows).argsort()]
+        read = next_token_logits(model, batch, prefix).to("cpu", torch.float32)
+        check_numbers(read, batch.rows)
+        logits += [read[:0]] * (1 + max(batch.rows) - len(logits))
+        for row, of_row in zip(batch.rows, read, strict=True):
+            logits[row] = of_row
+    return torch.stack(logits)
 
 
 @torch.inference_mode()

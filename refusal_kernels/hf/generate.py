@@ -69,8 +69,9 @@ def decoded(chat: ChatFormat, answers: Sequence[Sequence[int]]) -> list[str]:
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         if not any(mark in text for marks in MARKS for mark in marks):
             text = marked(tokenizer.decode(ids), special) or text
-        begun = chat.opens_thought and not text.startswith(OPENING)
-        texts.append(OPENING + text if begun else text)
+        if chat.opens_thought and not text.startswith(tuple(opening for opening, _ in MARKS)):
+            text = next((opening for opening, closing in MARKS if closing in text), OPENING) + text
+        texts.append(text)
     return texts
 
 

@@ -35,7 +35,7 @@ from refusal_kernels.research.prompts import Source, splits_for
 from refusal_kernels.research.selection.algorithm import Selection, select
 from refusal_kernels.research.sources import SEED, SIZES
 from refusal_kernels.timing import Method, Speed, interleaved
-from refusal_kernels.weights.in_memory import orthogonalize
+from refusal_kernels.weights.in_memory import check_weights, orthogonalize
 
 Prompts = Mapping[str, Sequence[str]]  # "harmful" and "harmless"
 CATEGORIES = ("harmful", "harmless")
@@ -119,6 +119,8 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int | None = None)
         raise InputError(f"{out} cannot be made: {error.strerror}") from None
     model, chat = inputs.model, ChatFormat.of(inputs.tokenizer)
 
+    with single_step(step("Check that the weights can be edited")):
+        check_weights(model)
     candidates = find_candidates(
         model, chat, inputs.train["harmful"], inputs.train["harmless"], model_name=inputs.name,
         winsorize=inputs.winsorize, progress=step("Extract: mean differences, train split"),

@@ -7,7 +7,7 @@ from typing import Any
 from refusal_kernels.errors import InputError
 from refusal_kernels.intervention_base import finite_number
 from refusal_kernels.vllm.limits import MAX_STRENGTH, Limits
-from refusal_kernels.vllm.names import GRAPH, KEY
+from refusal_kernels.vllm.names import GRAPH, KEY, VERSIONS
 from refusal_kernels.vllm.programs import NamedProgram, parse_directions, parse_programs
 from refusal_kernels.vllm.refusals import refuse_reading, refuse_unsupported
 from refusal_kernels.vllm.settings_file import with_file
@@ -76,6 +76,11 @@ class EngineSettings:
     specifications: dict[str, Any]
     reads: int | None
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each program, by name."""
+        return {name: program.version for name, program in self.programs.items()}
+
 
 def read_settings(vllm_config: Any) -> EngineSettings:
     """Return the settings of an engine that asks for steering.
@@ -88,6 +93,8 @@ def read_settings(vllm_config: Any) -> EngineSettings:
     refuse_unsupported(vllm_config)
     limits = Limits.of(vllm_config.model_config)
     settings = parse_settings(vllm_config.additional_config[KEY], limits)
+    if settings.monitor is not None and vllm_config.parallel_config.data_parallel_size > 1:
+        raise InputError("monitor does not support data parallelism: vLLM asks one rank alone")
     if settings.reads is not None:
         refuse_reading(vllm_config)
     return settings
@@ -98,7 +105,7 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
     if not isinstance(given, dict):
         raise InputError(f"additional_config[{KEY!r}] is {given!r}; expected an object")
     alone, given = given, with_file(given)
-    if unknown := sorted(set(given) - {*KNOWN, GRAPH}):
+    if unknown := sorted(set(given) - {*KNOWN, GRAPH, VERSIONS}):
         raise InputError(
             f"additional_config[{KEY!r}] has {unknown[0]!r}; expected {', '.join(KNOWN)}"
         )

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.config import EngineSettings, parse_settings
@@ -14,6 +16,7 @@ from refusal_kernels.vllm.programs import NONE, NamedProgram, check_name, parse_
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 from refusal_kernels.vllm.settings_file import FILE
 
+MOST_PROGRAMS = 1024  # of an engine: each takes milliseconds to read and memory on the device
 # settings that can not change while an engine runs, by attribute
 FIXED = {
     "fuse_norms": "fuse_norms",
@@ -96,11 +99,12 @@ class Catalog:
         sampling, pooling = request.sampling_params, request.pooling_params
         extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
         steering = self.read(extra, _prompt_length(request))
+        windowed = steering is not None and (steering.first, steering.end) != (0, None)
+        if windowed and request.resumable:
+            raise InputError("a request whose prompt comes in parts is steered at all positions")
         counter(REQUESTS).labels(self.name_of(steering)).inc()
         if steering is None:
             return
-        if request.resumable and (steering.first, steering.end) != (0, None):
-            raise InputError("a request whose prompt comes in parts is steered at all positions")
         resolved = {**(extra or {}), RESOLVED: list(steering)}
         if sampling is not None:
             sampling.extra_args = resolved
@@ -119,6 +123,7 @@ class Catalog:
             If it is malformed or removes the default program.
         """
         self._check_servers()
+        self._check_count(programs)
         for name in directions:
             check_name(name, "direction")
         known = {**self.directions, **directions}
@@ -152,6 +157,13 @@ class Catalog:
         for name, setting in FIXED.items():
             if getattr(new, name) != getattr(started, name):
                 raise InputError(f"{setting} can not change while the engine runs")
+        if (watched := started.monitor) is not None and not torch.equal(
+            new.directions[watched.direction].vector, started.directions[watched.direction].vector
+        ):
+            raise InputError(
+                f"direction {watched.direction!r} is watched; it can not change while the engine "
+                "runs"
+            )
         vectors = _vectors(new.directions)
         return Change(new.directions, new.programs, new.default, vectors, new.specifications)
 
@@ -174,6 +186,10 @@ class Catalog:
                 f"program {name!r} takes {slots} slots; the engine was started with slots "
                 f"{self.settings.slots}"
             )
+
+    def _check_count(self, programs: Mapping[str, Any]) -> None:
+        if len({*self.programs, *programs}) > MOST_PROGRAMS:
+            raise InputError(f"more than {MOST_PROGRAMS} programs; remove some first")
 
     def _check_servers(self) -> None:
         if self._servers > 1:

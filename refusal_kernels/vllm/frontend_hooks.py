@@ -11,13 +11,15 @@ from refusal_kernels.vllm.counters import REFUSED, counter
 from refusal_kernels.vllm.frontend import Catalog
 from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
 from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
-from refusal_kernels.vllm.names import CATALOG, STEER
+from refusal_kernels.vllm.names import CATALOG, KEY, STEER, VERSIONS
 
 
 def start(processor: Any, vllm_config: Any) -> None:
     """Give a front end's ``InputProcessor`` a catalog of programs, and put the hooks in place."""
     settings, servers = read_settings(vllm_config), vllm_config.parallel_config._api_process_count
     setattr(processor, CATALOG, Catalog(settings, servers))
+    # for the workers, which read the files themselves, later and perhaps on another machine
+    vllm_config.additional_config[KEY][VERSIONS] = settings.versions
     install(FRONT_END_HOOKS)
     if settings.monitor is not None:
         install(SERVER_HOOKS)
@@ -41,7 +43,7 @@ def _check_request(serving: Any, request: Any, *_: Any, **__: Any) -> None:
         served = [*(path.name for path in models.base_model_paths), *models.lora_requests]
         with _as_bad_request():
             resolve_model(request, served, catalog.programs)
-            check_request(request)
+            check_request(request, catalog.programs.get(catalog.default or ""))
 
 
 def _list_programs(models: Any, *_: Any, result: Any, **__: Any) -> None:
@@ -75,12 +77,14 @@ def _as_bad_request() -> Iterator[None]:
 PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 SERVING = "vllm.entrypoints.serve.engine.serving:BaseServing"
+POOLING = "vllm.entrypoints.pooling.base.serving:PoolingBaseServing"
 MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 METRICS = "vllm.entrypoints.serve.instrumentator.metrics"
 FRONT_END_HOOKS = (
     Hook(PROCESSOR, "process_inputs", AFTER, _resolve, "to give each request its program"),
     Hook(ENGINE, "generate", BEFORE, _validate, "to refuse a request before its stream begins"),
     Hook(SERVING, "_check_model", BEFORE, _check_request, "to read the requests of its server"),
+    Hook(POOLING, "_check_model", BEFORE, _check_request, "to read those of its other endpoints"),
     Hook(MODELS, "show_available_models", AFTER, _list_programs, "to list programs as models"),
 )
 SERVER_HOOKS = (Hook(METRICS, "attach_router", AFTER, _export, "to show the monitor at /metrics"),)

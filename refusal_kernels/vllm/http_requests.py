@@ -8,13 +8,13 @@ from typing import Any
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.names import FLAT, STEER
-from refusal_kernels.vllm.programs import NONE
+from refusal_kernels.vllm.programs import NONE, NamedProgram
 from refusal_kernels.vllm.requests import refuse_misspelt
 
 XARGS = "vllm_xargs"  # the field of a request whose content becomes its extra_args
 
 
-def check_request(request: Any) -> None:
+def check_request(request: Any, default: NamedProgram | None = None) -> None:
     """Refuse a request whose steering vLLM would not hand on.
 
     Parameters
@@ -22,6 +22,8 @@ def check_request(request: Any) -> None:
     request
         A request as vLLM's server has parsed it; fields that it does not know are in
         ``model_extra``.
+    default
+        The program of requests that name none.
 
     Raises
     ------
@@ -41,7 +43,14 @@ def check_request(request: Any) -> None:
                 "completions alone"
             )
     extra = getattr(request, XARGS, None) or {}
-    if getattr(request, "use_beam_search", False) and {STEER, *FLAT} & set(extra):
+    if not getattr(request, "use_beam_search", False):
+        return
+    if default is not None and default.span.positions != "all":
+        raise InputError(
+            "a beam search is not steered by a default program with positions: to vLLM each of its "
+            "steps is a prompt"
+        )
+    if {STEER, *FLAT} & set(extra):
         raise InputError(
             f"a beam search takes no {STEER!r}: vLLM gives no extra arguments to its steps; only "
             "the engine's default program steers it"

@@ -1,9 +1,10 @@
 """How strong a program may be: no request can make the residual stream overflow.
 
 A row of the stream that overflows leaves NaN in the KV cache, which ruins other requests. An edit
-overflows in two ways. One that reads the stream multiplies what it reads, at every place where it
+overflows in three ways. One that reads the stream multiplies what it reads, at every place where it
 acts: an ablation of strength 6 by -5, so 61 places multiply by 5**61. One that adds, adds at every
-place.
+place. One that reads along one vector and writes along another, as LEACE, writes a row as long as
+the product of both.
 """
 
 import itertools
@@ -18,8 +19,8 @@ from refusal_kernels.banks import check_program
 from refusal_kernels.intervention_base import Intervention
 
 MAX_STRENGTH = 2.0  # an ablation turns the component around; a stronger one lengthens it
-# How often an edit may multiply a component, over all places. Components along a direction are up
-# to some hundred; times this they are within float16.
+# How often an edit may multiply a component, over all places, and a row, at one of them. Components
+# along a direction are up to some hundred; times this they are within float16.
 GROWTH = 100.0
 ROUNDING = 1e-6  # of unit vectors
 STEPS = 100  # of a bisection: down to neighboring floats
@@ -98,6 +99,8 @@ def strengths(interventions: Sequence[Intervention], limits: Limits) -> tuple[fl
             s = edit.strength * strength
             if edit.factors and abs(s) > limits.strength * (1 + ROUNDING):
                 return False
+            if abs(s) * edit.reach > GROWTH:
+                return False
             growth += edit.growth(s)
             length += edit.length(s)
         return growth <= math.log(GROWTH) and length * math.exp(growth) <= limits.length
@@ -114,10 +117,14 @@ class EditSize:
         read = torch.stack([s.read for s in slots]).double()
         write = torch.stack([s.write for s in slots]).double()
         # phi(t) is a*t where its clamp is constant, and (a + c)*t where it is not
-        slopes = itertools.product(*({s.a, s.a + s.c} for s in slots))
+        slopes = list(itertools.product(*({s.a, s.a + s.c} for s in slots)))
         # of each case: the edit multiplies by 1 + strength * these
         cases = [torch.tensor(case).double()[:, None] * (read @ write.T) for case in slopes]
         self.factors = [z for case in cases if case.any() for z in _eigenvalues(case)]
+        # how long what it writes may be, as a multiple of the row: more than 1 for oblique vectors
+        (_, r), (_, w) = torch.linalg.qr(read.T), torch.linalg.qr(write.T)
+        maps = [w @ torch.tensor(case).double().diag() @ r.T for case in slopes]
+        self.reach = max(float(torch.linalg.matrix_norm(m, 2)) for m in maps)
         self.added = sum(
             abs(s.b + s.c * min(max(0.0, s.low), s.high)) * float(u.norm())
             for s, u in zip(slots, write, strict=True)

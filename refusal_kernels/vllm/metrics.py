@@ -3,12 +3,13 @@
 The workers count on the device; they are asked when the metrics are read, so no step waits.
 """
 
+import logging
 from typing import Any
 
-from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.frontend import catalog_of, first_answer
 from refusal_kernels.vllm.names import MONITOR
 
+logger = logging.getLogger("vllm.refusal_kernels")  # so that vLLM's handlers print it
 PATH = "/metrics"
 NAME = "refusal_kernels:direction_share"
 ABOUT = "Component of each token along the direction, as a share of its length."
@@ -20,7 +21,6 @@ def export(app: Any) -> None:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.routing import Route
-    from vllm.v1.engine.exceptions import EngineDeadError
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
     async def scrape(request: Request) -> Response:
@@ -30,8 +30,8 @@ def export(app: Any) -> None:
             catalog = catalog_of(engine)
             counts = first_answer(catalog, await engine.collective_rpc(MONITOR))
             text += generate_latest(Snapshot(counts, catalog.settings.monitor))
-        except (EngineDeadError, InputError):
-            pass  # vLLM's own metrics are still served
+        except Exception:  # a dead engine, one that is shutting down
+            logger.debug("the monitor is not read", exc_info=True)  # vLLM's metrics are served
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     app.router.routes.insert(0, Route(PATH, scrape, include_in_schema=False))

@@ -6,6 +6,11 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.families import architecture_of
 
 SPLIT = "it splits the tokens of a batch"
+# connectors whose keys have the salt of a prefix, or that move the blocks of one request
+SALTED = (
+    *("NixlConnector", "NixlPullConnector", "NixlPushConnector", "OffloadingConnector"),
+    *("SimpleCPUOffloadConnector", "LMCacheMPConnector", "MooncakeStoreConnector"),
+)
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -50,7 +55,23 @@ def refuse_unsupported(config: Any) -> None:
     ):
         if set_:
             raise InputError(f"steering does not support {name}: {why}")
+    for name in _connectors(config.kv_transfer_config):
+        if name not in SALTED:
+            raise InputError(
+                f"steering does not support {name}: it may share the keys and values of a prefix "
+                f"between programs; expected one of {', '.join(SALTED)}"
+            )
     architecture_of(config.model_config)
+
+
+def _connectors(transfer: Any) -> list[str]:
+    """Return the names of the connectors of a ``KVTransferConfig``, also those inside another."""
+    if transfer is None or transfer.kv_connector is None:
+        return []
+    if transfer.kv_connector != "MultiConnector":
+        return [transfer.kv_connector]
+    inside = transfer.kv_connector_extra_config.get("connectors", [])
+    return [str(given.get("kv_connector")) for given in inside]
 
 
 def refuse_reading(config: Any) -> None:

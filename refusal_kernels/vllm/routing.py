@@ -40,8 +40,11 @@ class Router:
         self._written: bytes | None = None  # what of the last batch its route depends on
 
     def learn(self, req_id: str, steering: Steering | None) -> None:
-        """Take note of a request: a new one, or one that comes again under its id."""
-        self.steering[req_id] = steering
+        """Take note of a request: a new one, or one that comes again under its id.
+
+        Its first steering stays: the blocks that are cached of it are salted by that one.
+        """
+        self.steering.setdefault(req_id, steering)
         self._req_ids = None
 
     def forget(self, req_id: str) -> None:

@@ -11,7 +11,7 @@ from vllm.distributed import get_tp_group
 
 from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.ops import inductor
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import EngineSettings
@@ -147,6 +147,7 @@ class WorkerState:
         str or None
             The reason for a refusal.
         """
+        before = list(self.bank.versions)
         try:
             directions = {
                 name: Direction(torch.tensor(vector), layer=layer)
@@ -154,8 +155,9 @@ class WorkerState:
             }
             for name, given in programs.items():
                 self.bank.add(parse_program(name, given, directions))
-        except InputError as error:
-            return str(error)
+        except (InputError, torch.OutOfMemoryError) as error:
+            self.bank.keep_only(set(before))
+            return first_line(error)
         held = {s.version for s in self.router.steering.values() if s is not None}
         self.bank.keep_only({*named, *held, *self.bank.versions[-MOST_VERSIONS:]})
         return None

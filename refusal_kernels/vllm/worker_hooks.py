@@ -9,16 +9,33 @@ from typing import Any
 
 import numpy as np
 
+from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.check import check
 from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.hooks import AFTER, Hook, install
-from refusal_kernels.vllm.names import MONITOR, READING, STATE, UPDATE
+from refusal_kernels.vllm.names import (
+    KEY,
+    MONITOR,
+    READING,
+    SETTINGS,
+    STATE,
+    UPDATE,
+    VERSIONS,
+)
 from refusal_kernels.vllm.worker import WorkerState
 
 
 def start(worker: Any) -> None:
     """Put the hooks of a new worker in place."""
-    read_settings(worker.vllm_config)  # an error is raised before anything is loaded
+    settings = read_settings(worker.vllm_config)  # an error is raised before anything is loaded
+    # taken out again: vLLM's compile cache is keyed by the configuration
+    versions = worker.vllm_config.additional_config[KEY].pop(VERSIONS, settings.versions)
+    if versions != settings.versions:
+        raise InputError(
+            "the files of the programs changed while the engine started, or differ between its "
+            "machines; start it again"
+        )
+    setattr(worker, SETTINGS, settings)
     install(WORKER_HOOKS, worker)
 
 
@@ -27,7 +44,7 @@ def _follow_runner(worker: Any, *_: Any, **__: Any) -> None:
 
 
 def _attach(worker: Any, *_: Any, **__: Any) -> None:
-    state = WorkerState(worker.model_runner, read_settings(worker.vllm_config))
+    state = WorkerState(worker.model_runner, getattr(worker, SETTINGS))
     setattr(worker.model_runner, STATE, state)
     setattr(worker, UPDATE, state.update_programs)
     setattr(worker, MONITOR, state.read_monitor)

@@ -81,12 +81,23 @@ def orthogonalize(model: Any, direction: Direction, *, text_only: bool = False) 
     return Orthogonalized(list(writers.axes), untied, certificate, writers.unproved)
 
 
+def check_weights(model: Any) -> None:
+    """Refuse a model that `orthogonalize` refuses, before there is a direction."""
+    check_plain(model)
+    find_writers(model)
+
+
 def check_model(model: Any, direction: Direction) -> None:
     """Refuse a model that a direction does not fit, or whose weights are not plain numbers."""
     if direction.hidden != hidden_size(model):
         raise InputError(
             f"the direction has hidden size {direction.hidden}; the model has {hidden_size(model)}"
         )
+    check_plain(model)
+
+
+def check_plain(model: Any) -> None:
+    """Refuse a model whose weights are not plain numbers in memory."""
     if is_patched(model):
         raise InputError("the model is patched; remove the patch before its weights are edited")
     if input_embedding(model) is None:

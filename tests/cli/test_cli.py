@@ -142,6 +142,30 @@ def test_evaluate_says_what_it_can_not_measure(folder, run, tmp_path):
     assert code == 0 and "note:" not in err and "refusal tokens: 7 'I'" in text
 
 
+def test_quick_changes_defaults_alone(folder, run, tmp_path):
+    out = tmp_path / "evidence.json"
+    arguments = ("--direction", folder / "direction.safetensors", "--model", folder / "model")
+    code, _, _ = run(
+        "evaluate", *arguments, *prompts(folder), "--quick", "--strengths", "0.5,2",
+        "--max-new-tokens", 2, "--random-controls", 0, "--json", out,
+    )  # fmt: skip
+    dose = json.loads(out.read_text())["dose"]
+    assert code == 0 and {p["strength"] for points in dose.values() for p in points} == {0.5, 2}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
+              RuntimeError("DefaultCPUAllocator: not enough memory")],
+)  # fmt: skip
+def test_out_of_memory_is_one_line_and_exit_code_2(error, run, monkeypatch):
+    def app():
+        raise error
+
+    monkeypatch.setattr("refusal_kernels.cli.app", app)
+    code, _, err = run("doctor")
+    assert code == 2 and err.startswith("error: out of memory") and "--batch-size" in err
+
+
 def test_generate_answers_the_prompts_of_a_file(folder, run, tmp_path):
     out = tmp_path / "answers.json"
     arguments = ("generate", "--model", folder / "model", "--max-new-tokens", 2, "--json", out)
@@ -199,6 +223,7 @@ BAD = {
     "no intervention": (f"{GENERATE} --edit []", "an object"),
     "two ways to steer": (f"{STEERED} --edit []", "not both"),
     "a place without a direction": (f"{GENERATE} --layer 1", "need --direction"),
+    "a strength without a direction": (f"{GENERATE} --strength 0.5", "need --direction"),
     "a direction as candidates": (SELECT, "expected refusal_kernels.candidates"),
     "output folder exists": (f"{WRITE} direction.safetensors --out .", "is there already"),
     "unknown option": ("generate hi --nonsense", "No such option"),

@@ -48,6 +48,11 @@ def test_a_thought_that_the_template_opens():
     chat = ChatFormat(tokenizer)
     assert chat.opens_thought and decoded(chat, ids) == ["<think>sure tea", "<think>sure"]
     assert split_thought(decoded(chat, ids)[0]) == ("sure tea", None)
+    tokenizer.add_tokens(["<thought>", "</thought>"])  # marks that are no special tokens
+    tokenizer.chat_template = TEMPLATE.replace("answer :", "answer : <thought>")
+    ids = [tokenizer("sure </thought> tea", add_special_tokens=False)["input_ids"]]
+    (text,) = decoded(ChatFormat(tokenizer), ids)
+    assert split_thought(text) == ("sure", "tea")
     tokenizer.chat_template = TEMPLATE.replace("answer :", "answer : <think> </think>")
     assert not ChatFormat(tokenizer).opens_thought
     tokenizer.chat_template = TEMPLATE.replace("answer :", "answer : <think>")

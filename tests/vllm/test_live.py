@@ -1,5 +1,7 @@
 """Programs that change while an engine runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import HIDDEN, make
@@ -8,6 +10,8 @@ from reference import greedy, hugging_face, prompts, served
 import refusal_kernels as rk
 from refusal_kernels import InputError
 from refusal_kernels.vllm import set_programs
+from refusal_kernels.vllm.names import VERSIONS
+from refusal_kernels.vllm.worker_hooks import start
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -37,6 +41,10 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
         llm, {"n": {"add": "n", "coefficient": 3.0, "block_input": 1}, "q": None}, {"n": new}
     )
     assert says("n") == wanted["new"]
+    config = llm.llm_engine.vllm_config  # a worker that reads other files refuses to start
+    config.additional_config["refusal_kernels"][VERSIONS] = {"p": "of another file"}
+    with pytest.raises(InputError, match="files of the programs changed"):
+        start(SimpleNamespace(vllm_config=config))
     with pytest.raises(ValueError, match="no program 'q'"):
         says("q")
     assert compilation_counter.num_graphs_seen == before.num_graphs_seen

@@ -272,6 +272,19 @@ def test_the_strengths_of_other_edits(directions):
     assert parse_program("p", {"set": "r", "value": 5}, given, limits()).strengths[1] > 1
 
 
+def test_an_edit_may_not_write_far_more_than_it_reads():
+    """Erase leaves nothing along v, and writes along u as much as v, which may be long, reads."""
+    for length, largest in ((1.0, 2.0), (70.0, 100 / (1 + 70.0**2) ** 0.5), (1e6, None)):
+        u, v = torch.eye(8)[0], torch.eye(8)[0] + length * torch.eye(8)[1]
+        given = {"u": Direction(u), "v": Direction(v)}
+        if largest is None:
+            with pytest.raises(InputError, match=r"erase 'u' must be weaker, by a factor of 0\.0001"):
+                parse_program("p", {"erase": "u", "v": "v"}, given, limits())
+        else:
+            program = parse_program("p", {"erase": "u", "v": "v"}, given, limits())
+            assert program.strengths[1] == pytest.approx(largest, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [
@@ -294,6 +307,8 @@ def test_programs_that_do_not_fit_the_model_are_refused(directions, program, wor
 
 def test_requests_that_are_too_strong_are_refused(directions):
     programs = {"p": parse_program("p", {"ablate": "r"}, directions, limits())}
+    with pytest.raises(InputError, match=r"strength of program 'p' is 1000.*; expected a finite"):
+        read_steering({"steer": "p", "steer_strength": 10**400}, programs, None)
     for strength in (6, -1, 1e30):
         with pytest.raises(InputError, match=r"of program 'p' could make .* expected -0.07.* to 2"):
             read_steering({"steer": "p", "steer_strength": strength}, programs, None)

@@ -22,6 +22,7 @@ def config(monkeypatch):
             use_ubatching=False, prefill_context_parallel_size=1, use_sequence_parallel_moe=False
         ),
         speculative_config=SimpleNamespace(enable_adaptive_verification=False),
+        kv_transfer_config=None,
         model_config=SimpleNamespace(hf_config=hf_config, architecture=None),
         environment=environment,
     )
@@ -48,6 +49,27 @@ def test_others_are_refused_by_name(config, part, setting, value, words):
     setattr(getattr(config, part), setting, value)
     with pytest.raises(InputError, match=words):
         refuse_unsupported(config)
+
+
+@pytest.mark.parametrize(
+    ("connector", "inside", "refused"),
+    [
+        ("NixlConnector", [], None),
+        ("HF3FSKVConnector", [], "HF3FSKVConnector"),
+        ("MultiConnector", ["NixlConnector", "OffloadingConnector"], None),
+        ("MultiConnector", ["NixlConnector", "ExampleConnector"], "ExampleConnector"),
+    ],
+)
+def test_a_connector_that_may_share_prefixes_is_refused(config, connector, inside, refused):
+    extra = {"connectors": [{"kv_connector": name} for name in inside]}
+    config.kv_transfer_config = SimpleNamespace(
+        kv_connector=connector, kv_connector_extra_config=extra
+    )
+    if refused is None:
+        refuse_unsupported(config)
+    else:
+        with pytest.raises(InputError, match=f"does not support {refused}: it may share"):
+            refuse_unsupported(config)
 
 
 def test_an_architecture_on_no_list_is_refused_before_it_is_loaded(config):

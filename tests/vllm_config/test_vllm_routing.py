@@ -88,6 +88,18 @@ def test_a_token_is_steered_where_its_position_is_in_the_window(made, drafts):
     assert steered > 100
 
 
+def test_a_request_that_comes_in_parts_keeps_its_first_steering(made):
+    """What is cached of it is salted by the first."""
+    router = Router(made, drafts=False)
+    for version in made.versions:
+        router.learn("a", Steering(version, 1.0))
+    rows, _ = route(router, [("a", 2)], {"a": 0})
+    assert rows[:2] == [*made.rows_of([Steering(made.versions[0], 1.0)])] * 2
+    router.forget("a")
+    router.learn("a", None)
+    assert route(router, [("a", 2)], {"a": 0})[0][:2] == [-1, -1]
+
+
 def test_a_batch_that_repeats_is_not_written_again(made, monkeypatch):
     router = Router(made, drafts=False)
     a = made.versions[0]

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refusal_kernels import InputError
+from refusal_kernels import Direction, InputError
 from refusal_kernels.vllm.config import parse_settings
 from refusal_kernels.vllm.frontend import Catalog
 from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
 from refusal_kernels.vllm.limits import Limits
+from refusal_kernels.vllm.programs import NamedProgram
+from refusal_kernels.vllm.spans import Span
 
 LIMITS = Limits(8, 30, torch.bfloat16, 2.0)
 
@@ -47,6 +49,11 @@ def test_requests_of_the_server_that_would_be_unsteered_are_refused():
     ):
         with pytest.raises(InputError, match=words):
             check_request(bad)
+    prompt = NamedProgram((), "v", span=Span("prompt"))
+    check_request(request(), prompt)
+    check_request(request(beam=True), NamedProgram((), "v"))
+    with pytest.raises(InputError, match="not steered by a default program with positions"):
+        check_request(request(beam=True), prompt)
 
 
 # --- settings in a file, and their reload
@@ -154,6 +161,21 @@ def test_reloads_are_refused(files, changes, words):
     files({**FILE, **changes})
     with pytest.raises(InputError, match=words):
         catalog.plan_reload()
+
+
+def test_a_reload_does_not_change_the_direction_that_is_watched(files, tmp_path):
+    settings = {**FILE, "monitor": {"direction": "r", "block_input": 1}}
+    catalog = Catalog(parse_settings({"file": files(settings)}, LIMITS), 1)
+    catalog.plan_reload()
+    Direction(torch.randn(8)).save(tmp_path / "r")
+    with pytest.raises(InputError, match="direction 'r' is watched; it can not change"):
+        catalog.plan_reload()
+
+
+def test_programs_are_not_without_number(files):
+    catalog = Catalog(parse_settings({"file": files(FILE)}, LIMITS), 1)
+    with pytest.raises(InputError, match="more than 1024 programs"):
+        catalog.plan({f"p{k}": {"ablate": "r"} for k in range(1024)}, {})
 
 
 def test_a_reload_needs_a_file_and_one_server(files):

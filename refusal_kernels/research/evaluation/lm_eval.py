@@ -151,9 +151,9 @@ def run_tasks(
                     bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
                     torch_random_seed=seed, fewshot_random_seed=seed,
                 )  # fmt: skip
-        except (OSError, ConnectionError) as error:  # data that cannot be downloaded
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"the tasks' data cannot be loaded: {reason}") from None
+        except Exception as error:  # of the harness, of data that cannot be loaded
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error
         finally:
             lm.close()
             logger.setLevel(level)

@@ -81,7 +81,7 @@ def team(model: Any) -> Iterator[Team]:
 
     All processes of a tensor-parallel model run every batch together; each is then a team of one.
     """
-    if not dist.is_available() or not dist.is_initialized() or _spread(model):
+    if not dist.is_available() or not dist.is_initialized() or is_spread(model):
         yield Team()
         return
     # The states travel through main memory, whatever the processes use otherwise.
@@ -120,7 +120,7 @@ def joined(timeout_s: float = TIMEOUT_S, *, one_model: bool = False) -> Iterator
             dist.destroy_process_group()
 
 
-def _spread(model: Any) -> bool:
+def is_spread(model: Any) -> bool:
     """Whether the processes hold parts of one model."""
     return (getattr(model, "tp_size", None) or 1) > 1 or any(
         isinstance(p, DTensor) for p in model.parameters()

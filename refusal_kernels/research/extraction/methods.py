@@ -217,10 +217,13 @@ def _activations(
     for batch in batches:
         if int(batch.attention_mask[:, -positions:].sum()) < len(batch.rows) * positions:
             raise InputError(f"a prompt is shorter than the {positions} positions that are read")
-        inputs: dict[int, Tensor] = {}
-        read_inputs(model, batch, layers - 1, inputs.__setitem__, prefix)
-        read = [last_tokens(model, stream, positions).cpu() for stream in inputs.values()]
-        last = torch.stack(read, dim=1)
+        read: dict[int, Tensor] = {}
+
+        def keep(layer: int, stream: Tensor, read: dict[int, Tensor] = read) -> None:
+            read[layer] = last_tokens(model, stream, positions).clone()
+
+        read_inputs(model, batch, layers - 1, keep, prefix)
+        last = torch.stack([tokens.cpu() for tokens in read.values()], dim=1)
         if kept is None:
             kept = last.new_empty(len(prompts), *last.shape[1:])
         kept[batch.rows] = last

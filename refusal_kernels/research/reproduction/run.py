@@ -30,6 +30,7 @@ from refusal_kernels.research.evaluation.evidence import (
 from refusal_kernels.research.evaluation.outcomes import measure_outcomes
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.extraction.collect import mean_difference
+from refusal_kernels.research.extraction.distributed import is_spread
 from refusal_kernels.research.prompts import filtered
 from refusal_kernels.research.reproduction.paper import BENCHMARKS, ProtocolInputs
 from refusal_kernels.research.reproduction.rows import Measured
@@ -80,6 +81,8 @@ class _Protocol:
         runs = [model.about, str(model.dtype)] if served else str(next(model.parameters()).dtype)
         options = [chat.system, chat.thinking, chat.answer_prefix, chat.date, runs]
         self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
+        # processes that share a model hold different parts of it, so no state fits all of them
+        self.part = None if not served and is_spread(model) else self.cache.part
         self.edited = False
 
     def run(self) -> Reproduction:
@@ -162,7 +165,7 @@ class _Protocol:
             nonlocal kept
             kept = mean_difference(
                 self.model, self.chat, train["harmful"], train["harmless"],
-                batch_size=self.size, model_name=self.inputs.name, checkpoint=self.cache.part,
+                batch_size=self.size, model_name=self.inputs.name, checkpoint=self.part,
                 progress=self.announce("Extract: mean differences"),
             )  # fmt: skip
             kept.save(file)
@@ -183,7 +186,7 @@ class _Protocol:
         return select(
             self.model, self.chat, candidates,
             used["validation"]["harmful"], used["validation"]["harmless"],
-            refusal_tokens=used["refusal_tokens"], batch_size=self.size, checkpoint=self.cache.part,
+            refusal_tokens=used["refusal_tokens"], batch_size=self.size, checkpoint=self.part,
             progress=self.announce("Select: three scores"), **thresholds,
         ).to_dict()  # fmt: skip
 

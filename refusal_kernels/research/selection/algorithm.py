@@ -199,10 +199,12 @@ def select(
         )
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
-    if not 0.0 <= prune_last <= 1.0 or math.isnan(kl_threshold) or math.isnan(induce_threshold):
+    finite = math.isfinite(kl_threshold) and math.isfinite(induce_threshold)
+    if not 0.0 <= prune_last <= 1.0 or not finite:
         raise InputError(
             f"the thresholds are kl {kl_threshold}, induce {induce_threshold}, prune_last "
-            f"{prune_last}; expected numbers, and for prune_last a share from 0 to 1"
+            f"{prune_last}; expected finite numbers, such as 1e9 for none, and for prune_last a "
+            "share from 0 to 1"
         )
     chat = ChatFormat.of(tokenizer)
     given = given_tokens(model, chat, refusal_tokens)

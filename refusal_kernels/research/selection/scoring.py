@@ -18,6 +18,7 @@ MIN_PROBABILITY = 0.05  # of a refusal token, mean over the harmful prompts
 MIN_ODDS_RATIO = 10.0  # of refusal tokens, harmful prompts over harmless ones
 MIN_ODDS_RATIO_EACH = 3.0  # of each, where only all of them together reach the former
 SAME = 0.9  # above this probability on both sets, the answers begin alike
+ROWS = 256  # that are in float64 at once: a vocabulary is large
 AUTO, PAPER = "auto", "paper"
 TokenSpec = Sequence[int | str] | str | None
 """Refusal tokens: ids, or texts whose first tokens are meant; `AUTO` or None, or `PAPER`."""
@@ -31,7 +32,9 @@ def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """
     check_tokens(tokens, logits.shape[-1])
     chosen = torch.tensor(sorted(set(tokens)), device=logits.device)
-    p = logits.double().softmax(dim=-1)[..., chosen].sum(dim=-1)
+    rows = logits.reshape(-1, logits.shape[-1]).split(ROWS)
+    p = torch.cat([part.double().softmax(dim=-1)[:, chosen].sum(dim=-1) for part in rows])
+    p = p.reshape(logits.shape[:-1])
     return torch.log(p + SCORE_EPS) - torch.log(1 - p + SCORE_EPS)
 
 
@@ -75,7 +78,7 @@ def find_refusal_tokens(
 
 def distinctive_tokens(harmful: Tensor, harmless: Tensor, chat: ChatFormat) -> list[int]:
     """`find_refusal_tokens`, from logits [prompts, vocabulary]."""
-    p, q = (logits.double().softmax(dim=-1).mean(dim=0) for logits in (harmful, harmless))
+    p, q = _mean_probability(harmful), _mean_probability(harmless)
     odds_ratio = _odds_ratio(p, q)
     frequent = p >= MIN_PROBABILITY
     chosen = frequent & (odds_ratio >= MIN_ODDS_RATIO)
@@ -97,6 +100,13 @@ def distinctive_tokens(harmful: Tensor, harmless: Tensor, chat: ChatFormat) -> l
     if float(torch.minimum(p, q).max()) > SAME:
         message += ", or read what comes after it with --answer-prefix"
     raise InputError(message)
+
+
+def _mean_probability(logits: Tensor) -> Tensor:
+    total = torch.zeros(logits.shape[-1], dtype=torch.float64)
+    for part in logits.split(ROWS):
+        total += part.double().softmax(dim=-1).sum(dim=0)
+    return total / len(logits)
 
 
 def _odds_ratio(p: Tensor, q: Tensor) -> Tensor:

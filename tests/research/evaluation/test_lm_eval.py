@@ -203,6 +203,26 @@ def test_evaluate_puts_it_into_json_and_page(world, tmp_path, capsys) -> None:
     assert "rk_both acc" in shown and "Necessity (intervals apart)" in shown
 
 
+def test_what_was_measured_is_written_where_the_harness_fails(
+    world, tmp_path, capsys, monkeypatch
+) -> None:
+    *_, folder = world
+
+    def fail(**_):
+        raise ValueError("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fail)
+    out = tmp_path / "all.json"
+    arguments = (
+        f"evaluate --direction {folder / 'direction.safetensors'} --max-prompts 2 --strengths= "
+        f"--random-controls 0 --layer-controls 0 --max-new-tokens 4 --lm-eval rk_both "
+        f"--lm-eval-include {folder} --json {out}"
+    )
+    assert run_command(*arguments.split()) == 2
+    assert "lm-eval cannot run rk_both: ValueError: Dataset scripts" in capsys.readouterr().err
+    assert "ablated" in json.loads(out.read_text())["conditions"]
+
+
 @pytest.mark.full
 def test_its_command_line_knows_the_model_type(world, tmp_path) -> None:
     _, _, _, folder = world

@@ -227,6 +227,8 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
             ({"refusal_tokens": ["zzz"]}, "'zzz' is none of this tokenizer's"),
             ({"prune_last": 1.5}, "prune_last 1.5; expected"),
             ({"kl_threshold": math.nan}, "kl nan"),
+            ({"kl_threshold": math.inf}, "kl inf, .*finite numbers, such as 1e9"),
+            ({"induce_threshold": -math.inf}, "induce -inf"),
             ({"refusal_tokens": "paper"}, "for 'qwen3' with a vocabulary of 47"),
             ({"batch_size": 0}, "batch size is 0"),
         ):
