@@ -39,7 +39,11 @@ def read_file(path: Path, column: str | None = None) -> list[str]:
             prompts = [check_prompt(line, where) for line, where in _lines(text, path)]
         else:
             records = _json_lines(text, path) if suffix == ".jsonl" else _json(text, path)
-            prompts = [_prompt_of(record, where, column) for record, where in records]
+            prompts = [
+                _prompt_of(record, where, column)
+                for record, where in records
+                if not (isinstance(record, dict) and record.get(find_input(record, column)))
+            ]
     if not prompts:
         raise InputError(f"{path} holds no prompt; expected one at least")
     return prompts
@@ -50,6 +54,18 @@ def find_field(names: Iterable[str], column: str | None = None) -> str | None:
     by_lower_case = {name.lower(): name for name in reversed(list(names))}
     wanted = FIELDS if column is None else (column.lower(),)
     return next((by_lower_case[field] for field in wanted if field in by_lower_case), None)
+
+
+def find_input(names: Iterable[str], column: str | None = None) -> str | None:
+    """Return the field with what an instruction is about, as in Alpaca's files; None without one.
+
+    Rows that have something there are left out, as the paper does: the instruction alone asks for
+    something that is not there. A named column is taken as it is.
+    """
+    names = list(names)
+    if column is not None or str(find_field(names)).lower() != "instruction":
+        return None
+    return next((name for name in names if name.lower() == "input"), None)
 
 
 def check_prompt(prompt: Any, where: str) -> str:
@@ -112,10 +128,12 @@ def _from_csv(text: str, path: Path, column: str | None) -> list[str]:
     try:
         header = [name.strip() for name in next(rows, [])]
         place = header.index(_column(header, column, path))
+        about = find_input(header, column)
+        more = len(header) if about is None else header.index(about)
         return [
             check_prompt(row[place] if place < len(row) else "", f"{path}, line {rows.line_num}")
             for row in rows
-            if any(row)
+            if any(row) and not any(row[more : more + 1])
         ]
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}, is no CSV: {error}") from None
@@ -134,12 +152,18 @@ def _from_parquet(path: Path, column: str | None) -> list[str]:
         name = _column(file.schema_arrow.names, column, path)
         if file.metadata.num_rows > MOST_LINES:
             raise InputError(f"{path} is too large; expected at most {MOST_LINES} rows")
-        values = file.read([name]).column(name).to_pylist()
+        about = find_input(file.schema_arrow.names, column) or name
+        table = file.read([name, about])
+        values, inputs = table.column(name).to_pylist(), table.column(about).to_pylist()
     except InputError:
         raise
     except Exception as error:  # whatever a damaged file can bring
         raise InputError(f"{path} is no Parquet file: {first_line(error)}") from None
-    return [check_prompt(value, f"{path}, row {i}") for i, value in enumerate(values)]
+    return [
+        check_prompt(value, f"{path}, row {i}")
+        for i, (value, more) in enumerate(zip(values, inputs, strict=True))
+        if about == name or not more
+    ]
 
 
 def _column(names: list[str], column: str | None, path: Path) -> str:

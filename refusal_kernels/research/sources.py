@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from refusal_kernels.errors import InputError, first_line
-from refusal_kernels.research.prompt_files import SUFFIXES, check_prompt, find_field, read_file
+from refusal_kernels.research.prompt_files import (
+    SUFFIXES,
+    check_prompt,
+    find_field,
+    find_input,
+    read_file,
+)
 
 # Arditi et al. 2024, appendix A: prompts per class
 SIZES: Mapping[str, int] = {"train": 128, "validation": 32, "test": 100}
@@ -108,6 +114,9 @@ def read_dataset(dataset: Dataset) -> list[str]:
     """Read the prompts of a dataset with the datasets library, from the hub or a local folder."""
     table, name = _loaded(dataset)
     column = dataset.column or find_field(table.column_names)
+    about = find_input(table.column_names, dataset.column)
+    if about is not None and dataset.where is None:
+        dataset = replace(dataset, where={about: ""})
     prompts = [
         check_prompt(prompt, f"the dataset {name}, row {i}")
         for i, (prompt,) in _rows(table, dataset, name, [column])

@@ -136,6 +136,21 @@ def test_dataset_names(hub: Any, spec: str, asked: tuple[Any, ...], column: str)
     assert calls == [asked]
 
 
+def test_instructions_about_an_input_are_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {"instruction": ["one", "two", "three"], "input": ["", "a long text", None]}
+    table = datasets.Dataset.from_dict(rows)
+    for kind in ("csv", "json", "parquet"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        getattr(table, f"to_{kind}")(folder / f"test.{kind}")
+        kept = ["one", "three"]
+        assert read_prompts(folder / f"test.{kind}") == kept
+        assert read_prompts(f"hf:{folder}@test") == kept
+        named = read_prompts(folder / f"test.{kind}", column="instruction")
+        assert named == ["one", "two", "three"]
+
+
 def test_local_folders_are_read_by_the_library(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     table = datasets.Dataset.from_dict({"Goal": ["one", "two"], "label": ["a", "b"]})
