@@ -351,7 +351,7 @@ def test_the_commands_take_the_engine(alone, tmp_path):
     (["--engine", "vllm", "--adapter", "x"], "--adapter is not for --engine vllm"),
     (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not for --engine transformers"),
     (["--engine", "vllm", "--engine-args", "[1]"], "expected a JSON object"),
-    (["--engine", "vllm", "--method", "pca"], "keeps the activations"),
+    (["--engine", "vllm", "--method", "pca"], "keeps activations"),
     (["--engine", "sglang"], "expected one of transformers, vllm"),
 ], ids=lambda value: None)  # fmt: skip
 def test_what_the_engine_does_not_take_is_refused(options, message, tmp_path):
