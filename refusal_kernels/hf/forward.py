@@ -111,15 +111,13 @@ def batch_logits(model: Any, batches: Iterable[Batch], prefix: Prefix | None = N
 
     Float32 [prompts, vocabulary] on the CPU.
     """
-    logits: list[Tensor] = []  # by prompt: joined once, as a vocabulary is large
+    logits: dict[int, Tensor] = {}  # by prompt: joined once, as a vocabulary is large
     for batch in batches:
         check_tokens(model, int(batch.input_ids.max()), batch.input_ids.shape[1])
         read = next_token_logits(model, batch, prefix).to("cpu", torch.float32)
         check_numbers(read, batch.rows)
-        logits += [read[:0]] * (1 + max(batch.rows) - len(logits))
-        for row, of_row in zip(batch.rows, read, strict=True):
-            logits[row] = of_row
-    return torch.stack(logits)
+        logits.update(zip(batch.rows, read, strict=True))
+    return torch.stack([logits[row] for row in sorted(logits)])
 
 
 @torch.inference_mode()
