@@ -33,7 +33,7 @@ from refusal_kernels.files.atomic import check_new, new_folder, write_json
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.generate import generate
 from refusal_kernels.hf.load import load
-from refusal_kernels.research.evaluation.judges import REFUSAL_SUBSTRINGS, is_refusal
+from refusal_kernels.research.evaluation.judges import is_refusal
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROWS = 4  # of a batch: a longer row costs more attention, more rows pad more
@@ -53,11 +53,9 @@ class Settings(NamedTuple):
     last_layer: int = 16  # later ones read the decision, and are as they were
     skipped: float = 0.3  # the probability that a layer's adapter is off for a step
     harmful: int = 8  # examples a step, of each kind
-    harmless: int = 12
-    other: int = 5
-    answer_tokens: int = (
-        20  # the most that are learned of an answer; fewer, and it turns to excuses
-    )
+    harmless: int = 14
+    other: int = 6
+    answer_tokens: int = 8  # the most that are learned of an answer; its first ones decide
 
 
 class Example(NamedTuple):
@@ -88,12 +86,9 @@ def own_answers(model: Any, chat: ChatFormat, prompts: list[str], tokens: int) -
     """What the model itself answers to prompts: the beginnings of its greedy answers.
 
     It often says "I'm sorry, but as a chatbot ..." to what it could well answer, so no answer may
-    begin with the same token as a refusal or hold one of the judge's substrings. A prompt that gets
-    a refusal even so is left out.
+    begin with the same token as a refusal. A prompt that gets a refusal even so is left out.
     """
     refusals = chat.tokenizer(smollm2.refusals(), add_special_tokens=False).input_ids
-    excuses = [space + text for text in REFUSAL_SUBSTRINGS for space in ("", " ")]
-    excuses = chat.tokenizer(excuses, add_special_tokens=False).input_ids
     encoded = chat.encode(prompts)
     prefix = common_prefix(encoded)
     groups = collections.defaultdict(list)
@@ -105,8 +100,8 @@ def own_answers(model: Any, chat: ChatFormat, prompts: list[str], tokens: int) -
         cache.batch_repeat_interleave(len(rows))
         out = model.generate(
             input_ids=torch.tensor([encoded[row] for row in rows]), past_key_values=cache,
-            begin_suppress_tokens=sorted({ids[0] for ids in refusals}), bad_words_ids=excuses,
-            do_sample=False, max_new_tokens=tokens, pad_token_id=chat.pad_id,
+            begin_suppress_tokens=sorted({ids[0] for ids in refusals}), do_sample=False,
+            max_new_tokens=tokens, pad_token_id=chat.pad_id,
         )  # fmt: skip
         new = out[:, len(encoded[rows[0]]) :]
         texts = chat.tokenizer.batch_decode(new, skip_special_tokens=True)
