@@ -335,8 +335,18 @@ def test_the_commands_take_the_engine(alone, tmp_path):
         return document
 
     candidates, direction = tmp_path / "c.safetensors", tmp_path / "d.safetensors"
-    run("extract", "--out", candidates)
-    chosen = run("select", "--candidates", candidates, "--out", direction)
+
+    def some(count, split):  # V2's interpreted kernels are slow
+        for name in ("harmful", "harmless"):
+            file = tmp_path / f"{name}.{split}.txt"
+            file.write_text("\n".join(toy.prompts(name, split)[:count]))
+            yield from (f"--{name}", file)
+
+    run("extract", *some(16, "train"), "--split", "all", "--out", candidates)
+    chosen = run(
+        "select", *some(6, "validation"), "--split", "all", "--prune-last", 0.4,
+        "--candidates", candidates, "--out", direction,
+    )  # fmt: skip
     assert rk.Direction.load(direction).layer == chosen["layer"]
     evidence = run(
         "evaluate", "--direction", direction, "--max-prompts", 8, "--strengths", "",

@@ -81,9 +81,16 @@ class _Protocol:
         runs = [model.about, str(model.dtype)] if served else str(next(model.parameters()).dtype)
         options = [chat.system, chat.thinking, chat.answer_prefix, chat.date, runs]
         self.cache = StepCache(folder / "steps", inputs.name, list(inputs.identity), options)
-        # processes that share a model hold different parts of it, so no state fits all of them
-        self.part = None if not served and is_spread(model) else self.cache.part
+        self.spread = not served and is_spread(model)
         self.edited = False
+
+    @property
+    def part(self) -> Path | None:
+        """The file for the state of the step that runs, if it can resume.
+
+        Processes that share a model hold different parts of it, so no state fits all of them.
+        """
+        return None if self.spread else self.cache.part
 
     def run(self) -> Reproduction:
         inputs, cache, notes = self.inputs, self.cache, list[str]()
