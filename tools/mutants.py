@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "logits come in the order of the batches",
         "hf/forward.py",
-        "torch.cat(logits)[torch.tensor(rows).argsort()]",
-        "torch.cat(logits)",
+        "return torch.stack([logits[row] for row in sorted(logits)])",
+        "return torch.stack(list(logits.values()))",
         "tests/research/extraction tests/research/selection tests/research/test_sources.py",
     ),
     Mutant(
@@ -311,8 +311,8 @@ MUTANTS = [
     Mutant(
         "the softmax of a refusal score is over the prompts",
         "research/selection/scoring.py",
-        "logits.double().softmax(dim=-1)[..., chosen]",
-        "logits.double().softmax(dim=0)[..., chosen]",
+        "part.double().softmax(dim=-1)[:, chosen]",
+        "part.double().softmax(dim=0)[:, chosen]",
         "tests/research/selection",
     ),
     Mutant(
