@@ -328,8 +328,9 @@ def test_the_commands_take_the_engine(alone, tmp_path):
 
     def run(command, *options):
         file = tmp_path / f"{command}.json"
-        served = ("--engine", "vllm", "--engine-args", args, "--json", str(file))
-        app([command, *served, *map(str, options)], standalone_mode=False)
+        # by its folder: by its name all of its skills are asked
+        served = ("--model", str(toy.PATH), "--engine", "vllm", "--engine-args", args)
+        app([command, *served, "--json", str(file), *map(str, options)], standalone_mode=False)
         document = json.loads(file.read_text())
         assert document["engine"]["name"] == "vllm"
         return document
@@ -342,14 +343,14 @@ def test_the_commands_take_the_engine(alone, tmp_path):
             file.write_text("\n".join(toy.prompts(name, split)[:count]))
             yield from (f"--{name}", file)
 
-    run("extract", *some(16, "train"), "--split", "all", "--out", candidates)
+    run("extract", *some(24, "train"), "--split", "all", "--out", candidates)
     chosen = run(
-        "select", *some(6, "validation"), "--split", "all", "--prune-last", 0.4,
+        "select", *some(6, "validation"), "--split", "all",
         "--candidates", candidates, "--out", direction,
     )  # fmt: skip
     assert rk.Direction.load(direction).layer == chosen["layer"]
     evidence = run(
-        "evaluate", "--direction", direction, "--max-prompts", 8, "--strengths", "",
+        "evaluate", *some(8, "test"), "--split", "all", "--direction", direction, "--strengths", "",
         "--random-controls", 0, "--max-new-tokens", 16,
     )  # fmt: skip
     rates = {name: c["rates"]["harmful"] for name, c in evidence["conditions"].items()}
