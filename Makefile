@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Python compiles the modules that it imports and keeps them; pip would compile all of them. Where
-# nothing may be kept, every process compiles PyTorch and transformers anew: ten seconds each.
+# nothing may be kept, every process compiles PyTorch and transformers anew, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := $(shell find csrc -type f)
