@@ -37,6 +37,7 @@ NOT_FINITE = "not finite"
 # At the first layer the template's tokens have the same embedding whatever the instruction: the
 # difference is zero, or rounding, and rounding must not be scaled up to a unit vector.
 ZERO = 1e-6
+NO_THRESHOLD = 1e9  # stands for an infinite threshold, which JSON can not hold
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,9 @@ def select(
         `find_refusal_tokens` finds them; "paper": the paper's tokens for the model's family
         (`paper_refusal_tokens`).
     kl_threshold
-        Discard a candidate with a larger KL.
+        Discard a candidate with a larger KL, nats; inf for none.
     induce_threshold
-        Discard a candidate with a lower induce score.
+        Discard a candidate with a lower induce score, nats; -inf for none.
     prune_last
         Discard this share of the layers, counted from the last, without measuring them.
     closest
@@ -186,7 +187,7 @@ def select(
     Raises
     ------
     InputError
-        If the candidates do not fit the model, a threshold is none, there are no refusal tokens, or
+        If the candidates do not fit the model, a threshold is NaN, there are no refusal tokens, or
         the checkpoint is of another run.
     """
     layers, hidden = layer_count(model), hidden_size(model)
@@ -199,13 +200,15 @@ def select(
         )
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
-    finite = math.isfinite(kl_threshold) and math.isfinite(induce_threshold)
-    if not 0.0 <= prune_last <= 1.0 or not finite:
+    numbers = not (math.isnan(kl_threshold) or math.isnan(induce_threshold))
+    if not 0.0 <= prune_last <= 1.0 or not numbers:
         raise InputError(
             f"the thresholds are kl {kl_threshold}, induce {induce_threshold}, prune_last "
-            f"{prune_last}; expected finite numbers, such as 1e9 for none, and for prune_last a "
-            "share from 0 to 1"
+            f"{prune_last}; expected numbers, and for prune_last a share from 0 to 1"
         )
+    kl_threshold, induce_threshold = (
+        min(max(value, -NO_THRESHOLD), NO_THRESHOLD) for value in (kl_threshold, induce_threshold)
+    )
     chat = ChatFormat.of(tokenizer)
     given = given_tokens(model, chat, refusal_tokens)
     ids = chat.encode(harmful), chat.encode(harmless)

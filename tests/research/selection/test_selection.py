@@ -107,9 +107,9 @@ def test_the_model_is_unmodified_afterwards_and_the_result_is_json(
     model: Any, candidates: torch.Tensor
 ) -> None:
     before = last(model, HARMFUL)
-    selection = run(model, candidates)
+    selection = run(model, candidates, kl_threshold=math.inf, induce_threshold=-math.inf)
     assert torch.equal(last(model, HARMFUL), before)
-    found = json.loads(json.dumps(selection.to_dict()))
+    found = json.loads(json.dumps(selection.to_dict(), allow_nan=False))
     assert found["layer"] == selection.layer and found["refusal_tokens"] == TOKENS
     assert found["candidates"][0] == {
         "position": -4, "layer": 0, "bypass": None, "induce": None, "kl": None, "discarded": "zero",
@@ -227,8 +227,7 @@ def test_bad_input_is_refused_before_any_pass(model: Any, candidates: torch.Tens
             ({"refusal_tokens": ["zzz"]}, "'zzz' is none of this tokenizer's"),
             ({"prune_last": 1.5}, "prune_last 1.5; expected"),
             ({"kl_threshold": math.nan}, "kl nan"),
-            ({"kl_threshold": math.inf}, "kl inf, .*finite numbers, such as 1e9"),
-            ({"induce_threshold": -math.inf}, "induce -inf"),
+            ({"induce_threshold": math.nan}, "induce nan"),
             ({"refusal_tokens": "paper"}, "for 'qwen3' with a vocabulary of 47"),
             ({"batch_size": 0}, "batch size is 0"),
         ):
