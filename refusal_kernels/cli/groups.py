@@ -89,6 +89,13 @@ started: list[Any] = []
 """The engines that run; `EngineOptions.running` stops them."""
 # what vLLM does itself, or not at all
 NOT_WITH_ENGINE = ("device", "load_in", "tensor_parallel", "attn", "adapter")
+# what a command gives the engine itself
+TAKEN_BY_OPTIONS = {
+    "model": "it as --model",
+    "tensor_parallel_size": "it as --tensor-parallel-size",
+    "pipeline_parallel_size": "it as --pipeline-parallel-size",
+    "positions": "none: the command says how many it reads",
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,9 @@ class EngineOptions(LoadingOptions):
         given = parse_json(self.engine_args, "--engine-args")
         if not isinstance(given, dict):
             raise InputError(f"--engine-args is {self.engine_args}; expected a JSON object")
+        if taken := sorted({*given} & {*TAKEN_BY_OPTIONS}):
+            option = TAKEN_BY_OPTIONS[taken[0]]
+            raise InputError(f"--engine-args has {taken[0]!r}; expected {option}")
         return given
 
     @contextmanager

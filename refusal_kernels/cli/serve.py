@@ -18,6 +18,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import parse_json
 
 KEY = "refusal_kernels"
+SETTINGS = "--additional-config"
 WORDS = ("sites", "positions")  # fields of an intervention that hold a word, not a direction
 SEVERAL = "+"  # between the parts of a list in a program: layers=10+11
 
@@ -67,8 +68,9 @@ def serve(
     if model.startswith("-"):
         raise InputError(f"the model is '{model}'; expected the model before all options")
     arguments = vllm_arguments or []
-    if any(word.partition("=")[0] == "--additional-config" for word in arguments):
-        raise InputError("--additional-config is what this command writes; use --programs FILE")
+    if any(map(_is_settings, arguments)):
+        raise InputError(f"{SETTINGS} is what this command writes; use --programs FILE")
+    from refusal_kernels.vllm.names import VERSIONS
     from refusal_kernels.vllm.settings_file import read_settings_file
 
     written = {} if programs is None else read_settings_file(programs)
@@ -82,10 +84,12 @@ def serve(
 
     from refusal_kernels.vllm.config import parse_settings
 
-    parse_settings(given)  # what is wrong is said at once, and not by vLLM
+    settings = parse_settings(given)  # what is wrong is said at once, and not by vLLM
     finish(None, json_file, {KEY: given})
     sys.stdout.flush()
-    command = [*_vllm(model), "--additional-config", json.dumps({KEY: given}), *arguments]
+    # with the versions, as each process of vLLM reads the files itself
+    additional = {KEY: {**given, VERSIONS: settings.versions}}
+    command = [*_vllm(model), SETTINGS, json.dumps(additional), *arguments]
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins(os.environ))
     if programs is not None:  # the server takes SIGHUP as a reload once it can; it never ends it
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -94,6 +98,15 @@ def serve(
 
 # vLLM's options pass through
 serve.context_settings = {"ignore_unknown_options": True}  # type: ignore[attr-defined]
+
+
+def _is_settings(word: str) -> bool:
+    """Whether vLLM would take this for its option for settings, of which the last one counts.
+
+    It takes ``--additional_config``, ``--additional-config.KEY`` and beginnings of the name, too.
+    """
+    name = word.partition("=")[0].partition(".")[0].replace("_", "-")
+    return len(name) > len("--a") and SETTINGS.startswith(name)
 
 
 def _named(

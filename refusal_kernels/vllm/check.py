@@ -59,7 +59,7 @@ def check(runner: Any, state: WorkerState) -> None:
         if not faults and any(_compiled(model)):
             faults = _compiled_faults(runner, state.bank, r)
     if faults:
-        raise InputError(f"{type(model).__name__} can't be steered: {'; '.join(faults[:4])}")
+        raise InputError(f"{type(model).__name__} cannot be steered: {'; '.join(faults[:4])}")
     logger.info(
         "refusal_kernels: all %d places called, each once; |h.r| / |h| at most %.2g",
         *(len(watch.calls), max(watch.left.values())),

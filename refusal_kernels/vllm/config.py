@@ -88,11 +88,17 @@ def read_settings(vllm_config: Any) -> EngineSettings:
     Raises
     ------
     InputError
-        If they are not as described in docs/serving.md, or the engine can't be steered.
+        If they are not as described in docs/serving.md, the engine cannot be steered, or the
+        programs are not those that another process of the engine has read.
     """
     refuse_unsupported(vllm_config)
-    limits = Limits.of(vllm_config.model_config)
-    settings = parse_settings(vllm_config.additional_config[KEY], limits)
+    limits, given = Limits.of(vllm_config.model_config), vllm_config.additional_config[KEY]
+    settings = parse_settings(given, limits)
+    if given.get(VERSIONS, settings.versions) != settings.versions:
+        raise InputError(
+            "the files of the programs changed while the engine started, or differ between its "
+            "machines; start it again"
+        )
     if settings.monitor is not None and vllm_config.parallel_config.data_parallel_size > 1:
         raise InputError("monitor does not support data parallelism: vLLM asks one rank alone")
     if settings.reads is not None:
@@ -130,7 +136,7 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
     fuse_norms = given.get("fuse_norms", True)
     if not isinstance(fuse_norms, bool):
         raise InputError(f"fuse_norms is {fuse_norms!r}; expected true or false")
-    monitor, reads = _monitor(given, directions), given.get("reads")
+    monitor, reads = _monitor(given, directions, limits), given.get("reads")
     if reads is not None and (type(reads) is not int or reads < 0):
         raise InputError(f"reads is {reads!r}; expected null or a number of tokens")
     return EngineSettings(
@@ -140,7 +146,9 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
     )
 
 
-def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | None:
+def _monitor(
+    given: dict[str, Any], directions: dict[str, Any], limits: Limits | None
+) -> Monitor | None:
     monitor = given.get("monitor")
     if monitor is None:
         return None
@@ -153,4 +161,11 @@ def _monitor(given: dict[str, Any], directions: dict[str, Any]) -> Monitor | Non
         raise InputError(f"monitor: there is no direction {direction!r}")
     if isinstance(block, bool) or not isinstance(block, int) or block < 0:
         raise InputError(f"monitor: block_input is {block!r}; expected the number of a block")
+    if limits is not None and directions[direction].hidden != limits.hidden:
+        raise InputError(
+            f"monitor: direction {direction!r} has hidden size {directions[direction].hidden}; "
+            f"the model has {limits.hidden}"
+        )
+    if limits is not None and block >= limits.blocks:
+        raise InputError(f"monitor: block_input is {block}; the model has {limits.blocks} blocks")
     return Monitor(direction, block)

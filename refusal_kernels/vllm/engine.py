@@ -19,7 +19,7 @@ from refusal_kernels.hf.model import hidden_size
 from refusal_kernels.hf.served import MomentState, Prompts, ServedModel
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.progress import Progress
-from refusal_kernels.vllm.frontend import catalog_of, set_programs
+from refusal_kernels.vllm.frontend import MOST_PROGRAMS, catalog_of, set_programs
 from refusal_kernels.vllm.names import (
     KEY,
     LOGITS,
@@ -35,7 +35,6 @@ from refusal_kernels.vllm.reading import GROUPS
 
 Edit = str | Intervention | None
 """The name of a program, or an intervention; None for the unmodified model."""
-MOST_NAMED = 1024  # interventions that the engine knows at a time, beside the programs
 LOGITS_AT_ONCE = 2**26  # float32: 256 MiB that travel between the processes
 
 
@@ -70,7 +69,7 @@ class Engine(ServedModel):
     Raises
     ------
     InputError
-        If vLLM is not installed, the engine does not start, or it can't steer the model.
+        If vLLM is not installed, the engine does not start, or it cannot steer the model.
 
     Examples
     --------
@@ -95,7 +94,7 @@ class Engine(ServedModel):
             from vllm.platforms import current_platform
         except ImportError as error:
             raise InputError(
-                f"the engine needs vLLM, which can not be loaded ({first_line(error)}): "
+                f"the engine needs vLLM, which cannot be loaded ({first_line(error)}): "
                 "pip install vllm"
             ) from None
         ranks = {
@@ -349,11 +348,13 @@ class Engine(ServedModel):
             )
         given = {edit: [edit] for edit in edits if isinstance(edit, Intervention)}
         if new := [edit for edit in given if edit not in self._named]:
-            if len(self._named) + len(new) > MOST_NAMED:
+            # one stays free, for `refusal`
+            if len(catalog_of(self.llm).programs) + len(new) >= MOST_PROGRAMS:
                 set_programs(self.llm, dict.fromkeys(self._named.values()))
                 self._named, new = {}, list(given)
-            self._named |= {edit: f"edit {next(self._numbers)}" for edit in new}
-            self._set_programs({self._named[edit]: given[edit] for edit in new})
+            names = {edit: f"edit {next(self._numbers)}" for edit in new}
+            self._set_programs({name: given[edit] for edit, name in names.items()})
+            self._named |= names  # now that the engine has them
         return [
             NONE if edit is None else self._named[edit] if isinstance(edit, Intervention) else edit
             for edit in edits

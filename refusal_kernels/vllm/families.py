@@ -34,6 +34,7 @@ FUSED = frozenset((COMPARED + ALIKE).split())
 ADDING = frozenset("GPT2LMHeadModel GPTNeoXForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM".split())
 
 START, ADD, NORM = "start", "add", "norm"
+ATTN_THEN_MLP = (frozenset({"attn"}), frozenset({"mlp"}))
 
 
 @dataclass
@@ -74,10 +75,17 @@ def architecture_of(model_config: Any) -> str:
     name: str = (model_config.hf_config.architectures or [model_config.architecture])[0]
     if name not in FUSED | ADDING:
         raise InputError(
-            f"vLLM's {name} can't be steered; the architectures that can: "
+            f"vLLM's {name} cannot be steered; the architectures that can: "
             f"{', '.join(sorted(FUSED | ADDING))}"
         )
     return name
+
+
+def writers_of(model_config: Any) -> tuple[frozenset[str], ...]:
+    """Return what is added at each place of a block, before the model is loaded."""
+    if getattr(model_config.hf_config, "use_parallel_residual", False):  # GPT-NeoX: in one sum
+        return (frozenset({"attn", "mlp"}),)
+    return ATTN_THEN_MLP
 
 
 def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
@@ -128,11 +136,12 @@ def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
 def whole_model(places: list[EnginePlace], layers: int) -> list[EnginePlace]:
     """Return the places of all ranks of a pipeline, from those of one: without their modules."""
     adds = list(dict.fromkeys(p.writers for p in places if p.kind == ADD))
-    adds = adds or [frozenset({"attn"}), frozenset({"mlp"})]
     nothing = nn.Identity()
     all_places = [EnginePlace("embed", START, nothing, feeds=0)]
     for block in range(layers):
-        all_places += [EnginePlace(f"layers.{block}", ADD, nothing, block, w) for w in adds]
+        all_places += [
+            EnginePlace(f"layers.{block}", ADD, nothing, block, w) for w in adds or ATTN_THEN_MLP
+        ]
         all_places[-1].feeds = block + 1 if block + 1 < layers else None
     return all_places
 

@@ -1,7 +1,7 @@
 """The front end: programs by name, and the program of each request before it is queued."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 from refusal_kernels.vllm.settings_file import FILE
 
 MOST_PROGRAMS = 1024  # of an engine: each takes milliseconds to read and memory on the device
-# settings that can not change while an engine runs, by attribute
+# settings that cannot change while an engine runs, by attribute
 FIXED = {
     "fuse_norms": "fuse_norms",
     "monitor": "monitor",
@@ -35,8 +35,8 @@ class Change:
     directions, programs, default
         All of them, and the default, after the change.
     vectors, specifications
-        For the workers: all directions by name, each its vector and layer, and the new programs in
-        their JSON form by name.
+        For the workers: the new programs in their JSON form, by name, and their directions by name,
+        each its vector and layer.
     """
 
     directions: dict[str, Direction]
@@ -135,9 +135,14 @@ class Catalog:
             elif after.pop(name, None) is None:
                 raise InputError(f"there is no program {name!r} to remove")
             elif name == self.default:
-                raise InputError(f"program {name!r} is the default; it can not be removed")
+                raise InputError(f"program {name!r} is the default; it cannot be removed")
         new = {name: given for name, given in programs.items() if given is not None}
-        return Change(known, after, self.default, _vectors(known) if new else {}, new)
+        # a direction goes with the last program that names it; those of the start stay
+        gone = _used(self.programs.values()) - _used(after.values())
+        gone -= {*self.settings.directions, *directions}
+        known = {name: direction for name, direction in known.items() if name not in gone}
+        vectors = _vectors(known, [after[name] for name in new])
+        return Change(known, after, self.default, vectors, new)
 
     def plan_reload(self) -> Change:
         """Check the change to what an engine would have that starts with the file as it is.
@@ -156,15 +161,15 @@ class Catalog:
             self._check_slots(name, program.slots)
         for name, setting in FIXED.items():
             if getattr(new, name) != getattr(started, name):
-                raise InputError(f"{setting} can not change while the engine runs")
+                raise InputError(f"{setting} cannot change while the engine runs")
         if (watched := started.monitor) is not None and not torch.equal(
             new.directions[watched.direction].vector, started.directions[watched.direction].vector
         ):
             raise InputError(
-                f"direction {watched.direction!r} is watched; it can not change while the engine "
+                f"direction {watched.direction!r} is watched; it cannot change while the engine "
                 "runs"
             )
-        vectors = _vectors(new.directions)
+        vectors = _vectors(new.directions, new.programs.values())
         return Change(new.directions, new.programs, new.default, vectors, new.specifications)
 
     def commit(self, change: Change, answers: list[str | None]) -> None:
@@ -194,12 +199,20 @@ class Catalog:
     def _check_servers(self) -> None:
         if self._servers > 1:
             raise InputError(
-                f"programs can not change: {self._servers} API servers each have their own list"
+                f"programs cannot change: {self._servers} API servers each have their own list"
             )
 
 
-def _vectors(directions: Mapping[str, Direction]) -> dict[str, tuple[list[float], int | None]]:
-    return {name: (d.vector.tolist(), d.layer) for name, d in directions.items()}
+def _used(programs: Iterable[NamedProgram]) -> set[str]:
+    return {name for program in programs for name in program.directions}
+
+
+def _vectors(
+    directions: Mapping[str, Direction], programs: Iterable[NamedProgram]
+) -> dict[str, tuple[list[float], int | None]]:
+    """Return the directions of programs as the workers take them."""
+    used = {name: directions[name] for name in sorted(_used(programs))}
+    return {name: (d.vector.tolist(), d.layer) for name, d in used.items()}
 
 
 def _prompt_length(request: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from refusal_kernels.errors import InputError
 
-TESTED = ("0.32", "0.33")  # the first runs the tests; the other has the same signatures
+VERSIONS = ("0.32", "0.33")  # the first runs the tests; the other has the same signatures
 BEFORE, AFTER = "before", "after"
 MARK = "__refusal_kernels__"
 
@@ -65,7 +65,7 @@ def install(hooks: Sequence[Hook], instance: Any = None) -> None:
         installed = getattr(sys.modules.get("vllm"), "__version__", "of an unknown version")
         raise InputError(
             f"vLLM {installed} has no {', no '.join(missing)}; "
-            f"this plugin is tested with vLLM {' and '.join(TESTED)}"
+            f"this plugin is written for vLLM {' and '.join(VERSIONS)}"
         )
     for hook, owner in zip(hooks, owners, strict=True):
         method = getattr(owner, hook.method)

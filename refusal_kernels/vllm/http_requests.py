@@ -63,7 +63,7 @@ def resolve_model(request: Any, models: Iterable[str], programs: Iterable[str]) 
     Parameters
     ----------
     request
-        A request as vLLM's server has parsed it. One that takes no ``vllm_xargs`` can not be
+        A request as vLLM's server has parsed it. One that takes no ``vllm_xargs`` cannot be
         steered: it is left as it is, and vLLM does not know the model.
     models
         The names of the models and adapters that are served.

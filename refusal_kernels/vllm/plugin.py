@@ -26,7 +26,7 @@ def register() -> None:
             install([hook])
         except Exception as error:
             faults.append(str(error))
-            logger.warning("refusal_kernels can not steer: %s", error)
+            logger.warning("refusal_kernels cannot steer: %s", error)
 
 
 def _start_front_end(processor: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """Steering programs by name, as a configuration spells them, and the version of each."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -40,12 +41,15 @@ class NamedProgram:
         The least and the largest that a request may give.
     span
         Which tokens of a request it steers.
+    directions
+        The names in it that are those of directions.
     """
 
     interventions: tuple[Intervention, ...]
     version: str
     strengths: tuple[float, float] = (-INF, INF)
     span: Span = EVERY_TOKEN
+    directions: frozenset[str] = frozenset()
 
     @property
     def hidden(self) -> int:
@@ -83,22 +87,26 @@ def parse_program(
     if len(sizes) > 1:
         raise InputError(f"{where} has directions of different hidden sizes: {sizes}")
     (span,) = spans
+    texts = (value for item in items for value in item.values() if isinstance(value, str))
+    named = frozenset(text for text in texts if text in directions)
     version = _version(interventions, span)
+    program = NamedProgram(interventions, version, span=span, directions=named)
     if limits is None:
-        return NamedProgram(interventions, version, span=span)
-    for i, item in zip(interventions, items, strict=True):
-        _check_fit(f"{where}: {_label(i, item)}", i, limits)
+        return program
+    labels = [*map(_label, interventions, items)]
+    for i, label in zip(interventions, labels, strict=True):
+        _check_fit(f"{where}: {label}", i, limits)
+    what = " and ".join(labels)
     try:
         least, largest = strengths(interventions, limits)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {what}: {error}") from None
     if largest < 1.0:
-        what = " and ".join(map(_label, interventions, items))
         raise InputError(
             f"{where} can make the residual stream overflow; {what} must be weaker, by a factor "
             f"of {largest:.4g}"
         )
-    return NamedProgram(interventions, version, (least, largest), span)
+    return dataclasses.replace(program, strengths=(least, largest))
 
 
 def parse_programs(
@@ -131,7 +139,7 @@ def parse_directions(given: Any) -> dict[str, Direction]:
     Raises
     ------
     InputError
-        If it is anything else, or a file can't be read.
+        If it is anything else, or a file cannot be read.
     """
     if not isinstance(given, dict):
         raise InputError(f"directions is {kind_of(given)}; expected an object, file by name")
@@ -149,7 +157,7 @@ def check_name(name: Any, what: str) -> None:
     good = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not good or name == NONE:
         raise InputError(
-            f"{name!r} can not be the name of a {what}; expected 1 to {LONGEST_NAME} printable "
+            f"{name!r} cannot be the name of a {what}; expected 1 to {LONGEST_NAME} printable "
             f"characters, and not {NONE!r}"
         )
 
@@ -173,10 +181,15 @@ def _check_fit(where: str, intervention: Intervention, limits: Limits) -> None:
         raise InputError(
             f"{where}: the direction has hidden size {hidden}; the model has {limits.hidden}"
         )
-    if not limits.places([intervention]):
+    try:
+        acts = limits.places([intervention])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not acts:
+        asked = {key: getattr(intervention, key) for key in ("block_input", "layers", "sites")}
+        given = " and ".join(f"{key} {at}" for key, at in asked.items() if at is not None)
         raise InputError(
-            f"{where}: no place of the model is where it acts; the blocks are 0 to "
-            f"{limits.blocks - 1}"
+            f"{where}: no place of the model is at {given}; the blocks are 0 to {limits.blocks - 1}"
         )
 
 

@@ -14,7 +14,7 @@ SALTED = (
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Refuse an engine that can't be steered.
+    """Refuse an engine that cannot be steered.
 
     Parameters
     ----------

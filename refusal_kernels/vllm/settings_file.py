@@ -19,7 +19,7 @@ def with_file(given: dict[str, Any]) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If the file can't be read, or both have a direction or a program of one name.
+        If the file cannot be read, or both have a direction or a program of one name.
     """
     path = given.get(FILE)
     if path is None:

@@ -18,7 +18,7 @@ from refusal_kernels.vllm.config import EngineSettings
 from refusal_kernels.vllm.families import architecture_of, find_places, whole_model
 from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.names import GRAPH, KEY, RESOLVED
-from refusal_kernels.vllm.programs import parse_program
+from refusal_kernels.vllm.programs import NamedProgram, parse_program
 from refusal_kernels.vllm.reading import Reading
 from refusal_kernels.vllm.requests import Steering
 from refusal_kernels.vllm.routing import Router
@@ -47,12 +47,12 @@ class WorkerState:
             device=str(runner.device),
             whole=whole_model(places, blocks),
         )
-        for program in settings.programs.values():
-            self.bank.add(program)
+        for name, program in settings.programs.items():
+            self._add(name, program)
         self.sites = claim(places, self.bank, settings.fuse_norms)
         inductor.register()  # tracing does it too, but a compile cache skips tracing
         self.router = Router(self.bank, config.speculative_config is not None)
-        self.monitor = self._watch(settings, blocks)
+        self.monitor = self._watch(settings)
         self.reading: Reading | None = None
         if settings.reads is not None:
             self.reading = Reading(
@@ -154,7 +154,7 @@ class WorkerState:
                 for name, (vector, layer) in vectors.items()
             }
             for name, given in programs.items():
-                self.bank.add(parse_program(name, given, directions))
+                self._add(name, parse_program(name, given, directions))
         except (InputError, torch.OutOfMemoryError) as error:
             self.bank.keep_only(set(before))
             return first_line(error)
@@ -162,16 +162,19 @@ class WorkerState:
         self.bank.keep_only({*named, *held, *self.bank.versions[-MOST_VERSIONS:]})
         return None
 
-    def _watch(self, settings: EngineSettings, blocks: int) -> Histogram | None:
+    def _add(self, name: str, program: NamedProgram) -> None:
+        try:
+            self.bank.add(program)
+        except InputError as error:
+            raise InputError(f"program {name!r}: {error}") from None
+
+    def _watch(self, settings: EngineSettings) -> Histogram | None:
         """Put a meter at the watched place, if this rank has it."""
         monitor = settings.monitor
         if monitor is None:
             return None
-        block = monitor.block_input
-        if block >= blocks:
-            raise InputError(f"monitor: block_input is {block}; the model has {blocks} blocks")
         for place, site in zip(self.bank.places, self.sites, strict=True):
-            if place.feeds == block:
+            if place.feeds == monitor.block_input:
                 tokens, device = self.bank.route.shape[0], str(self.bank.route.device)
                 site.meter = Meter(settings.directions[monitor.direction], tokens, device)
                 return Histogram(site.meter)

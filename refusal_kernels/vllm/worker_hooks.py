@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.check import check
 from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.hooks import AFTER, Hook, install
@@ -29,12 +28,7 @@ def start(worker: Any) -> None:
     """Put the hooks of a new worker in place."""
     settings = read_settings(worker.vllm_config)  # an error is raised before anything is loaded
     # taken out again: vLLM's compile cache is keyed by the configuration
-    versions = worker.vllm_config.additional_config[KEY].pop(VERSIONS, settings.versions)
-    if versions != settings.versions:
-        raise InputError(
-            "the files of the programs changed while the engine started, or differ between its "
-            "machines; start it again"
-        )
+    worker.vllm_config.additional_config[KEY].pop(VERSIONS, None)
     setattr(worker, SETTINGS, settings)
     install(WORKER_HOOKS, worker)
 

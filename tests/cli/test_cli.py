@@ -226,6 +226,14 @@ BAD = {
     "a strength without a direction": (f"{GENERATE} --strength 0.5", "need --direction"),
     "a direction as candidates": (SELECT, "expected refusal_kernels.candidates"),
     "output folder exists": (f"{WRITE} direction.safetensors --out .", "is there already"),
+    "an engine's argument with an option of its own": (
+        'extract --model model --engine vllm --engine-args {"tensor_parallel_size":2} --out out',
+        "has 'tensor_parallel_size'; expected it as --tensor-parallel-size",
+    ),
+    "an engine's argument that the command counts": (
+        'extract --model model --engine vllm --engine-args {"positions":2} --out out',
+        "has 'positions'; expected none",
+    ),
     "unknown option": ("generate hi --nonsense", "No such option"),
 }
 

@@ -11,6 +11,7 @@ import torch
 from tiny import run_command
 
 from refusal_kernels.direction import Direction
+from refusal_kernels.vllm.config import parse_settings
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def serve(monkeypatch, capsys):
     """Run `serve`; returns vLLM's arguments and the settings, or the exit code and the error."""
-    find, started = importlib.util.find_spec, []
+    find, started, versions = importlib.util.find_spec, [], []
 
     def execute(path, command):
         assert path == command[0] == sys.executable
@@ -45,9 +46,11 @@ def serve(monkeypatch, capsys):
         command = started.pop()
         at = command.index("--additional-config")
         settings = json.loads(command.pop(at + 1))["refusal_kernels"]
+        versions.append(settings.pop("versions"))
         command.remove("--additional-config")
         return command, settings
 
+    run.versions = versions
     return run
 
 
@@ -81,6 +84,8 @@ def test_programs_become_settings(serve, folder):
         "monitor": {"direction": "r", "block_input": 3},
     }
     assert os.environ["VLLM_PLUGINS"] == "other,refusal_kernels"
+    parsed = parse_settings({"slots": 2, **settings})
+    assert serve.versions == [{name: p.version for name, p in parsed.programs.items()}]
 
 
 def test_a_file_of_settings_is_named_and_its_directions_are_known(serve, folder, monkeypatch):
@@ -124,6 +129,10 @@ def test_a_program_is_not_needed_and_vllm_serve_is_taken_where_it_works(serve, m
         (("m", "--programs", "missing.toml"), "missing.toml is not there"),
         (("m", "--additional-config", "{}"), "use --programs FILE"),
         (("m", "--additional-config={}"), "use --programs FILE"),
+        (("m", "--additional_config", "{}"), "use --programs FILE"),
+        (("m", "--additional-config.x=1"), "use --programs FILE"),
+        (("m", "--additional_config.x", "1"), "use --programs FILE"),
+        (("m", "--additional-conf={}"), "use --programs FILE"),  # argparse completes it
     ],
 )
 def test_what_is_wrong_is_one_line_at_once(serve, folder, words, expected):

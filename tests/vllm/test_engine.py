@@ -5,12 +5,13 @@ import pytest
 import torch
 from families import make
 from reference import greedy, hugging_face, interventions, prompts, served
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import SamplingParams
 
 import refusal_kernels as rk
 from refusal_kernels import InputError
 from refusal_kernels.hf import embedded
-from refusal_kernels.vllm.check import lent
+from refusal_kernels.vllm.check import _filled, lent
 from refusal_kernels.vllm.names import RESOLVED
 
 EIGHT = {
@@ -235,7 +236,7 @@ def places_without(number):
 @pytest.mark.parametrize("number", [0, 3, -1])
 def test_an_add_that_no_site_sees_is_noticed(number, path, steering, engines, monkeypatch):
     monkeypatch.setattr("refusal_kernels.vllm.worker.find_places", places_without(number))
-    with pytest.raises(InputError, match="can't be steered"):
+    with pytest.raises(InputError, match="cannot be steered"):
         engines(path, steering(programs=EIGHT))
 
 
@@ -261,11 +262,30 @@ def by_name(module):
 
 def test_families_are_lists_of_names(path, steering, engines, monkeypatch):
     monkeypatch.setattr("refusal_kernels.vllm.families.FUSED", frozenset())
-    with pytest.raises(InputError, match="LlamaForCausalLM can't be steered"):
+    with pytest.raises(InputError, match="LlamaForCausalLM cannot be steered"):
         engines(path, steering(programs=EIGHT))
     monkeypatch.setattr("refusal_kernels.vllm.families.ADDING", frozenset({"LlamaForCausalLM"}))
     with pytest.raises(InputError, match=r"adds nothing to the stream|returns no sum"):
         engines(path, steering(programs=EIGHT))
+
+
+class Fills(TorchDispatchMode):
+    """Counts the tensors that are filled with a number."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten.fill_.Scalar
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_storage_that_layers_share_is_filled_once():
+    shared, alone = torch.zeros(64), torch.zeros(8, dtype=torch.bfloat16)
+    caches = [shared[:32].view(4, 8).T, shared[32:], shared, alone, None]
+    with Fills() as fills, _filled(caches):
+        assert fills.count == 2
+        assert (shared > 0).all() and (alone > 0).all()
+    assert not shared.any() and not alone.any()
 
 
 # --- the compile cache

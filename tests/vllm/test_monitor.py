@@ -78,7 +78,8 @@ def test_prometheus_reads_it():
     assert family.samples[0].labels["direction"] == 'a "quoted" name'
 
 
-def test_a_block_that_is_not_there(folder, steering, engines):
+def test_a_block_that_is_not_there(folder, steering, engines, monkeypatch):
     path = make("llama", folder)
+    monkeypatch.setattr("vllm.v1.worker.worker_base.WorkerBase.__init__", None)  # nothing is loaded
     with pytest.raises(InputError, match="block_input is 4; the model has 4 blocks"):
         engines(path, steering(monitor={"direction": "r", "block_input": 4}))

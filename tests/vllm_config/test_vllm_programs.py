@@ -1,5 +1,8 @@
 """The vLLM plugin's configuration and requests: they need no vLLM."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -127,8 +130,8 @@ def test_malformed_programs_are_refused(settings, program, words):
     [
         ({"program": {}}, "has 'program'; expected directions"),
         ({"programs": []}, "programs is a list"),
-        ({"programs": {"none": {"ablate": "r"}}}, "can not be the name"),
-        ({"programs": {"": {"ablate": "r"}}}, "can not be the name"),
+        ({"programs": {"none": {"ablate": "r"}}}, "cannot be the name"),
+        ({"programs": {"": {"ablate": "r"}}}, "cannot be the name"),
         ({"default": "a"}, "default is 'a'"),
         ({"slots": 0}, "slots is 0"),
         ({"slots": True}, "slots is True"),
@@ -278,11 +281,124 @@ def test_an_edit_may_not_write_far_more_than_it_reads():
         u, v = torch.eye(8)[0], torch.eye(8)[0] + length * torch.eye(8)[1]
         given = {"u": Direction(u), "v": Direction(v)}
         if largest is None:
-            with pytest.raises(InputError, match=r"erase 'u' must be weaker, .* factor of 0\.0001"):
+            with pytest.raises(InputError, match=r"erase 'u' must be weaker, .* of 1\.6.*e-06"):
                 parse_program("p", {"erase": "u", "v": "v"}, given, limits())
         else:
             program = parse_program("p", {"erase": "u", "v": "v"}, given, limits())
             assert program.strengths[1] == pytest.approx(largest, rel=1e-4)
+
+
+E = torch.eye(8)
+VECTORS = {
+    **{"e1": E[0], "e2": E[1], "e3": E[2]},
+    **{"e1+3e2": E[0] + 3 * E[1], "e1+70e2": E[0] + 70 * E[1], "e2+70e1": E[1] + 70 * E[0]},
+    **{f"e{k + 1}+13e8": E[k] + 13 * E[7] for k in range(3)},
+}
+ONE = {"erase": "e1", "v": "e1+70e2", "sites": ["attn"]}
+OTHER = {"erase": "e2", "v": "e2+70e1", "sites": ["mlp"]}
+SLANTED = {"erase": "e1", "v": "e1+3e2"}
+TURN = {"rotate": "e1", "b2": "e2", "angle": 90.0}
+
+
+def test_edits_at_different_places_may_not_feed_each_other():
+    """Each alone is a projection or a rotation; one after the other they lengthen a row."""
+    given = {name: Direction(vector) for name, vector in VECTORS.items()}
+    for pair in ([ONE, OTHER], [{**SLANTED, "sites": ["attn"]}, {**TURN, "sites": ["mlp"]}]):
+        for alone in pair:
+            parse_program("p", alone, given, limits())
+        with pytest.raises(InputError, match=r"'p' can make .* overflow; erase 'e1' and .* weaker"):
+            parse_program("p", pair, given, limits())
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        SLANTED,
+        [SLANTED, {"ablate": "e3"}],
+        [SLANTED, {"add": "e2", "layers": [1]}],
+        [{"erase": name, "v": f"{name}+13e8"} for name in ("e1", "e2", "e3")],  # of rank three
+        TURN,
+        [{**TURN, "sites": ["attn"]}, {"ablate": "e1+3e2", "sites": ["mlp"]}],
+        [{"clamp": "e1", "high": 0.0, "layers": [1]}, {"set": "e1+3e2", "value": 1, "layers": [2]}],
+        [{"ablate": "e1+3e2", "layers": [k], "strength": 2} for k in range(16)],
+    ],
+)
+def test_edits_that_do_not_are_taken(program):
+    given = {name: Direction(vector) for name, vector in VECTORS.items()}
+    assert parse_program("p", program, given, limits(torch.float16)).strengths[1] >= 1
+
+
+def product(program, strength):
+    """Return how many times longer a row becomes, at most, over any places in a row."""
+    most, past = 1.0, [torch.eye(8).double()]
+    for there in limits().places(program.interventions):
+        terms = [slot for i in there for slot in i.slots(i.strength * strength)]
+        step = past[0] + sum(s.a * torch.outer(s.write, s.read).double() for s in terms)
+        past = [past[0], *(step @ one for one in past)]
+        most = max(most, *(float(torch.linalg.matrix_norm(one, 2)) for one in past))
+    return most
+
+
+def test_no_program_lengthens_a_row_more_than_a_hundred_times():
+    generator = random.Random(0)
+    longest = []
+    for _ in range(30):
+        given, edits = {}, []
+        for k in range(generator.randint(1, 3)):
+            q, _ = torch.linalg.qr(torch.randn(8, 2))
+            slant, length = 10 ** generator.uniform(-2, 2), 10 ** generator.uniform(-2, 2)
+            given |= {f"a{k}": Direction(q[:, 0]), f"b{k}": Direction(q[:, 1])}
+            given[f"u{k}"] = Direction(length * q[:, 0])
+            given[f"v{k}"] = Direction((q[:, 0] + slant * q[:, 1]) / length)
+            edits.append(
+                generator.choice(
+                    [
+                        {"ablate": f"a{k}"},
+                        {"erase": f"u{k}", "v": f"v{k}"},
+                        {"rotate": f"a{k}", "b2": f"b{k}", "angle": 100.0},
+                    ]
+                )
+                | {"strength": 1e-6 * generator.choice([1, -1, 2])}
+                | generator.choice([{}, {"sites": ["attn"]}, {"sites": ["mlp"]}, {"layers": [3]}])
+            )
+        try:
+            program = parse_program("p", edits, given, limits())
+        except InputError as error:
+            assert "several directions at one place" in str(error)
+            continue
+        longest += [product(program, strength) for strength in program.strengths]
+    assert len(longest) > 20 and 99 < max(longest) < 100.1
+
+
+def test_a_block_may_add_attention_and_mlp_in_one_sum(directions):
+    model = SimpleNamespace(
+        hf_config=SimpleNamespace(use_parallel_residual=True),  # as GPT-NeoX
+        dtype=torch.float32,
+        get_hidden_size=lambda: 8,
+        get_total_num_hidden_layers=lambda: 30,
+    )
+    one_sum = Limits.of(model)
+    both = {"ablate": "r", "sites": ["attn", "mlp"]}
+    program = parse_program("p", both, directions, one_sum)
+    assert len(one_sum.places(program.interventions)) == 30
+    with pytest.raises(InputError, match=r"program 'p': ablate 'r': .* in one sum"):
+        parse_program("p", {"ablate": "r", "sites": ["mlp"]}, directions, one_sum)
+    model.hf_config.use_parallel_residual = False
+    parse_program("p", {"ablate": "r", "sites": ["mlp"]}, directions, Limits.of(model))
+
+
+def test_a_monitor_must_fit_the_model(directions, tmp_path):
+    directions["r"].save(tmp_path / "r")
+    given = {"directions": {"r": str(tmp_path / "r")}}
+
+    def parse(block, those):
+        return parse_settings({**given, "monitor": {"direction": "r", "block_input": block}}, those)
+
+    assert parse(29, limits()).monitor.block_input == 29
+    with pytest.raises(InputError, match="monitor: block_input is 30; the model has 30 blocks"):
+        parse(30, limits())
+    with pytest.raises(InputError, match=r"monitor: direction 'r' has hidden size 8; .* has 16"):
+        parse(1, Limits(16, 30, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -292,9 +408,12 @@ def test_an_edit_may_not_write_far_more_than_it_reads():
         ({"set": "r", "value": 1e30}, "set 'r' must be weaker"),
         ({"clamp": "r", "low": 1e30}, "clamp 'r' must be weaker"),
         ([{"ablate": "t"}, {"add": "r", "coefficient": 1e30, "layers": [1]}], "'t' and add 'r'"),
-        ({"ablate": "r", "block_input": 30}, "'p': ablate 'r': no place of the model .* 0 to 29"),
-        ({"ablate": "r", "layers": [30, 31]}, "no place of the model"),
-        ([{"ablate": "r"}, {"ablate": "r"}], "program 'p': several directions at one place"),
+        ({"ablate": "r", "block_input": 30}, "no place .* block_input 30; the .* 0 to 29"),
+        ({"ablate": "r", "layers": [30, 31]}, r"'p': ablate 'r': .* at layers \(30, 31\)"),
+        (
+            [{"ablate": "r"}, {"ablate": "r"}],
+            "program 'p': ablate 'r' and ablate 'r': several directions at one place",
+        ),
         ({"ablate": "long"}, "ablate 'long': the direction has hidden size 9; the model has 8"),
     ],
 )

@@ -1,11 +1,14 @@
-"""Engines that can't be steered are refused by the name of the setting."""
+"""Engines that cannot be steered are refused by the name of the setting."""
 
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from refusal_kernels import InputError
+from refusal_kernels.vllm.config import read_settings
+from refusal_kernels.vllm.names import KEY, VERSIONS
 from refusal_kernels.vllm.refusals import refuse_reading, refuse_unsupported
 
 
@@ -74,8 +77,23 @@ def test_a_connector_that_may_share_prefixes_is_refused(config, connector, insid
 
 def test_an_architecture_on_no_list_is_refused_before_it_is_loaded(config):
     config.model_config.hf_config.architectures = ["NewForCausalLM"]
-    with pytest.raises(InputError, match="NewForCausalLM can't be steered"):
+    with pytest.raises(InputError, match="NewForCausalLM cannot be steered"):
         refuse_unsupported(config)
+
+
+def test_processes_that_read_other_programs_do_not_start_together(config, directions, tmp_path):
+    directions["r"].save(tmp_path / "r")
+    given = {"directions": {"r": str(tmp_path / "r")}, "programs": {"p": {"ablate": "r"}}}
+    config.additional_config = {KEY: given}
+    config.parallel_config.data_parallel_size = 1
+    model = config.model_config
+    model.dtype, model.get_hidden_size = torch.float32, lambda: 8
+    model.get_total_num_hidden_layers = lambda: 4
+    given[VERSIONS] = read_settings(config).versions  # by `serve` or by a front end
+    read_settings(config)
+    directions["t"].save(tmp_path / "r")
+    with pytest.raises(InputError, match=r"files of the programs changed .* or differ between"):
+        read_settings(config)
 
 
 @pytest.mark.parametrize("setting", ["speculative decoding", "enable_batch_sharded_sampling"])

@@ -1,16 +1,20 @@
 """What the server checks and reads without vLLM: requests over HTTP, and settings in a file."""
 
+import contextlib
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from refusal_kernels import Direction, InputError
+from refusal_kernels import Ablate, Direction, InputError
 from refusal_kernels.vllm.config import parse_settings
+from refusal_kernels.vllm.engine import Engine
 from refusal_kernels.vllm.frontend import Catalog
 from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
 from refusal_kernels.vllm.limits import Limits
+from refusal_kernels.vllm.names import CATALOG
 from refusal_kernels.vllm.programs import NamedProgram
 from refusal_kernels.vllm.spans import Span
 
@@ -149,10 +153,10 @@ def test_a_reload_brings_what_a_fresh_start_would_have(files, directions):
             {"programs": {"p": [{"ablate": "r"}, {"add": "r", "layers": [1]}]}},
             "started with slots 1",
         ),
-        ({"fuse_norms": False}, "fuse_norms can not change"),
-        ({"max_strength": 3}, "max_strength can not change"),
-        ({"monitor": {"direction": "r", "block_input": 1}}, "monitor can not change"),
-        ({"reads": 1}, "reads can not change"),
+        ({"fuse_norms": False}, "fuse_norms cannot change"),
+        ({"max_strength": 3}, "max_strength cannot change"),
+        ({"monitor": {"direction": "r", "block_input": 1}}, "monitor cannot change"),
+        ({"reads": 1}, "reads cannot change"),
         ({"default": "x"}, "default is 'x'"),
     ],
 )
@@ -168,8 +172,80 @@ def test_a_reload_does_not_change_the_direction_that_is_watched(files, tmp_path)
     catalog = Catalog(parse_settings({"file": files(settings)}, LIMITS), 1)
     catalog.plan_reload()
     Direction(torch.randn(8)).save(tmp_path / "r")
-    with pytest.raises(InputError, match="direction 'r' is watched; it can not change"):
+    with pytest.raises(InputError, match="direction 'r' is watched; it cannot change"):
         catalog.plan_reload()
+
+
+def test_a_direction_goes_with_the_last_program_that_names_it(files, directions):
+    catalog = Catalog(parse_settings({"file": files(FILE)}, LIMITS), 1)
+
+    def change(programs, **new):
+        made = catalog.plan(programs, new)
+        catalog.commit(made, [None])
+        return set(made.vectors), set(catalog.directions)
+
+    t, all_of_them = directions["t"], {"r", "t", "later"}
+    named = {"a": {"ablate": "t"}, "b": [{"set": "t", "value": 1.0}]}
+    assert change(named, t=t, later=t) == ({"t"}, all_of_them)  # what is named is sent alone
+    assert change({"a": None, "q": None}) == (set(), all_of_them)
+    assert change({"b": {"ablate": "r"}}) == ({"r"}, {"r", "later"})
+    assert change({"a": {"ablate": "later"}, "b": None}) == ({"later"}, {"r", "later"})
+    assert change({"a": None}, later=t) == (set(), {"r", "later"})  # given anew
+
+
+def test_positions_of_a_prompt_that_comes_in_parts_are_refused(files):
+    catalog = Catalog(parse_settings({"file": files(FILE)}, LIMITS), 1)
+    for steer in ({"positions": "prompt"}, {"from": 1}, {"to": 9}):
+        sampling = SimpleNamespace(extra_args={"steer": {"program": "p", **steer}})
+        request = SimpleNamespace(
+            sampling_params=sampling, pooling_params=None, prompt_token_ids=[5, 6], resumable=True
+        )
+        with pytest.raises(InputError, match="whose prompt comes in parts is steered at all"):
+            catalog.resolve(request)
+
+
+# --- rk.Engine, without the engine
+
+
+@pytest.fixture
+def engine(files, directions, monkeypatch):
+    """An `Engine` on a catalog whose workers make every change."""
+    monkeypatch.setattr("refusal_kernels.vllm.frontend.counted_change", contextlib.nullcontext)
+    catalog = Catalog(parse_settings({"file": files(FILE)}, LIMITS), 1)
+    made = Engine.__new__(Engine)
+    processor = SimpleNamespace(**{CATALOG: catalog})
+    made.llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(input_processor=processor),
+        collective_rpc=lambda method, args: [None],
+    )
+    made._numbers, made._named, made._edits = itertools.count(), {}, (None,)
+    made.catalog = catalog
+    return made
+
+
+def names(engine, *edits):
+    with engine.under(edits):
+        return engine._programs_of([[5]] * len(edits))
+
+
+def test_an_edit_that_is_refused_leaves_no_name(engine, directions):
+    good, bad = Ablate(directions["r"]), Ablate(directions["r"], 8.0)
+    with pytest.raises(InputError, match="overflow"):
+        names(engine, good, bad)
+    assert set(engine.catalog.programs) == {"p", "q"}
+    (name,) = names(engine, good)
+    assert name in engine.catalog.programs and names(engine, good, "p") == [name, "p"]
+
+
+def test_the_oldest_edits_make_room_beside_named_programs(engine, directions, monkeypatch):
+    for module in ("frontend", "engine"):
+        monkeypatch.setattr(f"refusal_kernels.vllm.{module}.MOST_PROGRAMS", 4)
+    for strength in (0.1, 0.2, 0.3, 0.4, 0.5):
+        (name,) = names(engine, Ablate(directions["t"], strength))
+        assert {"p", "q", name} <= set(engine.catalog.programs)
+        assert len(engine.catalog.programs) < 4
+        assert engine.refusal(Ablate(directions["t"])) is None
+    assert len(engine.catalog.directions) == len(engine.catalog.programs) - 1  # of p and q: r
 
 
 def test_programs_are_not_without_number(files):
