@@ -23,6 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+
+def full(*values: Any) -> Any:
+    """Return a case that `make test` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),

@@ -103,6 +103,7 @@ def test_what_is_wrong_or_fails_or_dies_or_is_not_there_is_a_row(bench, method, 
     assert "NO" in result.output and "not today" in result.output
 
 
+@pytest.mark.full
 def test_steered_layers_and_programs_are_right(bench):
     result, document = bench(
         *("--methods", "refusal_kernels:cpu,hooks,orthogonalized"),

@@ -246,6 +246,7 @@ def test_report(model, direction):
     assert handle.report().claimed == 0
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_the_backend_is_chosen_when_patching(model, direction, tokens):
     with patch(model, Ablate(direction)):
         want = model(tokens).logits

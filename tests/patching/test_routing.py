@@ -206,6 +206,7 @@ def test_the_coefficient_is_a_dial_of_its_own(model, tokens, directions):
         handle.coefficient = 1.0
 
 
+@pytest.mark.full
 def test_dials_turn_a_compiled_model_without_compiling_anew(model, tokens, directions):
     a, b, _ = directions
     programs = [Ablate(a)], [Add(b, block_input=1)]

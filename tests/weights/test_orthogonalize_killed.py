@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import contents, direction, save
+from tiny import full
 
 from refusal_kernels.weights.checkpoint import orthogonalize_checkpoint
 
@@ -109,7 +110,7 @@ SERVER = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kills", [0, 2, pytest.param(10, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [0, full(10)])
 def test_killed_and_run_again(tmp_path: Path, kills: int) -> None:
     """At so many random moments; with 0 before and after every change of a name."""
     source, target = tmp_path / "source", tmp_path / "target"

@@ -10,6 +10,7 @@ from typing import Any
 
 import forks
 import pytest
+from tiny import full
 
 from refusal_kernels.research.extraction.moments import Moments
 
@@ -66,7 +67,7 @@ def check_and_finish(folder: Path, begun: int, expected: bytes) -> int:
     return before
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [2, full(10)])
 def test_killed_at_random(undisturbed: tuple[bytes, float], tmp_path: Path, kills: int) -> None:
     expected, seconds = undisturbed
     moments = random.Random(0)
@@ -88,11 +89,11 @@ def test_killed_at_random(undisturbed: tuple[bytes, float], tmp_path: Path, kill
     [
         ("half-way through the file", 1),
         ("half-way through the file", 20),
-        ("half-way through the file", TOTAL + 2),  # the candidates
-        ("before the rename", 1),
+        full(("half-way through the file", TOTAL + 2)),  # the candidates
+        full(("before the rename", 1)),
         ("before the rename", 20),
-        ("after the rename", 20),
-        ("before the rename", TOTAL + 2),
+        full(("after the rename", 20)),
+        full(("before the rename", TOTAL + 2)),
         ("after the rename", TOTAL + 2),
         ("before the checkpoint is removed", 1),
     ],
@@ -114,7 +115,7 @@ def test_killed_again_and_again(undisturbed: tuple[bytes, float], tmp_path: Path
     check_and_finish(tmp_path, done(tmp_path) + (begun > 0), undisturbed[0])
 
 
-@pytest.mark.parametrize("last_layer", [1, 8])
+@pytest.mark.parametrize("last_layer", [1, full(8)])
 def test_another_run_is_refused_and_nothing_is_lost(
     undisturbed: tuple[bytes, float], tmp_path: Path, last_layer: int
 ) -> None:

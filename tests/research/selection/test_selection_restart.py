@@ -10,7 +10,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import full, tiny_model, tiny_tokenizer
 
 from refusal_kernels import toy
 from refusal_kernels.direction import Candidates
@@ -32,7 +32,7 @@ def inputs(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("inputs")
     model, tokenizer = load("toy", "cpu", "auto")
     prompts = {name: list(toy.prompts(name, "train")[:80]) for name in ("harmful", "harmless")}
-    candidates = mean_difference(model, tokenizer, **prompts)
+    candidates = mean_difference(model, tokenizer, **prompts, positions=2)
     candidates.save(path / "candidates.safetensors")
     for name, some in prompts.items():
         (path / f"{name}.txt").write_text("\n".join(some))
@@ -67,7 +67,7 @@ def finish(inputs: Path, folder: Path) -> dict[str, bytes]:
     return contents(folder)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [2, full(10)])
 def test_killed_at_random(inputs: Path, tmp_path: Path, kills: int) -> None:
     begin = time.monotonic()
     whole = finish(inputs, tmp_path / "reference")
