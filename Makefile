@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc -type f)
 	soak-vllm bench-vllm lint bench bench-models bench-experiment bench-overhead docs-tables sanitize cuda clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@echo "== making .venv with $$($(PYTHON) --version)"

@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         self.pipe, its = spawning.Pipe()
         given = its, model, config, args, plugin
-        # a daemon: when one engine can not start, none of the others is waited for
+        # a daemon: when one engine cannot start, none of the others is waited for
         self.process = spawning.Process(target=serve, args=given, daemon=True)
         self.process.start()
         its.close()

@@ -97,7 +97,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Row | None]:
 
 
 def telling(line: dict[str, Row | None]) -> bool:
-    """Whether this package and plain hooks are told apart, or it is slower than the unmodified."""
+    """Whether the intervals of this package and of plain hooks do not overlap, or it is slow."""
     ours, hooks = line["this package"], line["plain hooks"]
     if ours is None or hooks is None or ours["ratio_high"] < 1:
         return True
@@ -105,7 +105,7 @@ def telling(line: dict[str, Row | None]) -> bool:
 
 
 def verdicts(cells: Sequence[Sequence[Row]]) -> str:
-    """Return in how many cells this package is faster, not told apart, or slower."""
+    """Return in how many cells this package is faster, within the intervals, or slower."""
     counts = {"faster": 0, "overlap": 0, "slower": 0}
     for rows in cells:
         ours = columns(rows)["this package"]
@@ -124,8 +124,8 @@ def verdicts(cells: Sequence[Sequence[Row]]) -> str:
     return (
         f"Of {len(cells)} cells this package is faster than every other way to steer at run time "
         f"in {counts['faster']} and slower than one in {counts['slower']}; in {counts['overlap']} "
-        "the 95 % intervals overlap. The table has the cells in which this package and plain "
-        "hooks are told apart, or it is slower than the unmodified model.\n\n"
+        "the 95 % intervals overlap. The table has the cells in which the intervals of this "
+        "package and of plain hooks do not overlap, or it is slower than the unmodified model.\n\n"
     )
 
 

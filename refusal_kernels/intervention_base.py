@@ -189,7 +189,7 @@ class Intervention(ABC):
         if here != writers:
             raise InputError(
                 f"{type(self).__name__}: block {block} adds {' and '.join(sorted(writers))} in one "
-                f"sum, so it can't be steered at {', '.join(sorted(here))} alone"
+                f"sum, so it cannot be steered at {', '.join(sorted(here))} alone"
             )
         return True
 

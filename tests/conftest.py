@@ -60,7 +60,7 @@ def backend(request, record_property):
     why = ops.BACKENDS[request.param].why_not(device, torch.float32)
     if why == "triton is not installed":
         pytest.skip("there is no Triton for this platform")
-    assert why is None, f"{request.param} was built but can not be exercised: {why}"
+    assert why is None, f"{request.param} was built but cannot be exercised: {why}"
     record_property("backend", request.param)
     with ops.use_backend(request.param), torch.device(device):
         yield request.param

@@ -403,7 +403,7 @@ MUTANTS = [
     ),
     # files
     Mutant(
-        "a file that can not be written leaves its parts",
+        "a file that cannot be written leaves its parts",
         "files/atomic.py",
         "            temporary.unlink()\n\n\ndef check_space",
         "            pass\n\n\ndef check_space",

@@ -151,9 +151,9 @@ struct FastBF16 : BF16 {
   // The instruction flushes denormals to zero and keeps a NaN's sign. Vectors that hold either are
   // rounded by narrow_bf16, so that the bits are those of the other instruction sets.
   static RK_INLINE Storage narrow(vfloat v) {
-    constexpr int kQuietNan = 0x01, kDenormal = 0x20, kSignallingNan = 0x80;
+    constexpr int kQuietNan = 0x01, kDenormal = 0x20, kSignalingNan = 0x80;
     if (__builtin_expect(
-            _mm512_fpclass_ps_mask((__m512)v, kQuietNan | kDenormal | kSignallingNan) != 0, 0))
+            _mm512_fpclass_ps_mask((__m512)v, kQuietNan | kDenormal | kSignalingNan) != 0, 0))
       return narrow_bf16(v);
     return (Storage)_mm512_cvtneps_pbh((__m512)v);
   }

@@ -36,7 +36,7 @@ class BenchMethod:
     given: str  # what --methods was given for it
     environment: str  # all methods of one share a process and its unmodified model
     python: Path
-    missing: str | None = None  # why it can not be run here
+    missing: str | None = None  # why it cannot be run here
     engine: bool = False  # not a model
 
 

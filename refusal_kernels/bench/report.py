@@ -112,7 +112,7 @@ def slower_cells(document: Mapping[str, Any]) -> list[str]:
             texts = [f"{best['method']} {ratio_text(best)}"]
             for row in sorted(others, key=lambda row: -row["ratio"]):
                 apart = row["ratio_low"] > best["ratio_high"]
-                note = "" if apart else ", not told apart"
+                note = "" if apart else ", the intervals overlap"
                 texts.append(f"{row['method']} {ratio_text(row)}{note}")
             lines.append(f"{cell_text(best)}: {'; '.join(texts)}")
     return lines

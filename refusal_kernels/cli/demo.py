@@ -95,6 +95,8 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
     ]
     console.print(f"control, a random direction: {', '.join(random)}", soft_wrap=True)
     hooks, fused, chosen = speeds["hooks"], speeds["fused"], report["selection"]
+    tokens = ", ".join(map(repr, chosen["refusal_texts"]))
+    console.print(Text(f"refusal tokens: {tokens}"), soft_wrap=True)
     console.print(
         f"direction: {chosen['method'].replace('_', ' ')}, layer {chosen['layer']}, "
         f"position {chosen['position']}; "

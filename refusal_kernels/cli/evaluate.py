@@ -97,9 +97,7 @@ def evaluate(
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Fewer prompts, strengths and layers.")] = False,
     report: Annotated[Path | None, Option(help="Write an HTML page here.")] = None,
-    samples: Annotated[
-        int, Option(min=0, help="Prompts of each set that the page shows, folded; 0: none.")
-    ] = 4,
+    samples: options.Samples = options.SAMPLES,
     max_new_tokens: options.NewTokens = options.ANSWER_TOKENS,
     json_file: options.Json = None,
 ) -> None:
@@ -214,7 +212,7 @@ def evaluate(
         **common.provenance(loading.model, model),
         "selection": chosen,
         "sources": {
-            f"{name} prompts": f"{part['source']} ({part['split']}: {part['count']} prompts)"
+            f"{name} prompts": f"{part['source']} ({part['split']}: {part['count']})"
             for name, part in used.items()
         },
     }

@@ -122,6 +122,11 @@ RefusalTokens = Annotated[
         "table, for its models), or ids and texts: 40,As.",
     ),
 ]
+SAMPLES = 4
+Samples = Annotated[
+    int,
+    Option("--samples", min=0, help="Prompts of each set that the page shows, folded; 0: none."),
+]
 KlThreshold = Annotated[
     float, Option("--kl-threshold", help="Discard candidates with a larger KL, nats.")
 ]

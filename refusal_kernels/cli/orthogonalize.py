@@ -59,6 +59,7 @@ def orthogonalize(
     common.choose_device(loading.device)
     # whatever changes the weights at load has to be loaded
     changed = lora or in_memory or loading.dtype != "auto" or loading.adapter or loading.load_in
+    changed = changed or loading.revision  # which a load of a folder refuses
     local = loading.model not in EMBEDDED and Path(loading.model).is_dir()
     with progress_bars() as step:
         if local and not changed:
@@ -151,7 +152,7 @@ def _in_memory(
         with single_step(step("Edit the loaded model, and certify it")):
             edit = orthogonalize(model, direction, text_only=text_only)
         with single_step(step("Write the model")), new_folder(out) as temporary:
-            source = source_folder(loading.model, loading.revision)
+            source = source_folder(loading.model, loading.revision, loading.offline)
             dropped = save_whole(model, tokenizer, source, temporary)
     fields = ("edited", *more, "unproved", "certificate")
     return {"way": way, **{name: getattr(edit, name) for name in fields}, "dropped": dropped}

@@ -82,6 +82,7 @@ def reproduce(
     max_new_tokens: Annotated[
         int | None, Option(min=1, help="The longest answer; default: 512, less for models by name.")
     ] = None,
+    samples: options.Samples = options.SAMPLES,
     json_file: options.Json = None,
 ) -> None:
     """Run the paper's protocol, and compare every number with the paper's.
@@ -159,7 +160,7 @@ def reproduce(
     others = [*sources, *(text or [])]
     if embedded is None and any(source is not None for source in others):
         result.notes.append("the prompts or texts are not the paper's: its numbers may not apply")
-    document = _write(out, result, comparisons, about)
+    document = _write(out, result, comparisons, about, samples)
     if not result.evidence:
         plots.plot_candidates(
             out / "candidates.png", result.selection["candidates"], None,
@@ -218,7 +219,11 @@ def identity_of(source: Path, model: Any) -> list[Any]:
 
 
 def _write(
-    out: Path, result: Reproduction, comparisons: Sequence[Comparison], about: dict[str, Any]
+    out: Path,
+    result: Reproduction,
+    comparisons: Sequence[Comparison],
+    about: dict[str, Any],
+    samples: int,
 ) -> dict[str, Any]:
     """Write JSON, table and page; return what the JSON holds."""
     from refusal_kernels.research.evaluation.html import write_page
@@ -244,7 +249,7 @@ def _write(
         return document
     harness = {"lm_eval": result.benchmarks} if result.benchmarks else {}
     page = {**result.evidence, **about, "selection": result.selection, "comparisons": rows}
-    write_page(out / "evidence.html", page | harness)
+    write_page(out / "evidence.html", page | harness, samples=samples)
     return document
 
 

@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except SafetensorError as error:  # its own name for an OSError
         raise InputError(f"{path} cannot be written: {' '.join(str(error).split())}") from None
     finally:
-        with suppress(OSError):  # a folder that can not be written to says so above
+        with suppress(OSError):  # a folder that cannot be written to says so above
             temporary.unlink()
 
 

@@ -9,7 +9,7 @@ from ``(il - 1) * n_embd``, from ``il = 1`` on. So ``direction.N`` belongs to bl
 
     direction.N  =  the edit of this package at ``block_input=N + 1``
 
-The smallest N is 1, so the inputs of blocks 0 and 1 can not be named. The last N is the output of
+The smallest N is 1, so the inputs of blocks 0 and 1 cannot be named. The last N is the output of
 the last block, which no block takes as its input.
 
 GLP ("GGUF Layer Projection", spec/GLP.md of github.com/msuiche/weightless, versions 1 and 2) is
@@ -144,7 +144,7 @@ class ControlVector:
         Raises
         ------
         InputError
-            If the format can not say it: a plain control vector can only add, and GLP is written
+            If the format cannot say it: a plain control vector can only add, and GLP is written
             with one direction per layer and one strength. Also if the gguf library is missing, or
             the file cannot be written.
         """
@@ -212,7 +212,7 @@ class ControlVector:
         ------
         InputError
             If the file is missing, damaged, no control vector, or says something that this package
-            can not do exactly; if the gguf library is missing.
+            cannot do exactly; if the gguf library is missing.
         """
         metadata, tensors = read_gguf(path)
         try:

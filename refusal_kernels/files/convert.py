@@ -69,12 +69,12 @@ def convert(
     """
     name = Path(target).name.lower()
     if not name.endswith((".safetensors", ".gguf", ".glp")):
-        raise InputError(f"{target} can not be written; expected .safetensors, .gguf or .glp.gguf")
+        raise InputError(f"{target} cannot be written; expected .safetensors, .gguf or .glp.gguf")
     content = read(source)
     plain = name.endswith(".safetensors")
     if plain and (mode is not None or scale is not None or model_hint is not None):
         raise InputError(
-            f"{target} can not say what to do with a direction, how much of it, or in which "
+            f"{target} cannot say what to do with a direction, how much of it, or in which "
             "architecture; expected these for .gguf alone"
         )
     if isinstance(content, Candidates):
@@ -86,7 +86,7 @@ def convert(
         content, layers, position = content.at(_single(layers), position), None, None
     if not plain:
         if position is not None:
-            raise InputError(f"{target} can not say at which position a direction was read")
+            raise InputError(f"{target} cannot say at which position a direction was read")
         vector = _placed(content, mode, layers, scale, str(source))
         if model_hint is not None:
             vector = replace(vector, model_hint=model_hint)
@@ -159,7 +159,7 @@ def _placed(
         layers = (content.layer,)
     if layers is None:
         raise InputError(
-            "at the inputs of which blocks? name them with --layers: a control vector can not say "
+            "at the inputs of which blocks? name them with --layers: a control vector cannot say "
             "'at every residual add'"
         )
     return ControlVector.of(content, mode, layers, factor)

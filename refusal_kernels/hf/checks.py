@@ -36,7 +36,7 @@ def embedded_tokens(model: Any) -> int | None:
 
 
 def check_tokens(model: Any, highest: int, longest: int, new_tokens: int = 0) -> None:
-    """Refuse tokens that a model can not take, which would end in an error of its own, or on a GPU.
+    """Refuse tokens that a model cannot take, which would end in an error of its own, or on a GPU.
 
     Parameters
     ----------

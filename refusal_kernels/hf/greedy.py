@@ -28,7 +28,7 @@ def bare(model: Any, *kept: str) -> Iterator[None]:
     ]
     try:
         for module, config in before:
-            # some families can not use a cache, and say so there
+            # some families cannot use a cache, and say so there
             values = {name: getattr(config, name) for name in ("use_cache", *kept)}
             module.generation_config = GenerationConfig(**values)
         yield

@@ -70,7 +70,7 @@ def load(
     Raises
     ------
     InputError
-        If one of these can not be had, with the first line of the reason, or the files do not hold
+        If one of these cannot be had, with the first line of the reason, or the files do not hold
         all weights of the model.
     """
     how = LoadOptions(device, dtype, **options)

@@ -88,7 +88,7 @@ def register_backend(
         annotated function with the arguments, defaults and results of the op
         ``torch.ops.refusal_kernels.NAME``.
     why_not
-        (device type, dtype) to the reason why such a call can not be served, or None.
+        (device type, dtype) to the reason why such a call cannot be served, or None.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def _check_name(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op inside the ``with`` by one backend; a call that it can't serve raises.
+    """Serve every op inside the ``with`` by one backend; a call that it cannot serve raises.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def explain(
     Raises
     ------
     InputError
-        If a backend was asked for by name and can not serve the call.
+        If a backend was asked for by name and cannot serve the call.
     """
     if x is not None:
         device, dtype = x.device, x.dtype

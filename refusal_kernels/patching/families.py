@@ -13,7 +13,7 @@ from refusal_kernels.hf.model import TOKENS_FIRST
 # Functions that add a residual themselves; `Site` has a method of each name.
 ADDING_FUNCTIONS = ("dropout_add", "bias_dropout_add")
 
-# Functions that return the stream after an add that can not be taken apart: what they return is
+# Functions that return the stream after an add that cannot be taken apart: what they return is
 # steered.
 STREAM_FUNCTIONS = ("depth_scaled_residual_add",)
 
@@ -49,9 +49,8 @@ class Family:
         (submodule, what it adds). After "next:" a submodule of the layer after, and of the last
         layer its own output.
     restart
-        For layers of which some start a new stream, while what they read mixes the ones before,
-        each scaled row by row: (the condition, the submodule whose output the new stream is, what
-        it writes).
+        Where some layers read a mix of earlier streams and start a new one: (the condition in the
+        layer's code, the submodule whose output is the new stream, the kind of its place).
     start
         The submodule of the first layer whose output starts the stream, where that is not its
         input.

@@ -113,7 +113,7 @@ def _programs(given: Sequence[Any]) -> list[tuple[Intervention, ...]]:
 def _check(
     model: nn.Module, programs: tuple[tuple[Intervention, ...], ...], written: list[Place]
 ) -> None:
-    """Refuse what can not work, before anything is changed."""
+    """Refuse what cannot work, before anything is changed."""
     if is_patched(model):
         raise InputError(
             "the model is patched already: remove that patch (handle.remove(), or "
@@ -137,7 +137,7 @@ def _check(
 
 
 def _meets(i: Intervention, place: Place) -> bool:
-    """Whether an intervention acts at a place; where a block can't be read, at its end alone."""
+    """Whether an intervention acts at a place; where a block cannot be read, at its end alone."""
     if not place.unread:
         return i.meets(place.block, place.writers, place.feeds)
     inside = i.every_site or {"attn", "mlp", "add"} & set(i.sites or ())

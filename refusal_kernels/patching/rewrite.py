@@ -56,7 +56,7 @@ class ResidualAdd:
     returned: bool = False  # whether the forward returns that very sum
 
     def live(self, layer: nn.Module) -> bool:
-        """Whether the layer's own settings let this add run; what can't be told counts as yes."""
+        """Whether the layer's own settings let this add run; what cannot be told counts as yes."""
         if self.modules and not any(_there(source, layer) for source in self.modules):
             return False  # cross-attention that this model has not
         for source, outcome in self.guards:
@@ -322,7 +322,7 @@ def _generate(cls: type[nn.Module], stream: str | None, family: Family) -> Steer
         raise InputError(f"the source of {path}.forward is not to be had: {error}") from None
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or forward.__closure__:
-        raise InputError(f"{path}.forward is no plain function, so it can not be rewritten")
+        raise InputError(f"{path}.forward is no plain function, so it cannot be rewritten")
     function.returns = None
     function.decorator_list = [
         d

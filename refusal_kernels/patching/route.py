@@ -206,7 +206,7 @@ class Positions:
         self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """See above; raises `InputError` where that can't be known."""
+        """See above; raises `InputError` where that cannot be known."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if kwargs.get("cu_seq_lens_q") is not None:
             raise InputError(

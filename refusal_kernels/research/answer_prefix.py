@@ -15,7 +15,9 @@ PROMPTS, TOKENS = 8, 16  # of each set, and of each answer, that are looked at
 THOUGHTS = {
     "<think>": "<think>\n\n</think>\n\n",
     "<thought>": "<thought>\n\n</thought>\n\n",
+    "<seed:think>": "<seed:think></seed:think>",
     "[THINK]": "[THINK][/THINK]",
+    "<|START_THINKING|>": "<|START_THINKING|><|END_THINKING|>",
     "<|channel|>analysis<|message|>": (
         "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
     ),

@@ -14,10 +14,11 @@ from torch import Tensor
 from refusal_kernels.direction import Direction
 from refusal_kernels.environment import describe_device, versions
 from refusal_kernels.errors import InputError
-from refusal_kernels.files.atomic import write_json
+from refusal_kernels.files.atomic import check_writable, write_json
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.embedded import EMBEDDED, DemoBars, DemoSize
 from refusal_kernels.hf.forward import LAST, model_inputs
+from refusal_kernels.hf.greedy import bare
 from refusal_kernels.hf.load import load
 from refusal_kernels.hf.model import decoder_layers, input_device
 from refusal_kernels.interventions import Ablate, Add
@@ -117,6 +118,7 @@ def run(inputs: DemoInputs, out: Path, step: Step, *, rounds: int | None = None)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out} cannot be made: {error.strerror}") from None
+    check_writable(out)
     model, chat = inputs.model, ChatFormat.of(inputs.tokenizer)
 
     with single_step(step("Check that the weights can be edited")):
@@ -241,10 +243,8 @@ def compare_speed(
 
     def generate(name: str) -> int:
         chosen = edited if name == "orthogonalized" else model
-        # a fixed number of tokens, so that all methods do the same work
         chosen.generate(
             **fed,
-            min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=chat.pad_id,
@@ -257,7 +257,9 @@ def compare_speed(
         "fused": lambda: patch(model, Ablate(direction)),
         "orthogonalized": nullcontext,
     }
-    return interleaved(generate, methods, rounds=rounds, progress=progress)
+    # nothing ends an answer, so all methods make the same number of tokens
+    with bare(model), bare(edited):
+        return interleaved(generate, methods, rounds=rounds, progress=progress)
 
 
 def assemble(

@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator
 INK, GRAY, RED, BLUE, GREEN = "#222222", "#9a9a9a", "#c1432e", "#2a6fb0", "#3a8f5c"
 OTHERS = (RED, BLUE, GREEN, "#8a5aa8", "#b8860b", GRAY)
 PARTS = {"harmful": RED, "harmless": BLUE}
+NO_LIMIT = 1e9  # what stands for an infinite threshold
 SMALLEST_KL = 1e-4  # what is drawn; below it rounding begins
 Target = Path | IO[bytes]
 """The target of a picture: a file (the suffix is the format), or a stream for SVG."""
@@ -233,7 +234,7 @@ def plot_candidates(
     """Draw the three scores of every candidate by position and layer: `ScoredCandidate`, or dicts.
 
     `selected`, if there is one, is framed. The KL has a logarithmic scale. `thresholds` ("kl",
-    "induce") are lines in the color bars.
+    "induce") are lines in the color bars; one of 1e9 or beyond is none.
     """
     rows = [asdict(row) if is_dataclass(row) else dict(row) for row in scores]  # type: ignore[arg-type]
     positions = sorted({row["position"] for row in rows})
@@ -243,7 +244,7 @@ def plot_candidates(
         "induce": ("induce: refusal score on harmless prompts, added (high is good)", "viridis"),
         "kl": ("kl: on harmless prompts, ablated, log scale (low is good)", "viridis_r"),
     }
-    limits = thresholds or {}
+    limits = {name: limit for name, limit in (thresholds or {}).items() if abs(limit) < NO_LIMIT}
     size = (max(6.4, 0.27 * len(layers)), 3 * (0.9 + 0.28 * len(positions)))
 
     def frame(axes: Any, position: int, layer: int, **style: Any) -> None:

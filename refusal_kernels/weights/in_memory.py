@@ -99,7 +99,7 @@ def check_model(model: Any, direction: Direction) -> None:
 def check_plain(model: Any) -> None:
     """Refuse a model whose weights are not plain numbers in memory."""
     if is_patched(model):
-        raise InputError("the model is patched; remove the patch before its weights are edited")
+        raise InputError("the model is patched; call rk.unpatch(model) before you edit weights")
     if input_embedding(model) is None:
         raise InputError(
             f"{type(model).__name__} does not say which module embeds its tokens; expected one "

@@ -1,6 +1,7 @@
 """Save a model with what its files hold and a load leaves out: other tensors, and other files."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from refusal_kernels.weights.checkpoint_plan import untied_config
 from refusal_kernels.weights.shards import (
     INDEX,
     SINGLE,
+    WEIGHTS,
     Shard,
     other_files,
     read_shard,
@@ -24,19 +26,27 @@ from refusal_kernels.weights.shards import (
 CONFIG = "config.json"
 
 
-def source_folder(name: str, revision: str | None = None) -> Path | None:
-    """Return the folder that a model was loaded from; None for one that comes from elsewhere."""
+def source_folder(name: str, revision: str | None = None, offline: bool = False) -> Path | None:
+    """Return the folder that a model was loaded from; None for one that comes from elsewhere.
+
+    Of a model of the hub that is its folder in the cache. What its repository has besides weights
+    is fetched first, unless ``offline``: a load takes only what it reads.
+    """
     if name in EMBEDDED:
         return None
     if Path(name).is_dir():
         return Path(name)
-    from transformers.utils import cached_file
+    from huggingface_hub import snapshot_download
 
-    try:
-        found = cached_file(name, CONFIG, revision=revision, local_files_only=True)
-    except Exception:  # no hub id: a file of another format
-        return None
-    return None if found is None else Path(found).parent
+    weights = [f"*{suffix}" for suffix in WEIGHTS]
+    for local in (True,) if offline else (False, True):  # the cache serves where the hub does not
+        with suppress(Exception):  # no hub id: a file of another format
+            return Path(
+                snapshot_download(
+                    name, revision=revision, ignore_patterns=weights, local_files_only=local
+                )
+            )
+    return None
 
 
 def save_whole(model: Any, tokenizer: Any, source: Path | None, target: Path) -> list[str]:

@@ -179,7 +179,7 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(where, name).relative_to(folder)
-            if path.suffix in _WEIGHTS or name.endswith(_WEIGHT_INDEXES):
+            if path.suffix in WEIGHTS or name.endswith(_WEIGHT_INDEXES):
                 weights.append(str(path))
                 continue
             if not inside(folder, str(path)).is_file():  # a pipe would wait for ever
@@ -188,7 +188,7 @@ def other_files(folder: Path) -> tuple[list[str], list[str]]:
     return along, weights
 
 
-_WEIGHTS = frozenset(
+WEIGHTS = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .ggml .h5 .msgpack .onnx .onnx_data .npz".split()
 )
 _WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json")

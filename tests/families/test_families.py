@@ -74,7 +74,7 @@ def test_the_page_keeps_its_promises():
     ],
 )
 def test_other_shapes_of_a_layer(monkeypatch, model_type, settings, places):
-    """Settings change which adds run: those that can not are not counted, the others are found."""
+    """Settings change which adds run: those that cannot are not counted, the others are found."""
     config = tiny_families.build(model_type).config
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     for name, value in settings.items():

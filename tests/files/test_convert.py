@@ -1,4 +1,4 @@
-"""Other tools' formats: what they hold, where it acts, and what they can not say."""
+"""Other tools' formats: what they hold, where it acts, and what they cannot say."""
 
 import hashlib
 import json
@@ -195,7 +195,7 @@ def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
         refused("expected 2 or more", convert, source, target, mode="add", layers=(layer,))
     random_direction(layer=None).save(tmp_path / "nowhere.safetensors")
     refused("which blocks", convert, tmp_path / "nowhere.safetensors", target, mode="add")
-    refused("no known format|can not be written", convert, source, tmp_path / "b.pt")
+    refused("no known format|cannot be written", convert, source, tmp_path / "b.pt")
     refused("no known format", convert, tmp_path / "a.bin", target)
     refused("for .gguf alone", convert, source, tmp_path / "b.safetensors", mode="add")
     refused("layer 3, not at 5", convert, source, tmp_path / "b.safetensors", layers=(5,))

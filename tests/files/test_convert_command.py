@@ -65,7 +65,7 @@ def test_a_direction_from_another_place_is_told(run: Any, tmp_path: Path) -> Non
         ("a.safetensors b.gguf --as add --layers x", "ranges such as"),
         ("a.safetensors b.gguf --as add --layers 1-99999", "ranges"),
         ("none.gguf b.safetensors", "is not there"),
-        ("a.safetensors b.pt", "can not be written"),
+        ("a.safetensors b.pt", "cannot be written"),
     ],
 )
 def test_convert_says_no_in_one_line(

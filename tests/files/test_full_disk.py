@@ -1,4 +1,4 @@
-"""A disk that is full, a folder that can not be written: one line, and nothing is left behind."""
+"""A disk that is full, a folder that cannot be written: one line, and nothing is left behind."""
 
 import collections
 import os
@@ -63,7 +63,7 @@ def test_a_disk_that_fills_up(way, model, capfd):
     assert sorted(model.parent.rglob("*")) == before
 
 
-def test_a_folder_that_can_not_be_written(model, monkeypatch, capfd):
+def test_a_folder_that_cannot_be_written(model, monkeypatch, capfd):
     """As on a disk that is mounted to be read, or where a file stands in its place."""
     (model.parent / "file").touch()
     before = sorted(model.parent.rglob("*"))
@@ -76,10 +76,14 @@ def test_a_folder_that_can_not_be_written(model, monkeypatch, capfd):
     for more in ((), ("--in-memory",)):
         assert orthogonalize(model, *more) == 2
         refused(capfd, "new cannot be written to")
+    (model.parent / "out").mkdir()
+    assert run_command("demo", "--out", model.parent / "out") == 2
+    refused(capfd, "out cannot be written to")
+    (model.parent / "out").rmdir()
     assert sorted(model.parent.rglob("*")) == before
 
 
-def test_a_temporary_file_that_can_not_be_removed_hides_no_error(tmp_path, monkeypatch):
+def test_a_temporary_file_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 

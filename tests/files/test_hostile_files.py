@@ -124,7 +124,7 @@ def test_damaged_files_read_to_something_valid_or_are_refused(tmp_path: Path, na
     assert grown < 200_000  # KiB
 
 
-# Each is read in a process of its own that can not take more than 1.5 GiB beyond what the imports
+# Each is read in a process of its own that cannot take more than 1.5 GiB beyond what the imports
 # have taken, and that says how much it took.
 READ_THEM = textwrap.dedent(
     """

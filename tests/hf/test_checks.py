@@ -1,4 +1,4 @@
-"""What a model can not take, and what is no answer, is refused by name."""
+"""What a model cannot take, and what is no answer, is refused by name."""
 
 import pytest
 import tiny_families

@@ -98,8 +98,8 @@ def test_to_try_it_leaves_nothing_behind(family: str) -> None:
     try:
         model = tiny_families.build(family)
         whole = next_token_logits(model, batch)
-    except Exception as error:  # encoders, halves of models, and what can not be built
-        pytest.skip(f"{family} can not be run so: {error}")
+    except Exception as error:  # encoders, halves of models, and what cannot be built
+        pytest.skip(f"{family} cannot be run so: {error}")
     prefix = find_prefix(model, PROMPTS)
     assert torch.equal(next_token_logits(model, batch), whole)
     if prefix is not None:

@@ -7,6 +7,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.generate import decoded
 from refusal_kernels.hf.thoughts import MARKS, split_thought
+from refusal_kernels.research.answer_prefix import THOUGHTS
 from refusal_kernels.research.evaluation.judges import SubstringJudge, judged
 from refusal_kernels.research.evaluation.rates import Rate
 from refusal_kernels.research.evaluation.statements import percent
@@ -57,6 +58,12 @@ def test_a_thought_that_the_template_opens():
     assert not ChatFormat(tokenizer).opens_thought
     tokenizer.chat_template = TEMPLATE.replace("answer :", "answer : <think>")
     assert not ChatFormat(tokenizer, answer_prefix=" </think>").opens_thought
+
+
+def test_an_empty_thought_closes_every_kind():
+    for opening, closing in MARKS:
+        assert THOUGHTS[opening].startswith(opening)
+        assert split_thought(THOUGHTS[opening] + "tea")[1] == "tea", closing
 
 
 @pytest.mark.parametrize(

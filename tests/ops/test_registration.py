@@ -16,7 +16,7 @@ from refusal_kernels.ops import registry
 
 NAMESPACES = {"cpu": "refusal_kernels", "cuda": "refusal_kernels"}
 NAMESPACES[emulated_cuda.NAME] = emulated_cuda.NAMESPACE
-if DEVICES["triton"] == "cuda":  # the interpreter can not be traced
+if DEVICES["triton"] == "cuda":  # the interpreter cannot be traced
     NAMESPACES["triton"] = "refusal_kernels_triton"
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import run_command
+from tiny import run_command, tiny_model, tiny_tokenizer
 
 from refusal_kernels import ops, toy
 from refusal_kernels.direction import Direction
@@ -14,6 +14,7 @@ from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Ablate
 from refusal_kernels.patching.paper_hooks import paper_hooks
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.research.demo import compare_speed
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,13 @@ def test_without_the_kernel_the_demo_fails(out, tmp_path, monkeypatch, capsys):
     assert run_command("demo", "--out", tmp_path / "broken", "--rounds", 2) in (1, 2)
     error = capsys.readouterr().err
     assert "the logits differ from those under ablation" in error or "not as expected" in error
+
+
+def test_the_checkpoints_generation_settings_play_no_part_in_its_speed():
+    model = tiny_model()
+    model.generation_config.stop_strings = ["tea"]  # transformers then asks for a tokenizer
+    compare_speed(
+        model, copy.deepcopy(model), ChatFormat(tiny_tokenizer()), Direction(torch.randn(64)),
+        ["make tea"], 2, lambda *_: None, new_tokens=2,
+    )  # fmt: skip
+    assert model.generation_config.stop_strings == ["tea"]

@@ -121,6 +121,10 @@ def test_the_toy_model(run: Callable[..., Any], tmp_path: Path, monkeypatch: Any
         (["--model", "{f}/model", "--out", "{t}/x", "--lora", "short"], "hidden size 32"),
         (["--model", "{f}/model", "--out", "{t}/x", "missing"], "is not there"),
         (["--model", "{f}/model", "--out", "{t}/x", "--dtype", "int8"], "dtype is 'int8'"),
+        (
+            ["--model", "{f}/model", "--out", "{t}/x", "--revision", "v2"],
+            "no repository of the hub",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from refusal_kernels import Direction
 from refusal_kernels.hf.load import load
+from refusal_kernels.weights.rest import source_folder
 
 EXTRA = {
     "vision_tower.blocks.0.weight": torch.randn(4, 4),
@@ -87,3 +88,24 @@ def test_a_model_of_which_a_part_is_loaded(tmp_path):
     assert any("visual" in name for name in a)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (source, memory)]
     assert configs[0]["model_type"] == configs[1]["model_type"] == "qwen3_5"
+
+
+def test_a_model_of_the_hub_keeps_files_that_the_load_did_not_fetch(tmp_path, monkeypatch):
+    calls = []
+
+    def fetched(name, *, revision, ignore_patterns, local_files_only):
+        calls.append((name, revision, local_files_only))
+        if not local_files_only and len(calls) == 3:
+            raise OSError("no network")
+        assert "*.safetensors" in ignore_patterns and "*.json" not in ignore_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    assert source_folder("maker/model", "v2") == tmp_path
+    assert source_folder("maker/model", offline=True) == tmp_path
+    assert source_folder("maker/model") == tmp_path  # the cache serves
+    assert calls == [
+        ("maker/model", "v2", False), ("maker/model", None, True),
+        ("maker/model", None, False), ("maker/model", None, True),
+    ]  # fmt: skip
+    assert source_folder("toy") is None and source_folder(str(tmp_path)) == tmp_path

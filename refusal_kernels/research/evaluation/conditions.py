@@ -19,7 +19,7 @@ from refusal_kernels.hf.padding import fitted
 from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.progress import Progress
-from refusal_kernels.research.evaluation.judges import Judge, judged
+from refusal_kernels.research.evaluation.judges import Judge, NoAnswers, judged
 from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
 from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
@@ -175,7 +175,7 @@ class ConditionRunner:
     ) -> list[DosePoint]:
         """Measure one edit at several strengths, in ascending order, all of them together.
 
-        A note names those that an engine refuses.
+        A note names those that an engine refuses, and those under which no answer begins.
         """
         points, parts = list[DosePoint](), ("harmful", "harmless")
         strengths = [strength for strength in sorted(strengths) if self._serves(edit.at(strength))]
@@ -188,10 +188,14 @@ class ConditionRunner:
             for number, strength in enumerate(strengths):
                 found = {part: next(every) for part in parts}
                 with route([number]), _naming([names[number]]):
-                    rates = {
-                        part: judged(self.judges[0], self.sets[part], found[part].texts)
-                        for part in parts
-                    }
+                    try:
+                        rates = {
+                            part: judged(self.judges[0], self.sets[part], found[part].texts)
+                            for part in parts
+                        }
+                    except NoAnswers as error:
+                        self.notes.append(f"strength {strength:g} is not measured: {error}")
+                        continue
                     loss = self._loss(passages) if passages else None
                 scores = {p: f.score for p, f in found.items() if f.score is not None}
                 kl = found["harmless"].kl
@@ -233,9 +237,12 @@ class ConditionRunner:
 
     def _judge(self, condition: Condition, part: str, texts: list[str]) -> None:
         condition.completions[part] = texts
-        condition.rates[part] = {
-            judge.name: judged(judge, self.sets[part], texts) for judge in self.judges
-        }
+        try:
+            condition.rates[part] = {
+                judge.name: judged(judge, self.sets[part], texts) for judge in self.judges
+            }
+        except NoAnswers as error:
+            raise InputError(f"{condition.name}, {part} prompts: {error}") from None
 
     @torch.inference_mode()
     def _last(

@@ -164,7 +164,7 @@ def evaluate(
     Raises
     ------
     InputError
-        If a set of prompts is empty, the layer is not known, a judge can not be made, or the
+        If a set of prompts is empty, the layer is not known, a judge cannot be made, or the
         candidates do not fit.
     """
     chat = ChatFormat.of(tokenizer)

@@ -102,7 +102,9 @@ def _figures(document: Mapping[str, Any]) -> dict[str, Markup]:
         for condition in controls:
             if condition.endswith(edit):
                 cosine = conditions[condition]["cosine"]
-                label = f"{condition.removesuffix(edit).strip()} (cosine {cosine:.2f})"
+                label = (
+                    f"{condition.removesuffix(edit).strip()} (cosine {round(cosine, 2) + 0.0:.2f})"
+                )
                 panels[title][label] = rate(condition, part)
     if controls:
         draw["controls"] = lambda file: plots.plot_controls(file, panels, counts)

@@ -17,6 +17,8 @@ from refusal_kernels.hf.templates import apply_template
 from refusal_kernels.research.evaluation.likelihood import pad_left
 
 NEW_TOKENS = 16  # of a guard's answer
+# transformers asks at the terminal where it is not told
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 class ClassifierJudge:
@@ -66,8 +68,8 @@ def _pipeline(model: str, device: Any) -> Any:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForSequenceClassification.from_pretrained(model, **REPORTED)
+        tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)
+        loaded = AutoModelForSequenceClassification.from_pretrained(model, **NO_CODE, **REPORTED)
         classifier = check_loaded(model, *loaded)
         return pipeline("text-classification", classifier, tokenizer=tokenizer, device=device)
     except InputError as error:
@@ -195,12 +197,14 @@ def load_judge(
 
     name, _, label = spec.partition("#")
     try:
-        kinds = AutoConfig.from_pretrained(name).architectures or []
+        kinds = AutoConfig.from_pretrained(name, **NO_CODE).architectures or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             return ClassifierJudge(name, label or None, device=device, batch_size=batch_size)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **REPORTED)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", **NO_CODE, **REPORTED
+        )
         guard = check_loaded(name, *loaded)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
     except InputError as error:
         raise InputError(f"judge: {error}") from None
     except Exception as error:  # whatever a hub, a config or a damaged file can bring

@@ -46,17 +46,21 @@ class Judge(Protocol):
         ...
 
 
+class NoAnswers(InputError):
+    """Every completion ends inside a thought: there is nothing to judge."""
+
+
 def judged(judge: Judge, prompts: Sequence[str], completions: Sequence[str]) -> Rate:
     """Count the completions that are a hit by a judge's verdicts, each from 0 to 1.
 
     A judge reads what follows a thought. A completion that ends inside its thought is no answer
-    yet: it is counted apart.
+    yet: it is counted apart. `NoAnswers` is raised where all of them are.
     """
     answers = [split_thought(text)[1] for text in completions]
     asked = [prompt for prompt, text in zip(prompts, answers, strict=True) if text is not None]
     done = [text for text in answers if text is not None]
     if completions and not done:
-        raise InputError(
+        raise NoAnswers(
             f"all {len(completions)} completions end inside a thought; expected answers to judge: "
             "let them be longer (max_new_tokens), or do without thinking"
         )

@@ -12,8 +12,9 @@ from refusal_kernels.direction import Candidates
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
+from refusal_kernels.hf.checks import check_tokens
 from refusal_kernels.hf.forward import read_inputs
-from refusal_kernels.hf.model import hidden_size, input_device, layer_count, text_config
+from refusal_kernels.hf.model import hidden_size, input_device, layer_count
 from refusal_kernels.hf.padding import fitted
 from refusal_kernels.hf.prefix import Prefix, agree, common_prefix, run_prefix
 from refusal_kernels.hf.served import ServedModel
@@ -104,7 +105,7 @@ def collect(
         )
     if not 0 <= group < len(moments.groups):
         raise InputError(f"there is no group {group}; expected 0 to {len(moments.groups) - 1}")
-    _check_lengths(model, batches)
+    check_tokens(model, 0, batches.longest)
     _stream(model, [(group, batches)], moments, progress, checkpoint)
     return moments
 
@@ -153,7 +154,7 @@ def mean_difference(
     parts = [(i, chat.stream(p, batch_size)) for i, p in enumerate((harmful, harmless))]
     moments = _new_moments(model, chat, positions, ("harmful", "harmless"), last_layer)
     for _, batches in parts:
-        _check_lengths(model, batches)
+        check_tokens(model, 0, batches.longest)
     _stream(model, parts, moments, progress, checkpoint)
     difference = moments.compute().mean_difference
     return Candidates(difference, model_name, template=chat.render(INSTRUCTION))
@@ -223,17 +224,6 @@ def _new_moments(
     positions = chat.positions if positions is None else positions
     layers = layers_to_read(model, last_layer)
     return Moments(layers, positions, hidden_size(model), groups, input_device(model))
-
-
-def _check_lengths(model: Any, batches: Batches) -> None:
-    """Refuse a prompt that is longer than the model's positions."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    longest = batches.longest
-    if isinstance(limit, int) and 0 < limit < longest:
-        row = int(batches.order[0])
-        raise InputError(
-            f"prompt {row} has {longest} tokens in its chat format; the model takes {limit}"
-        )
 
 
 def _stream(

@@ -173,6 +173,14 @@ def find_candidates(
         _activations(model, chat, prompts, positions, layers, batch_size, told(before))
         for prompts, before in ((harmful, 0), (harmless, len(harmful)))
     ]
+    for group, part in zip(("harmful", "harmless"), kept, strict=True):
+        broken = (~part.isfinite()).any(dim=-1).nonzero()
+        if len(broken):
+            prompt, layer, place = broken[0].tolist()
+            raise InputError(
+                f"the group {group!r} met NaN or infinity at layer {layer}, position "
+                f"{place - positions}, prompt {prompt}; try another dtype (float16 overflows)"
+            )
     vectors = torch.zeros(positions, layers, hidden_size(model))
     for layer in range(layers):
         for place in range(positions):
@@ -188,7 +196,7 @@ def _candidate(method: str, harmful: Tensor, harmless: Tensor) -> Tensor:
     """Return the mean difference's component along what a method finds: float64 [hidden]."""
     difference = harmful.mean(dim=0) - harmless.mean(dim=0)
     every = torch.cat([harmful, harmless])
-    if not every.isfinite().all() or bool((every == every[0]).all()):
+    if bool((every == every[0]).all()):
         return torch.zeros_like(difference)
     if method == MEAN_DIFFERENCE:
         return difference

@@ -6,6 +6,7 @@ under no edit, ablation, subtraction and addition. The result of each step is ke
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,9 @@ class _Protocol:
         used = cache.step("prompts", self.filter, asked, inputs.refusal_tokens, inputs.filter)
         used |= {split: _as_asked(used[split], asked[split]) for split in asked}
         candidates = self.candidates(used["train"])
-        given = inputs.direction and inputs.direction.vector.tolist()
+        given = inputs.direction and [
+            inputs.direction.vector.tolist(), inputs.direction.layer, inputs.direction.position
+        ]  # fmt: skip
         selection = cache.step(
             "selection", lambda: self.select(candidates, used), given, choices=inputs.thresholds
         )
@@ -189,7 +192,11 @@ class _Protocol:
         """Select; a given direction is only measured, whatever its scores."""
         thresholds = dict(self.inputs.thresholds)
         if self.inputs.direction is not None:
-            thresholds = {"kl_threshold": 1e9, "induce_threshold": -1e9, "prune_last": 0.0}
+            thresholds = {
+                "kl_threshold": math.inf,
+                "induce_threshold": -math.inf,
+                "prune_last": 0.0,
+            }
         return select(
             self.model, self.chat, candidates,
             used["validation"]["harmful"], used["validation"]["harmless"],

@@ -37,7 +37,7 @@ NOT_FINITE = "not finite"
 # At the first layer the template's tokens have the same embedding whatever the instruction: the
 # difference is zero, or rounding, and rounding must not be scaled up to a unit vector.
 ZERO = 1e-6
-NO_THRESHOLD = 1e9  # stands for an infinite threshold, which JSON can not hold
+NO_THRESHOLD = 1e9  # stands for an infinite threshold, which JSON cannot hold
 
 
 @dataclass(frozen=True)

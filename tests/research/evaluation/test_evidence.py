@@ -16,6 +16,7 @@ from refusal_kernels.hf.logits import last_logits
 from refusal_kernels.interventions import Ablate, Add
 from refusal_kernels.patching.handle import is_patched
 from refusal_kernels.patching.patch import patch
+from refusal_kernels.research.evaluation import conditions
 from refusal_kernels.research.evaluation.evidence import evaluate, random_directions
 from refusal_kernels.research.evaluation.judges import SubstringJudge, TokenJudge, judged
 from refusal_kernels.research.evaluation.likelihood import answers, cross_entropy
@@ -187,6 +188,24 @@ def test_the_dose_is_the_dial(tiny) -> None:
     assert ablation[1.0].kl == pytest.approx(main["ablated"].kl["harmless"], abs=1e-5)
     score = main["ablated"].refusal_scores["harmful"]
     assert ablation[1.0].refusal_scores["harmful"] == pytest.approx(score, abs=1e-4)
+
+
+def test_answers_that_all_end_inside_a_thought(monkeypatch) -> None:
+    """A strength under which no answer begins is left out and noted; a condition is named."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    runner = conditions.ConditionRunner(
+        model, ChatFormat(tokenizer), {"harmful": HARMFUL, "harmless": HARMLESS},
+        [SubstringJudge()], TOKENS, 3, 8,
+    )  # fmt: skip
+    texts = iter([["<think>"] * 4, ["sure"] * 3, ["sure"] * 4, ["sure"] * 3])
+    monkeypatch.setattr(conditions, "decoded", lambda *_: next(texts))
+    edit = Ablate(Direction(torch.randn(64)))
+    (point,) = runner.dose(edit, [0.5, 1.0], None, lambda *_: None)
+    assert point.strength == 1.0
+    (note,) = runner.notes
+    assert note.startswith("strength 0.5 is not measured: all 4 completions end inside a thought")
+    with pytest.raises(InputError, match=r"^ablated, harmful prompts: all 4 completions end"):
+        runner._judge(conditions.Condition("ablated"), "harmful", ["<think>"] * 4)
 
 
 def test_capability_and_the_models_own_completions(tiny) -> None:

@@ -1,5 +1,6 @@
 """Judges: what they score, against plain computations on tiny models made here."""
 
+import json
 import math
 
 import pytest
@@ -207,6 +208,15 @@ def test_guard_says_what_is_wrong() -> None:
         GuardJudge(tiny_model(), tiny_tokenizer())(PROMPTS, TEXTS)
     with pytest.raises(InputError, match="judge '/nowhere/at/all' cannot be loaded"):
         load_judge("/nowhere/at/all")
+
+
+def test_a_judge_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch) -> None:
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_judge(str(tmp_path))
 
 
 @pytest.mark.parametrize(

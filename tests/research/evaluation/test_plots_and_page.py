@@ -376,6 +376,10 @@ def test_candidates_without_a_winner(tmp_path, kept, measured) -> None:
         assert lines == ([limits[name]] * 2 if name in limits else [])  # and an arrow
         low, high = bar.get_ylim()
         assert all(low - 1e-9 <= line <= high + 1e-9 for line in lines), (name, low, high)
+    limits |= {"kl": 1e9, "induce": -1e9}  # no thresholds
+    plots.plot_candidates(tmp_path / "b.png", rows, None, limits)
+    assert not any(bar.lines or max(map(abs, bar.get_ylim())) > 10 for bar in kept[1].axes[3:])
+    assert not any("threshold" in panel.get_title(loc="left") for panel in kept[1].axes[:3])
 
 
 @pytest.mark.parametrize("layers", [1, 2, 16, 17, 31, 80, 127])

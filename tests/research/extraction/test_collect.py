@@ -9,6 +9,7 @@ import pytest
 import tiny_families
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from refusal_kernels import Ablate, Direction, patch, toy
 from refusal_kernels.errors import InputError
@@ -184,8 +185,15 @@ def test_bad_input_is_refused_before_any_pass() -> None:
         mean_difference(model, tokenizer, HARMFUL, [])
     with pytest.raises(InputError, match="the last layer is -1; expected 0 to 2"):
         mean_difference(model, tokenizer, HARMFUL, HARMLESS, last_layer=-1)
-    with pytest.raises(InputError, match=r"prompt 1 has 45 tokens .* the model takes 32"):
-        collect(model, tokenizer, ["make tea", "tea " * 39])
+    gpt = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=47, n_positions=32, n_embd=64, n_layer=2, n_head=2)
+    )
+    for call in (
+        lambda: collect(gpt, tokenizer, ["make tea", "tea " * 39]),
+        lambda: mean_difference(gpt, tokenizer, HARMFUL, ["make tea", "tea " * 39]),
+    ):
+        with pytest.raises(InputError, match=r"a prompt has 45 tokens .* has 32 positions"):
+            call()
     with pytest.raises(InputError, match="Linear holds no list of decoder layers"):
         collect(torch.nn.Linear(2, 2), tokenizer, HARMFUL)
 

@@ -1,5 +1,6 @@
 """The methods find a direction that was planted, and give candidates that can be compared."""
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,6 +175,11 @@ def test_bad_input(model: Any, monkeypatch: Any) -> None:
             find_candidates(*arguments, method="pca", last_layer=last)
     with pytest.raises(InputError, match="shorter than the 30 positions"):
         find_candidates(*arguments, method="pca", positions=30)
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.model.layers[1].mlp.down_proj.weight, torch.nan)
+    for options in ({"method": "pca"}, {"winsorize": 0.9}):
+        with pytest.raises(InputError, match="'harmful' met NaN or infinity at layer 2, position"):
+            find_candidates(broken, *arguments[1:], **options)
     for method, module, library in (
         ("leace", "concept_erasure", "concept-erasure"),
         ("probe", "sklearn", "scikit-learn"),
