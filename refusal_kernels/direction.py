@@ -53,7 +53,7 @@ class Direction:
     Two directions are equal only if they are the same object.
     """
 
-    vector: Tensor
+    vector: Tensor = field(repr=False)
     model: str | None = None
     layer: int | None = None
     position: int | None = None
@@ -171,7 +171,7 @@ class Candidates:
         If the vectors have another shape or dtype, or there are none.
     """
 
-    vectors: Tensor
+    vectors: Tensor = field(repr=False)
     model: str | None = None
     method: str = MEAN_DIFFERENCE
     template: str | None = None
