@@ -25,7 +25,7 @@ def path(folder):
     return make("llama", folder)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_the_strongest_requests_leave_later_ones_alone(dtype, path, steering, engines):
     few = {"block_size": 32, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
     llm = engines(path, steering(programs=PROGRAMS), dtype=dtype, **few)
