@@ -32,7 +32,7 @@ def inputs(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("inputs")
     model, tokenizer = load("toy", "cpu", "auto")
     prompts = {name: list(toy.prompts(name, "train")[:80]) for name in ("harmful", "harmless")}
-    candidates = mean_difference(model, tokenizer, **prompts, positions=2)
+    candidates = mean_difference(model, tokenizer, **prompts)
     candidates.save(path / "candidates.safetensors")
     for name, some in prompts.items():
         (path / f"{name}.txt").write_text("\n".join(some))
