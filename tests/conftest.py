@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
     """Mark the tests that share a fixture of their module, and most cases of Triton's kernels.
 
     The first run in one process, so that the fixture is made once. Triton's interpreter is slow:
-    the quick tests run every seventh case, which is no factor of a product of parameters.
+    the quick tests run every eleventh case, which is no factor of a product of parameters.
     """
     cases = collections.Counter()
     for item in items:
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
         if any(fixture.scope == "module" for versions in fixtures for fixture in versions):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
         if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
-            if not GPU and cases[item.function] % 7:
+            if not GPU and cases[item.function] % 11:
                 item.add_marker(pytest.mark.full)
             cases[item.function] += 1
 

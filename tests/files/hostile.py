@@ -30,7 +30,7 @@ class Fills:
 def torch_zip(program: bytes, storage: bytes = bytes(64), kind: int = 0) -> bytes:
     """What torch.save writes for a tensor, with any program."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", kind) as archive:
+    with zipfile.ZipFile(file, "w", kind, compresslevel=1) as archive:
         for name, content in (("data.pkl", program), ("byteorder", b"little"), ("version", b"3\n")):
             archive.writestr(f"a/{name}", content)
         archive.writestr("a/data/0", storage)
@@ -73,6 +73,7 @@ def tensor_info(name: str, hidden: int, kind: int = 0, offset: int = 0, rank: in
 
 
 HUGE = 1 << 60
+ONE_TENSOR = ("Q", 1), ("Q", 0)  # of a GGUF file: as many tensors, as many keys
 
 
 def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -123,98 +124,102 @@ def sparse_tensors(kind: str, shape: list[int]) -> Callable[[Path], None]:
     return lambda path: sparse(path, header, len(header) + (1 << 36))
 
 
-HOSTILE: dict[str, bytes | Callable[[Path], Any]] = {
-    # pickles
-    "runs.pt": lambda path: torch.save(Runs(), path),
-    "runs_bare.pt": pickle.dumps(Runs()),
-    "runs_zip.pt": torch_zip(pickle.dumps(Runs(), 2)),
-    "runs_new.pt": torch_zip(pickle.dumps(Runs(), 5)),
-    "fills.pt": torch_zip(pickle.dumps(Fills(), 2)),
-    "numel.pt": torch_zip(rebuilt(1 << 34, (1 << 34,), (1,))),
-    "numel_small.pt": torch_zip(rebuilt(1 << 34, (4,), (1,))),
-    "size.pt": torch_zip(rebuilt(16, (1 << 34,), (1,))),
-    "size_overflow.pt": torch_zip(rebuilt(16, (1 << 40, 1 << 40), (1, 1))),
-    "expand.pt": torch_zip(rebuilt(16, (1 << 34,), (0,))),
-    "offset.pt": torch_zip(rebuilt(16, (4,), (1,), 1 << 34)),
-    "negative.pt": torch_zip(rebuilt(16, (4,), (1,), -4)),
-    "memo.pt": torch_zip(b"\x80\x02)r\xff\xff\xff\x7f."),
-    "bomb.pt": lambda path: path.write_bytes(
-        torch_zip(rebuilt(1 << 28, (1 << 28,), (1,)), bytes(1 << 30), zipfile.ZIP_DEFLATED)
-    ),
-    "entries.pt": b"PK\x03\x04" + b"PK\x01\x02" * 100_000,
-    # safetensors
-    "length.safetensors": safetensors_bytes({}, length=HUGE),
-    "length_99mb.safetensors": safetensors_bytes({}, length=99_000_000),
-    "header.safetensors": safetensors_bytes(
-        b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(3_000_000)) + b"}}"
-    ),
-    "nested.safetensors": safetensors_bytes(b"[" * 1_000_000),
-    "shape.safetensors": safetensors_bytes(named("direction", direction=f32([1 << 40], 1 << 42))),
-    "shape_lies.safetensors": safetensors_bytes(
-        named("direction", direction=f32([1 << 40], 64)), bytes(64)
-    ),
-    "overflow.safetensors": safetensors_bytes(
-        named("direction", direction=f32([1 << 40, 1 << 40], 64)), bytes(64)
-    ),
-    "sparse.safetensors": sparse_tensors("direction", [1 << 34]),
-    "sparse_candidates.safetensors": sparse_tensors("candidates", [1, 1, 1 << 34]),
-    "lines.safetensors": safetensors_bytes(
-        {"__metadata__": {"format": "a\nb\x1b[2J" * 9000, "format_version": "1"}}
-    ),
-    "moments.safetensors": safetensors_bytes(groups_of(60_000), bytes(12800)),
-    "deep_moments.safetensors": safetensors_bytes(deep(True), bytes(12800)),
-    "deep_moments_metadata.safetensors": safetensors_bytes(deep(False), bytes(12800)),
-    # GGUF: counts, lengths, dimensions, types
-    "tensors.gguf": gguf_bytes(("Q", HUGE), ("Q", 0)),
-    "keys.gguf": gguf_bytes(("Q", 0), ("Q", HUGE)),
-    "key.gguf": gguf_bytes(("Q", 0), ("Q", 1), ("Q", HUGE)),
-    "value.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 8), ("Q", HUGE)),
-    "array.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 9), ("I", 4), ("Q", HUGE)),
-    "arrays.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", *[("I", 9), ("Q", 1)] * 5000),
-    "bytes.gguf": gguf_bytes(("Q", 1), ("Q", 1), "a", ("I", 9), ("I", 0), ("Q", 3_000_000))
-    + bytes(3_000_000) + gguf_bytes(*tensor_info("direction.1", 4))[8:] + bytes(64),
-    "many.gguf": gguf_bytes(("Q", 300_000), ("Q", 0))
-    + b"".join(gguf_bytes(*tensor_info(f"a.{i}", 4))[8:] for i in range(300_000)) + bytes(64),
-    "type.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 99)),
-    "alignment.gguf": gguf_bytes(
-        ("Q", 1), ("Q", 1), "general.alignment", ("I", 4), ("I", 1 << 31),
-        *tensor_info("direction.1", 4),
-    ) + bytes(64),
-    "hidden.gguf": gguf_bytes(("Q", 1), ("Q", 0), *tensor_info("direction.1", 1 << 50)) + bytes(64),
-    "dimensions.gguf": gguf_bytes(("Q", 1), ("Q", 0), *tensor_info("direction.1", 1 << 21, rank=3)),
-    "rank.gguf": gguf_bytes(("Q", 1), ("Q", 0), "direction.1", ("I", 0xFFFFFFFF)),
-    "kind.gguf": gguf_bytes(("Q", 1), ("Q", 0), *tensor_info("direction.1", 32, 12)) + bytes(64),
-    "offset.gguf": gguf_bytes(("Q", 1), ("Q", 0), *tensor_info("direction.1", 4, 0, HUGE))
-    + bytes(64),
-    "version.gguf": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
-    "sparse.gguf": vast,
-    # JSON and its kin
-    "nested.json": b"[" * 1_000_000,
-    "nested_less.json": b"[" * 500 + b"1" + b"]" * 500,
-    "objects.json": b'{"a":' * 200_000,
-    "many.json": b"[" + b"[]," * 20_000_000 + b"[]]",
-    "dicts.json": b"[" + b'{"a":1},' * 900_000 + b"1]",
-    "integer.json": b"[" + b"9" * 1_000_000 + b"]",
-    "infinite.json": b'[{"prompt": "a", "x": 1e999}]',
-    "nan.json": b'[{"prompt": "a", "x": NaN}]',
-    "surrogate.json": b'["\\ud800"]',
-    "long.json": b'["' + b"a" * 1_000_000 + b'"]',
-    "nested.jsonl": b'"one"\n' + b"[" * 1_000_000,
-    "nested_pairs.jsonl": b"[" * 1_000_000,
-    "nested_texts.jsonl": b'"one"\n' + b"[" * 1_000_000,
-    "sparse_texts.txt": vast,
-    "sparse_pairs.jsonl": vast,
-    "nested_selection.json": b"[" * 1_000_000,
-    "nested_row.json": b"[" * 1_000_000,
-    "integer_row.json": b'{"numbers": {"a": ' + b"9" * 1_000_000 + b"}}",
-    "lines.jsonl": b"\n" * 60_000_000,
-    "field.csv": b'prompt\n"' + b"a" * 1_000_000 + b'"\n',
-    "open.csv": b'prompt\n"' + b"a\n" * 100_000,
-    "columns.csv": b"," * 60_000_000,
-    "lines.txt": b"a\n" * 30_000_000,
-    "line.txt": b"a" * 1_000_000,
-    "sparse.txt": vast,
-}  # fmt: skip
+def hostile_files() -> dict[str, bytes | Callable[[Path], Any]]:
+    """By name, the bytes of each file, or what writes them."""
+    return {
+        # pickles
+        "runs.pt": lambda path: torch.save(Runs(), path),
+        "runs_bare.pt": pickle.dumps(Runs()),
+        "runs_zip.pt": torch_zip(pickle.dumps(Runs(), 2)),
+        "runs_new.pt": torch_zip(pickle.dumps(Runs(), 5)),
+        "fills.pt": torch_zip(pickle.dumps(Fills(), 2)),
+        "numel.pt": torch_zip(rebuilt(1 << 34, (1 << 34,), (1,))),
+        "numel_small.pt": torch_zip(rebuilt(1 << 34, (4,), (1,))),
+        "size.pt": torch_zip(rebuilt(16, (1 << 34,), (1,))),
+        "size_overflow.pt": torch_zip(rebuilt(16, (1 << 40, 1 << 40), (1, 1))),
+        "expand.pt": torch_zip(rebuilt(16, (1 << 34,), (0,))),
+        "offset.pt": torch_zip(rebuilt(16, (4,), (1,), 1 << 34)),
+        "negative.pt": torch_zip(rebuilt(16, (4,), (1,), -4)),
+        "memo.pt": torch_zip(b"\x80\x02)r\xff\xff\xff\x7f."),
+        "bomb.pt": lambda path: path.write_bytes(
+            torch_zip(rebuilt(1 << 28, (1 << 28,), (1,)), bytes(1 << 30), zipfile.ZIP_DEFLATED)
+        ),
+        "entries.pt": b"PK\x03\x04" + b"PK\x01\x02" * 100_000,
+        # safetensors
+        "length.safetensors": safetensors_bytes({}, length=HUGE),
+        "length_99mb.safetensors": safetensors_bytes({}, length=99_000_000),
+        "header.safetensors": safetensors_bytes(
+            b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(3_000_000)) + b"}}"
+        ),
+        "nested.safetensors": safetensors_bytes(b"[" * 1_000_000),
+        "shape.safetensors": safetensors_bytes(
+            named("direction", direction=f32([1 << 40], 1 << 42))
+        ),
+        "shape_lies.safetensors": safetensors_bytes(
+            named("direction", direction=f32([1 << 40], 64)), bytes(64)
+        ),
+        "overflow.safetensors": safetensors_bytes(
+            named("direction", direction=f32([1 << 40, 1 << 40], 64)), bytes(64)
+        ),
+        "sparse.safetensors": sparse_tensors("direction", [1 << 34]),
+        "sparse_candidates.safetensors": sparse_tensors("candidates", [1, 1, 1 << 34]),
+        "lines.safetensors": safetensors_bytes(
+            {"__metadata__": {"format": "a\nb\x1b[2J" * 9000, "format_version": "1"}}
+        ),
+        "moments.safetensors": safetensors_bytes(groups_of(60_000), bytes(12800)),
+        "deep_moments.safetensors": safetensors_bytes(deep(True), bytes(12800)),
+        "deep_moments_metadata.safetensors": safetensors_bytes(deep(False), bytes(12800)),
+        # GGUF: counts, lengths, dimensions, types
+        "tensors.gguf": gguf_bytes(("Q", HUGE), ("Q", 0)),
+        "keys.gguf": gguf_bytes(("Q", 0), ("Q", HUGE)),
+        "key.gguf": gguf_bytes(("Q", 0), ("Q", 1), ("Q", HUGE)),
+        "value.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 8), ("Q", HUGE)),
+        "array.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 9), ("I", 4), ("Q", HUGE)),
+        "arrays.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", *[("I", 9), ("Q", 1)] * 5000),
+        "bytes.gguf": gguf_bytes(("Q", 1), ("Q", 1), "a", ("I", 9), ("I", 0), ("Q", 3_000_000))
+        + bytes(3_000_000) + gguf_bytes(*tensor_info("direction.1", 4))[8:] + bytes(64),
+        "many.gguf": gguf_bytes(("Q", 300_000), ("Q", 0))
+        + b"".join(gguf_bytes(*tensor_info(f"a.{i}", 4))[8:] for i in range(300_000)) + bytes(64),
+        "type.gguf": gguf_bytes(("Q", 0), ("Q", 1), "a", ("I", 99)),
+        "alignment.gguf": gguf_bytes(
+            ("Q", 1), ("Q", 1), "general.alignment", ("I", 4), ("I", 1 << 31),
+            *tensor_info("direction.1", 4),
+        ) + bytes(64),
+        "hidden.gguf": gguf_bytes(*ONE_TENSOR, *tensor_info("direction.1", 1 << 50)) + bytes(64),
+        "dimensions.gguf": gguf_bytes(*ONE_TENSOR, *tensor_info("direction.1", 1 << 21, rank=3)),
+        "rank.gguf": gguf_bytes(("Q", 1), ("Q", 0), "direction.1", ("I", 0xFFFFFFFF)),
+        "kind.gguf": gguf_bytes(*ONE_TENSOR, *tensor_info("direction.1", 32, 12)) + bytes(64),
+        "offset.gguf": gguf_bytes(*ONE_TENSOR, *tensor_info("direction.1", 4, 0, HUGE))
+        + bytes(64),
+        "version.gguf": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+        "sparse.gguf": vast,
+        # JSON and its kin
+        "nested.json": b"[" * 1_000_000,
+        "nested_less.json": b"[" * 500 + b"1" + b"]" * 500,
+        "objects.json": b'{"a":' * 200_000,
+        "many.json": b"[" + b"[]," * 20_000_000 + b"[]]",
+        "dicts.json": b"[" + b'{"a":1},' * 900_000 + b"1]",
+        "integer.json": b"[" + b"9" * 1_000_000 + b"]",
+        "infinite.json": b'[{"prompt": "a", "x": 1e999}]',
+        "nan.json": b'[{"prompt": "a", "x": NaN}]',
+        "surrogate.json": b'["\\ud800"]',
+        "long.json": b'["' + b"a" * 1_000_000 + b'"]',
+        "nested.jsonl": b'"one"\n' + b"[" * 1_000_000,
+        "nested_pairs.jsonl": b"[" * 1_000_000,
+        "nested_texts.jsonl": b'"one"\n' + b"[" * 1_000_000,
+        "sparse_texts.txt": vast,
+        "sparse_pairs.jsonl": vast,
+        "nested_selection.json": b"[" * 1_000_000,
+        "nested_row.json": b"[" * 1_000_000,
+        "integer_row.json": b'{"numbers": {"a": ' + b"9" * 1_000_000 + b"}}",
+        "lines.jsonl": b"\n" * 60_000_000,
+        "field.csv": b'prompt\n"' + b"a" * 1_000_000 + b'"\n',
+        "open.csv": b'prompt\n"' + b"a\n" * 100_000,
+        "columns.csv": b"," * 60_000_000,
+        "lines.txt": b"a\n" * 30_000_000,
+        "line.txt": b"a" * 1_000_000,
+        "sparse.txt": vast,
+    }  # fmt: skip
 
 
 def mutated(data: bytes, choice: random.Random) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import DEVICES
 from programs import ablation, random_program, rows, state
+from tiny import full
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from refusal_kernels import ops
@@ -20,7 +21,11 @@ if DEVICES["triton"] == "cuda":  # the interpreter cannot be traced
     NAMESPACES["triton"] = "refusal_kernels_triton"
 
 
-@pytest.mark.parametrize("backend_name", [b for b in DEVICES if b in NAMESPACES])
+@pytest.mark.parametrize(
+    "backend_name",
+    # registered like the CPU's, and slow
+    [full(b) if b == emulated_cuda.NAME else b for b in DEVICES if b in NAMESPACES],
+)
 def test_opcheck(backend_name):
     namespace = getattr(torch.ops, NAMESPACES[backend_name])
     with torch.device(DEVICES[backend_name]):
@@ -55,6 +60,7 @@ def test_opcheck(backend_name):
         check(add_steer_inference=edit, add_steer_rms_norm_inference=(x, residual, *after))
 
 
+@pytest.mark.xdist_group("inductor")
 @pytest.mark.parametrize("device", sorted({d for b, d in DEVICES.items() if b in NAMESPACES}))
 def test_compiled_without_a_graph_break_and_dials_stay_live(device):
     with torch.device(device):

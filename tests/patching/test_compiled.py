@@ -10,6 +10,8 @@ from torch._inductor.utils import run_and_get_code
 
 from refusal_kernels.ops import inductor, reference
 
+# in one process with the others that Inductor compiles for: its first graph takes ten seconds
+pytestmark = pytest.mark.xdist_group("inductor")
 OPS = torch.ops.refusal_kernels
 SLOTS = 2
 SMALL = 136  # no multiple of a vector's length

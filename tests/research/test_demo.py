@@ -1,15 +1,17 @@
 """The whole demo on the toy model: what must hold on the held-out test split, what it writes."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
-from tiny import run_command, tiny_model, tiny_tokenizer
+from tiny import full, run_command, tiny_model, tiny_tokenizer
 
 from refusal_kernels import ops, toy
 from refusal_kernels.direction import Direction
 from refusal_kernels.hf.chat import ChatFormat
+from refusal_kernels.hf.embedded import EMBEDDED, DemoSize
 from refusal_kernels.hf.generate import generate
 from refusal_kernels.interventions import Ablate
 from refusal_kernels.patching.paper_hooks import paper_hooks
@@ -17,10 +19,14 @@ from refusal_kernels.patching.patch import patch
 from refusal_kernels.research.demo import compare_speed
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
+@pytest.fixture(scope="module", params=[40, full(None)], ids=["some", "whole"])
+def out(request, tmp_path_factory):
+    """A folder that the demo filled: with so many prompts of each class of the test split."""
     path = tmp_path_factory.mktemp("demo") / "made" / "here"
-    assert run_command("demo", "--out", path, "--rounds", 3) == 0
+    small = dataclasses.replace(EMBEDDED["toy"], demo=DemoSize(test=request.param))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(EMBEDDED, "toy", small)
+        assert run_command("demo", "--out", path, "--rounds", 3) == 0
     return path
 
 
@@ -29,14 +35,15 @@ def report(out):
     return json.loads((out / "report.json").read_text())
 
 
-def test_the_finding(report):
+def test_the_finding(report, request):
     harmful, harmless = (report["refusal_rate"][c] for c in ("harmful", "harmless"))
     assert harmful["unmodified"] >= 0.95
     assert harmful["ablated"] <= 0.05
     assert abs(harmful["orthogonalized"] - harmful["ablated"]) <= 0.02
     assert harmless["unmodified"] <= 0.02
     assert harmless["added"] >= 0.95
-    assert min(report["prompts"]["test"].values()) >= 200
+    whole = "whole" in request.node.callspec.id
+    assert min(report["prompts"]["test"].values()) >= (200 if whole else 40)
 
 
 def test_capability_is_kept(report):

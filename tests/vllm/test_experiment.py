@@ -358,6 +358,37 @@ def test_the_commands_take_the_engine(alone, tmp_path):
     assert rates["ablated"]["12 substrings"]["k"] == 0
 
 
+def test_the_protocol_says_the_same_on_the_engine(alone, tmp_path):
+    """Every number of it, with those of the model as the row to compare with."""
+    from refusal_kernels.cli import app
+
+    for name in ("harmful", "harmless"):
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(toy.prompts(name, "train")[:24]))
+    (tmp_path / "text.txt").write_text("sure, it is 4. sure, it is 5.")
+
+    def reproduce(out, *options):
+        given = (
+            "--model", toy.PATH, "--harmful", tmp_path / "harmful.txt", "--harmless",
+            tmp_path / "harmless.txt", "--text", f"pile={tmp_path / 'text.txt'}",
+            "--max-new-tokens", 12, "--samples", 0, "--out", tmp_path / out,
+        )  # fmt: skip
+        arguments = ["reproduce", *map(str, (*given, *options))]
+        assert not app(arguments, standalone_mode=False)
+        return json.loads((tmp_path / out / "reproduction.json").read_text())
+
+    row = tmp_path / "row.json"
+    with set_current_vllm_config(VllmConfig()):  # as for `loaded`
+        expected = reproduce("model", "--record", row)
+    served = ("--engine", "vllm", "--engine-args", json.dumps(CPU))
+    found = reproduce("engine", "--against", row, *served)
+    assert found["engine"]["name"] == "vllm" and found["prompts"] == expected["prompts"]
+    assert {c["verdict"] for c in found["comparisons"]} == {"within"}
+    measured = [c["quantity"] for c in found["comparisons"]]
+    assert set(measured) == {c["quantity"] for c in expected["comparisons"]}
+    assert {"kl_score", "pile_ablation", "substring_asr_orthogonalized"} <= set(measured)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--engine", "vllm", "--adapter", "x"], "--adapter is not for --engine vllm"),
     (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not for --engine transformers"),

@@ -307,7 +307,7 @@ def toy_evidence():
     model, tokenizer = toy.load()
     train, test = (
         {c: toy.prompts(c, split)[:n] for c in ("harmful", "harmless")}
-        for split, n in (("train", 128), ("test", 40))
+        for split, n in (("train", 64), ("test", 24))
     )
     candidates = mean_difference(
         model, tokenizer, train["harmful"], train["harmless"], model_name="toy"
@@ -327,7 +327,7 @@ def test_the_toy_models_direction_is_necessary_sufficient_and_specific(toy_evide
     unsafe = document | {"judges": [document["judges"][0] | {"counts": "unsafe"}]}
     assert all(s.holds is None for s in statements(unsafe))  # more of them would be expected
     necessity = next(s.text for s in sentences if s.question == "Necessity")
-    assert "12 substrings" in necessity and "of 40" in necessity
+    assert "12 substrings" in necessity and "of 24" in necessity
     main = toy_evidence.conditions
     name = "12 substrings"
     assert main["unmodified"].rates["harmful"][name].value >= 0.95

@@ -45,6 +45,7 @@ def verdicts(folder: Path) -> dict[str, str]:
     return {c["quantity"]: c["verdict"] for c in document["comparisons"]}
 
 
+@pytest.mark.full
 def test_the_toy_model_reproduces_its_row(toy_folder: Path, capsys: Any) -> None:
     code, shown, _ = reproduce(capsys, "--out", toy_folder)
     assert code == 0 and "22 of 22 within tolerance" in shown and "used again" not in shown
@@ -60,6 +61,7 @@ def test_the_toy_model_reproduces_its_row(toy_folder: Path, capsys: Any) -> None
     assert Direction.load(toy_folder / "direction.safetensors").layer == 5
 
 
+@pytest.mark.full
 def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
     """Names and conditions belong together: under which edit, on which prompts, of what sign."""
     document = json.loads((toy_folder / "reproduction.json").read_text())
@@ -84,34 +86,6 @@ def test_its_numbers_are_what_the_plain_calls_give(toy_folder: Path) -> None:
             assert measured[loss]["value"] == pytest.approx(nats, abs=1e-4), loss
         if handle is not None:
             handle.remove()
-
-
-def test_a_second_run_uses_the_steps_again(toy_folder: Path, capsys: Any) -> None:
-    before = (toy_folder / "reproduction.json").read_bytes()
-    steps = toy_folder / "steps"
-    kept = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
-    assert set(kept) == {"prompts.json", "candidates.json", "selection.json", "evidence.json",
-                         "orthogonalized.json"}  # fmt: skip
-    # damaged, cut short, of another key: made anew, and the rest is not
-    whole = (steps / "orthogonalized.json").read_text()
-    (steps / "orthogonalized.json").write_text(whole[:-40])
-    code, shown, _ = reproduce(capsys, "--out", toy_folder)
-    assert code == 0 and "used again: prompts, candidates, selection, evidence\n" in shown
-    assert (steps / "orthogonalized.json").read_text() == whole
-    for name in kept.keys() - {"orthogonalized.json"}:
-        assert (steps / name).stat().st_mtime_ns == kept[name]
-    strip = ("created", "command")
-    old, new = (
-        {k: v for k, v in json.loads(text).items() if k not in strip}
-        for text in (before, (toy_folder / "reproduction.json").read_bytes())
-    )
-    assert old == new
-    # a candidates' file that is another one than was kept is not trusted
-    candidates = (toy_folder / "candidates.safetensors").read_bytes()
-    (toy_folder / "candidates.safetensors").write_bytes(candidates[:-4] + b"abcd")
-    code, shown, _ = reproduce(capsys, "--out", toy_folder)
-    assert code == 0 and "used again: prompts, selection, evidence, orthogonalized\n" in shown
-    assert (toy_folder / "candidates.safetensors").read_bytes() == candidates
 
 
 @pytest.mark.full
@@ -191,6 +165,36 @@ def test_an_unknown_model_has_no_row_and_that_is_said(
     assert verdicts(tmp_path / "out")["more"] == "no number"
     code, _, err = reproduce(capsys, *small, "--row", "Gemma 3B")
     assert code == 2 and "--row is 'Gemma 3B'; expected one of Qwen 1.8B" in err
+
+
+def test_a_second_run_uses_the_steps_again(small: list[Any], tmp_path: Path, capsys: Any) -> None:
+    assert reproduce(capsys, *small)[0] == 0
+    out = tmp_path / "out"
+    before = (out / "reproduction.json").read_bytes()
+    steps = out / "steps"
+    kept = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
+    assert set(kept) == {"prompts.json", "candidates.json", "selection.json", "evidence.json",
+                         "orthogonalized.json"}  # fmt: skip
+    # damaged, cut short, of another key: made anew, and the rest is not
+    whole = (steps / "orthogonalized.json").read_text()
+    (steps / "orthogonalized.json").write_text(whole[:-40])
+    code, shown, _ = reproduce(capsys, *small)
+    assert code == 0 and "used again: prompts, candidates, selection, evidence\n" in shown
+    assert (steps / "orthogonalized.json").read_text() == whole
+    for name in kept.keys() - {"orthogonalized.json"}:
+        assert (steps / name).stat().st_mtime_ns == kept[name]
+    strip = ("created", "command")
+    old, new = (
+        {k: v for k, v in json.loads(text).items() if k not in strip}
+        for text in (before, (out / "reproduction.json").read_bytes())
+    )
+    assert old == new
+    # a candidates' file that is another one than was kept is not trusted
+    candidates = (out / "candidates.safetensors").read_bytes()
+    (out / "candidates.safetensors").write_bytes(candidates[:-4] + b"abcd")
+    code, shown, _ = reproduce(capsys, *small)
+    assert code == 0 and "used again: prompts, selection, evidence, orthogonalized\n" in shown
+    assert (out / "candidates.safetensors").read_bytes() == candidates
 
 
 @pytest.mark.full
