@@ -23,8 +23,9 @@ CHECKERS = (
 )
 SANITIZE = CHECKERS.split() if os.environ.get("REFUSAL_KERNELS_SANITIZE") else []
 
-# Python's own flags ask for debug information, which takes a quarter of the compiler's time
-DEBUG_INFORMATION = "-g" if SANITIZE else "-g0"
+# Python's own flags ask for all debug information, which takes a quarter of the compiler's time;
+# the checkers' reports need lines
+DEBUG_INFORMATION = "-g1" if SANITIZE else "-g0"
 
 # H100 and A100 by name, and PTX that later GPUs compile for themselves
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 9.0a 10.0+PTX"

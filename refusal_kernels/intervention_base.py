@@ -82,7 +82,7 @@ class Intervention(ABC):
     Raises
     ------
     InputError
-        If a number is not finite, or the place or the positions do not exist.
+        If a number is not finite, a direction is none, or the place or the positions do not exist.
     """
 
     name: ClassVar[str] = ""
@@ -130,6 +130,13 @@ class Intervention(ABC):
             if site not in (*SITE_KINDS, EVERY_SITE):
                 known = ", ".join((*SITE_KINDS, EVERY_SITE))
                 raise InputError(f"{name}: no site {site!r}; there are {known}")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type is Direction and not isinstance(value, Direction):
+                raise InputError(
+                    f"{name}: {f.name} is of type {type(value).__name__}; expected a Direction "
+                    "(Direction.load reads a file, Direction takes a vector, Candidates.at picks)"
+                )
         self.check()
 
     def check(self) -> None:  # noqa: B027

@@ -157,6 +157,12 @@ def test_adding_needs_a_place(plane):
         assert [site.name for site in handle.report().sites] == ["layers.1.attn", "layers.1.mlp"]
 
 
+@pytest.mark.parametrize("given", [torch.ones(3), "refusal.safetensors", None])
+def test_what_is_no_direction_is_refused(given):
+    with pytest.raises(rk.InputError, match=r"direction is of type .*; expected a Direction"):
+        rk.Ablate(given)
+
+
 def test_the_old_name_of_block_input_warns_once(plane, caplog):
     intervention_base._warn_of_layer.cache_clear()
     with pytest.warns(DeprecationWarning, match="block_input") as seen:

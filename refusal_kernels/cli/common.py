@@ -79,7 +79,10 @@ def read_direction(path: Path) -> Direction:
     content = read(path)
     if not isinstance(content, Direction):
         what = "candidates" if isinstance(content, Candidates) else "a control vector"
-        raise InputError(f"{path} holds {what}; expected a direction: take one out with 'convert'")
+        raise InputError(
+            f"{path} holds {what}; expected a direction: "
+            "'refusal-kernels convert' takes one out with --layer and --position"
+        )
     return content
 
 

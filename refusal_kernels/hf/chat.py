@@ -155,7 +155,7 @@ class ChatFormat:
 
     def _encoded(self, prompts: Sequence[str]) -> Iterator[list[int]]:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError("the prompts are not a list of strings")
+            raise InputError("the prompts are not a list of strings, such as ['one', 'two']")
         if not prompts:
             raise InputError("there is no prompt; expected one at least")
         for start in range(0, len(prompts), CHUNK):

@@ -121,7 +121,9 @@ def load(
             raise InputError(
                 f"model '{name}' brings code of its own; read it, then give --trust-remote-code"
             ) from None
-        raise InputError(f"model '{name}' cannot be loaded: {first_line(error)}") from None
+        why = first_line(error).rstrip(".")
+        known = "" if os.path.exists(name) else f"; known by name: {', '.join(EMBEDDED)}"
+        raise InputError(f"model '{name}' cannot be loaded: {why}{known}") from None
     check_hidden(name, model, direction)
     return model.eval(), tokenizer
 

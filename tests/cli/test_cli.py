@@ -200,6 +200,7 @@ BAD = {
     "unknown folder": ("generate hi --model /nowhere/at/all", "no such folder"),
     "unknown folder, relative": ("generate hi --model nowhere/at/all", "no such folder"),
     "a folder without a model": ("generate hi --model .", "cannot be loaded"),
+    "no such model": ("generate hi --model toyy", "known by name: toy, smollm2"),
     "another hidden size": (
         f"{GENERATE} --direction short.safetensors",
         "hidden size 32; the model .* has 64",

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 import refusal_kernels as rk
 
+TOKENS = 8  # to generate; V2's interpreted kernels take 80 ms for each
 PROGRAMS: dict[str, Any] = {
     "ablate": {"ablate": "r"},
     "half": {"ablate": "r", "strength": 0.5},
@@ -66,7 +67,7 @@ def prompts(count: int = 4, seed: int = 3, longest: int = 30) -> list[list[int]]
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
-def served(llm: Any, asked: list[tuple[list[int], Any]], tokens: int = 16) -> list[list[int]]:
+def served(llm: Any, asked: list[tuple[list[int], Any]], tokens: int = TOKENS) -> list[list[int]]:
     """Generate greedily, all requests at once; ``asked`` has (prompt, steer) pairs."""
     params = [
         SamplingParams(
@@ -96,8 +97,8 @@ def expected(family: str, path: str, directions: dict[str, rk.Direction]) -> Tex
     cases["none", 1.0] = []
     return {
         (name, strength): [
-            greedy(model, prompt, 16, interventions(program, directions), strength)
-            for prompt in prompts()
+            greedy(model, prompt, TOKENS, interventions(program, directions), strength)
+            for prompt in prompts(3)
         ]
         for (name, strength), program in cases.items()
     }
@@ -108,7 +109,7 @@ def compare(llm: Any, wanted: Texts) -> None:
     asked = [
         (prompt, {"program": name, "strength": strength})
         for name, strength in wanted
-        for prompt in prompts()
+        for prompt in prompts(3)
     ]
     answers = iter(served(llm, asked))
     for case, texts in wanted.items():

@@ -28,7 +28,7 @@ def test_a_compiled_region_follows_what_is_written_between_replays(
         max_num_seqs=40,
     )
     compare(llm, texts)
-    assert len(recorded.replays) > 10
+    assert len(recorded.replays) > 5
     bank = (
         llm.llm_engine.model_executor.driver_worker.worker.model_runner.refusal_kernels_state.bank
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from families import make
-from reference import greedy, hugging_face, interventions, prompts, served
+from reference import TOKENS, greedy, hugging_face, interventions, prompts, served
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import SamplingParams
 
@@ -50,8 +50,8 @@ def test_a_mixed_batch_says_what_each_request_says_alone(path, steering, engines
         )
         for k, prompt in enumerate(prompts(64))
     ]
-    together = served(llm, asked, 8)
-    alone = [served(llm, [one], 8)[0] for one in asked]
+    together = served(llm, asked, 4)
+    alone = [served(llm, [one], 4)[0] for one in asked]
     assert together == alone
     same = [(prompts(1)[0], {"program": name}) for name in names]
     assert different(served(llm, same)) == len(names)
@@ -85,12 +85,12 @@ def test_real_weights_serve_programs_mixed_in_a_batch(folder, engines):
 def test_requests_without_steering_say_what_an_engine_without_the_plugin_says(
     dtype, fused, path, steering, engines
 ):
-    asked = [(prompt, None) for prompt in prompts(16)]
-    without = served(engines(path, None, dtype=dtype), asked, 32)
+    asked = [(prompt, None) for prompt in prompts(8)]
+    without = served(engines(path, None, dtype=dtype), asked, 12)
     llm = engines(path, steering(programs=EIGHT, fuse_norms=fused), dtype=dtype)
-    assert served(llm, asked, 32) == without
-    beside = [(prompt, {"program": "ablate"}) for prompt in prompts(16, seed=9)]
-    mixed = served(llm, [pair for both in zip(asked, beside, strict=True) for pair in both], 32)
+    assert served(llm, asked, 12) == without
+    beside = [(prompt, {"program": "ablate"}) for prompt in prompts(8, seed=9)]
+    mixed = served(llm, [pair for both in zip(asked, beside, strict=True) for pair in both], 12)
     assert mixed[::2] == without
 
 
@@ -145,7 +145,7 @@ def test_a_cached_prefix_is_not_served_to_another_program(
     model, prompt = hugging_face(path), prompts(1, longest=90)[0] * 8
     prompt = prompt[:96]
     wanted = [
-        greedy(model, prompt, 16, *case)
+        greedy(model, prompt, TOKENS, *case)
         for case in (
             ((rk.Ablate(directions["r"]),), 1.0),
             ((rk.Ablate(directions["r"]),), 0.5),

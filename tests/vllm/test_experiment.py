@@ -277,8 +277,8 @@ def test_the_same_candidate_wins(engine, loaded, candidates, validation, tmp_pat
 
 def test_the_evidence_is_the_same(engine, loaded, candidates, direction):
     given = {
-        "harmful": toy.prompts("harmful", "test")[:6],
-        "harmless": toy.prompts("harmless", "test")[:6],
+        "harmful": toy.prompts("harmful", "test")[:3],
+        "harmless": toy.prompts("harmless", "test")[:3],
         "extra": {"again": toy.prompts("harmless", "validation")[:2]},
         "judges": ["substrings", "tokens"],
         "candidates": candidates,
@@ -286,7 +286,7 @@ def test_the_evidence_is_the_same(engine, loaded, candidates, direction):
         "strengths": (-1.0, 0.0, 1.5),
         "random_controls": 1,
         "layer_controls": 1,
-        "max_new_tokens": 12,
+        "max_new_tokens": 8,
     }
     expected = rk.evaluate(*loaded, direction, **given).to_dict()
     found = rk.evaluate(engine, engine.tokenizer, direction, **given).to_dict()
@@ -343,21 +343,22 @@ def test_the_commands_take_the_engine(alone, tmp_path):
             file.write_text("\n".join(toy.prompts(name, split)[:count]))
             yield from (f"--{name}", file)
 
-    run("extract", *some(24, "train"), "--split", "all", "--out", candidates)
+    run("extract", *some(12, "train"), "--split", "all", "--out", candidates)
     chosen = run(
-        "select", *some(6, "validation"), "--split", "all",
+        "select", *some(3, "validation"), "--split", "all",
         "--candidates", candidates, "--out", direction,
     )  # fmt: skip
     assert rk.Direction.load(direction).layer == chosen["layer"]
     evidence = run(
-        "evaluate", *some(8, "test"), "--split", "all", "--direction", direction, "--strengths", "",
-        "--random-controls", 0, "--max-new-tokens", 16,
+        "evaluate", *some(4, "test"), "--split", "all", "--direction", direction, "--strengths", "",
+        "--random-controls", 0, "--max-new-tokens", 8,
     )  # fmt: skip
     rates = {name: c["rates"]["harmful"] for name, c in evidence["conditions"].items()}
-    assert rates["unmodified"]["12 substrings"]["k"] == 8
+    assert rates["unmodified"]["12 substrings"]["k"] == 4
     assert rates["ablated"]["12 substrings"]["k"] == 0
 
 
+@pytest.mark.full
 def test_the_protocol_says_the_same_on_the_engine(alone, tmp_path):
     """Every number of it, with those of the model as the row to compare with."""
     from refusal_kernels.cli import app

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import HIDDEN, make
-from reference import greedy, hugging_face, prompts, served
+from reference import TOKENS, greedy, hugging_face, prompts, served
 
 import refusal_kernels as rk
 from refusal_kernels import InputError
@@ -22,9 +22,9 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
     model, prompt = hugging_face(path), prompts(1)[0]
     new = rk.Direction(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(8)))
     wanted = {
-        "r": greedy(model, prompt, 16, (rk.Ablate(directions["r"]),)),
-        "t": greedy(model, prompt, 16, (rk.Ablate(directions["t"]),)),
-        "new": greedy(model, prompt, 16, (rk.Add(new, 3.0, block_input=1),)),
+        "r": greedy(model, prompt, TOKENS, (rk.Ablate(directions["r"]),)),
+        "t": greedy(model, prompt, TOKENS, (rk.Ablate(directions["t"]),)),
+        "new": greedy(model, prompt, TOKENS, (rk.Add(new, 3.0, block_input=1),)),
     }
     assert len({tuple(text) for text in wanted.values()}) == 3
     settings = steering(programs={"p": {"ablate": "r"}}, default="p")

@@ -89,7 +89,7 @@ def test_a_cached_prefix_of_another_turn_is_not_taken(path, directions, steering
     (first,) = served(llm, [(prompt, asked)], 20)
     assert first == greedy(model, prompt, 20, steered)
     turn = prompt + first + prompt[:8]
-    assert served(llm, [(turn, asked)]) == [greedy(model, turn, 16, steered)]
+    assert served(llm, [(turn, asked)], 8) == [greedy(model, turn, 8, steered)]
 
 
 def test_rejected_drafts_change_nothing(path, cases, steering, engines, monkeypatch):

@@ -353,7 +353,7 @@ def memory_of(process):
     return pages * 4096 + sum(memory_of(int(child)) for child in children)
 
 
-@pytest.mark.parametrize("requests", [200, pytest.param(4000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("requests", [100, pytest.param(4000, marks=pytest.mark.soak)])
 def test_soak(requests, server, wanted):
     """Random programs, cancellations and changes: no wrong stream, no crash, no leak."""
     client, process = server

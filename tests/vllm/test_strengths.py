@@ -27,15 +27,15 @@ def path(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_the_strongest_requests_leave_later_ones_alone(dtype, path, steering, engines):
-    few = {"block_size": 32, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
+    few = {"block_size": 32, "num_gpu_blocks_override": 8, "enable_prefix_caching": False}
     llm = engines(path, steering(programs=PROGRAMS), dtype=dtype, **few)
-    plain = [(prompt, None) for prompt in prompts(8, seed=41, longest=40)]
+    plain = [(prompt, None) for prompt in prompts(4, seed=41, longest=40)]
     before = served(llm, plain)
     for name, program in catalog_of(llm).programs.items():
         for strength in program.strengths:
             steer = {"program": name, "strength": strength}
             params = SamplingParams(
-                temperature=0, max_tokens=24, logprobs=1, detokenize=False, ignore_eos=True,
+                temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True,
                 extra_args={"steer": steer},
             )  # fmt: skip
             asked = [{"prompt_token_ids": prompt} for prompt, _ in plain]
