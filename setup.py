@@ -16,10 +16,11 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all we call
 
-# `make sanitize` builds a second copy, never installed, with the compiler's own checkers. At -O3
-# the checks would take minutes to compile.
+# `make sanitize` builds a second copy, never installed, with the compiler's own checkers. At -O3,
+# or with every check of an address written out, it would take many minutes to compile.
 CHECKERS = (
-    "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer "
+    "--param=asan-instrumentation-with-call-threshold=0"
 )
 SANITIZE = CHECKERS.split() if os.environ.get("REFUSAL_KERNELS_SANITIZE") else []
 

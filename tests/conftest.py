@@ -20,21 +20,28 @@ EXERCISED: dict[str, int] = {}
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items):
-    """Mark the tests that share a fixture of their module, and most cases of Triton's kernels.
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests that share a fixture of their module; leave out cases of Triton's kernels.
 
     The first run in one process, so that the fixture is made once. Triton's interpreter is slow:
-    the quick tests run every eleventh case, which is no factor of a product of parameters.
+    the quick tests run every eleventh case, the full ones also every fifth, numbers that share no
+    factor with most products of parameters. A GPU runs all.
     """
-    cases = collections.Counter()
+    cases, left_out = collections.Counter(), set()
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if any(fixture.scope == "module" for versions in fixtures for fixture in versions):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
-            if not GPU and cases[item.function] % 11:
-                item.add_marker(pytest.mark.full)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") == "triton" and not GPU:
+            number = cases[item.function]
             cases[item.function] += 1
+            if number % 11:
+                item.add_marker(pytest.mark.full)
+                if number % 5:
+                    left_out.add(item)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionstart(session):

@@ -98,7 +98,7 @@ def expected(family: str, path: str, directions: dict[str, rk.Direction]) -> Tex
     return {
         (name, strength): [
             greedy(model, prompt, TOKENS, interventions(program, directions), strength)
-            for prompt in prompts(3)
+            for prompt in prompts()
         ]
         for (name, strength), program in cases.items()
     }
@@ -109,7 +109,7 @@ def compare(llm: Any, wanted: Texts) -> None:
     asked = [
         (prompt, {"program": name, "strength": strength})
         for name, strength in wanted
-        for prompt in prompts(3)
+        for prompt in prompts()
     ]
     answers = iter(served(llm, asked))
     for case, texts in wanted.items():

@@ -81,7 +81,10 @@ def test_real_weights_serve_programs_mixed_in_a_batch(folder, engines):
     assert different(texts) > len(programs)
 
 
-@pytest.mark.parametrize(("dtype", "fused"), [("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(
+    ("dtype", "fused"),
+    [("float32", True), pytest.param("bfloat16", False, marks=pytest.mark.full)],
+)
 def test_requests_without_steering_say_what_an_engine_without_the_plugin_says(
     dtype, fused, path, steering, engines
 ):
@@ -307,7 +310,7 @@ def test_all_that_the_graph_depends_on_is_in_the_key_of_the_compile_cache(
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("place", ["embed", "layers.1.attn"])
+@pytest.mark.parametrize("place", [pytest.param("embed", marks=pytest.mark.full), "layers.1.attn"])
 def test_a_compiled_graph_that_does_not_steer_is_noticed(
     place, path, steering, engines, monkeypatch
 ):
@@ -339,6 +342,7 @@ def test_a_compiled_graph_that_does_not_steer_is_noticed(
         engines(path, steering(programs=EIGHT), enforce_eager=False)
 
 
+@pytest.mark.full  # tests/vllm/test_positions.py has drafts beside steering
 def test_speculative_decoding_says_the_same(path, directions, steering, engines, monkeypatch):
     # the drafter loads numba, beside which vLLM starts no further engine in the same process
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")

@@ -28,7 +28,8 @@ def compare_on(reference, steering, engines):
     return start
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# one of each way to add to the stream; the matrix below has all
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "neox"])
 def test_greedy_tokens_are_those_of_the_patched_hugging_face_model(family, compare_on):
     compare_on(family, ONE, eager=True)
 

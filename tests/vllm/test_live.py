@@ -14,7 +14,7 @@ from refusal_kernels.vllm.names import VERSIONS
 from refusal_kernels.vllm.worker_hooks import start
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", [pytest.param(True, marks=pytest.mark.full), False])
 def test_programs_change_without_a_new_compilation(eager, folder, directions, steering, engines):
     from vllm.compilation.counter import compilation_counter
 

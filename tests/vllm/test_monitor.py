@@ -32,7 +32,7 @@ def expected(model, texts, direction, interventions=()):
     return torch.cat(shares)
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_the_histogram_counts_the_requests(eager, folder, directions, steering, engines):
     path, asked = make("llama", folder), prompts(6, seed=31)
     model = hugging_face(path)

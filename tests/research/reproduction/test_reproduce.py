@@ -1,5 +1,7 @@
 """The protocol as a whole: on the toy model, with a wrong direction, on other prompts."""
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -37,7 +39,12 @@ def reproduce(capsys: Any, *arguments: Any) -> Outcome:
 
 @pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("toy") / "out"
+    folder = tmp_path_factory.mktemp("toy") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert run_command("reproduce", "--out", folder) == 0
+    assert "22 of 22 within tolerance" in shown.getvalue()
+    assert "used again" not in shown.getvalue()
+    return folder
 
 
 def verdicts(folder: Path) -> dict[str, str]:
@@ -46,9 +53,7 @@ def verdicts(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.full
-def test_the_toy_model_reproduces_its_row(toy_folder: Path, capsys: Any) -> None:
-    code, shown, _ = reproduce(capsys, "--out", toy_folder)
-    assert code == 0 and "22 of 22 within tolerance" in shown and "used again" not in shown
+def test_the_toy_model_reproduces_its_row(toy_folder: Path) -> None:
     assert set(verdicts(toy_folder).values()) == {"within"}
     document = json.loads((toy_folder / "reproduction.json").read_text())
     assert document["prompts"]["train"] == {"harmful": 128, "harmless": 128}
