@@ -77,13 +77,13 @@ def test_several_samples_are_steered_alike(path, steering, engines):
 
 
 def test_programs_that_do_not_fit_are_refused_before_the_weights_are_loaded(
-    path, directions, steering, engines, monkeypatch
+    path, directions, steering, engines, monkeypatch, tmp_path
 ):
     import refusal_kernels as rk
 
-    rk.Direction(torch.ones(9)).save(f"{path}/long.safetensors")
+    rk.Direction(torch.ones(9)).save(tmp_path / "long.safetensors")
     settings = steering(programs={"p": {"ablate": "long"}})
-    settings["refusal_kernels"]["directions"] = {"long": f"{path}/long.safetensors"}
+    settings["refusal_kernels"]["directions"] = {"long": str(tmp_path / "long.safetensors")}
     monkeypatch.setattr("vllm.v1.worker.worker_base.WorkerBase.__init__", None)
     with pytest.raises(rk.InputError, match="'p': ablate 'long': the direction has hidden size 9"):
         engines(path, settings)
