@@ -82,7 +82,7 @@ def pytest_runtest_logreport(report):
 def missing(config):
     """Return the backends that were built and not exercised, once a whole tier has run."""
     narrowed = config.args != config.getini("testpaths")
-    narrowed = narrowed or config.option.keyword or config.option.lf
+    narrowed = narrowed or config.option.keyword or config.option.lf or config.option.collectonly
     a_worker = hasattr(config, "workerinput")  # xdist: it has a share of the tests
     if narrowed or a_worker or config.option.markexpr not in ("", "not full"):
         return []
