@@ -288,6 +288,21 @@ def vllm() -> str:
     return source("vllm-cpu") + table(["engine", "over", "tokens/s", "ratio (quartiles)"], lines)
 
 
+def hooks() -> str:
+    """Return what vLLM's second model runner waits for, of the hooks, in each step."""
+    lines = [
+        [str(row["requests"]), *(f"{row[key]:.0f}" for key in ("repeated", "changed", "bar"))]
+        for row in rows_of("vllm-hooks-cpu")
+    ]
+    columns = [
+        "requests",
+        "the same batch again, \u00b5s",
+        "another batch, \u00b5s",
+        "wanted, at most",
+    ]
+    return source("vllm-hooks-cpu") + table(columns, lines)
+
+
 # --- README --------------------------------------------------------------------------------------
 
 
@@ -371,6 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bars-cuda": lambda: bars("ops-cuda"),
     "experiment": experiment,
     "vllm": vllm,
+    "hooks": hooks,
 }
 
 
