@@ -82,7 +82,8 @@ class Intervention(ABC):
     Raises
     ------
     InputError
-        If a number is not finite, a direction is none, or the place or the positions do not exist.
+        If a number is not finite, a direction is not a `Direction`, or the place or the positions
+        do not exist.
     """
 
     name: ClassVar[str] = ""
