@@ -117,8 +117,9 @@ test-vllm-%: .venv-vllm/.ready
 test-vllm-full: .venv-vllm/.ready  ## every family on every split, each runner after the other: hours
 	@for runner in v1 v2; do $(VLLM_PYTEST) --runner $$runner -m full tests/vllm || exit 1; done
 
-# 4,000 requests with changes and cancellations, memory watched: two minutes
-soak-vllm: .venv-vllm/.ready  ## the vLLM server under load for two minutes
+# 4,000 requests with changes and cancellations, memory watched: two minutes with runner V1; V2's
+# interpreted kernels take much longer
+soak-vllm: .venv-vllm/.ready  ## the vLLM server under load, with each runner
 	@for runner in v1 v2; do $(VLLM_PYTEST) --runner $$runner tests/vllm/test_server.py -m soak || exit 1; done
 
 bench-vllm: .venv-vllm/.ready  ## the benchmark of the vLLM plugin

@@ -289,18 +289,13 @@ def vllm() -> str:
 
 
 def hooks() -> str:
-    """Return what vLLM's second model runner waits for, of the hooks, in each step."""
+    """Return the host time of the vLLM plugin's hooks in a step."""
     lines = [
         [str(row["requests"]), *(f"{row[key]:.0f}" for key in ("repeated", "changed", "bar"))]
         for row in rows_of("vllm-hooks-cpu")
     ]
-    columns = [
-        "requests",
-        "the same batch again, \u00b5s",
-        "another batch, \u00b5s",
-        "wanted, at most",
-    ]
-    return source("vllm-hooks-cpu") + table(columns, lines)
+    columns = "requests", "same batch, \u00b5s", "another batch, \u00b5s", "at most, \u00b5s"
+    return source("vllm-hooks-cpu") + table(list(columns), lines)
 
 
 # --- README --------------------------------------------------------------------------------------

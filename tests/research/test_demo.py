@@ -23,9 +23,9 @@ from refusal_kernels.research.demo import compare_speed
 def out(request, tmp_path_factory):
     """A folder that the demo filled: with so many prompts of each class of the test split."""
     path = tmp_path_factory.mktemp("demo") / "made" / "here"
-    small = dataclasses.replace(EMBEDDED["toy"], demo=DemoSize(test=request.param))
+    chosen = dataclasses.replace(EMBEDDED["toy"], demo=DemoSize(test=request.param))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(EMBEDDED, "toy", small)
+        patched.setitem(EMBEDDED, "toy", chosen)
         assert run_command("demo", "--out", path, "--rounds", 3) == 0
     return path
 
