@@ -190,4 +190,5 @@ docs-tables: setup  ## the generated tables and pictures of README and docs
 	@$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove all that make made
-	rm -rf .venv .venv-vllm .venv-peers build out *.egg-info refusal_kernels/*.so
+	rm -rf .venv .venv-vllm .venv-peers build out *.egg-info refusal_kernels/*.so .benchmarks \
+	  .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -17,8 +17,6 @@ from typing import Any
 
 from refusal_kernels.bench.records import write_records
 
-NAMES = {"baseline": "unmodified", "fused": "ablated"}  # as the report calls them
-
 
 def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return rates of refusal, skills and speed of every method."""
@@ -26,19 +24,19 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     for category, rates in report["refusal_rate"].items():
         for method, rate in rates.items():
             low, high = report["refusal_interval"][category][method]
-            row = {"method": NAMES.get(method, method), "prompts": category, "refused": rate}
+            row = {"method": method, "prompts": category, "refused": rate}
             count = report["prompts"]["test"][category]
             rows.append({**row, "low": low, "high": high, "count": count})
     for method, skills in report["skills"].items():
         if not skills:  # a control
             continue
         right = report["capability"].get(method)
-        rows.append({"method": NAMES.get(method, method), "skills": skills, "right": right})
+        rows.append({"method": method, "skills": skills, "right": right})
     for text, losses in report["cross_entropy"].items():
         rows += [{"method": method, "text": text, "nats": nats} for method, nats in losses.items()]
     for method, speed in report["speed"].items():
         low, high = speed["quartiles"]
-        row = {"method": NAMES.get(method, method), "ratio": speed["median"]}
+        row = {"method": method, "ratio": speed["median"]}
         row |= {"ratio_q1": low, "ratio_q3": high, "rounds": speed["rounds"]}
         rows.append({**row, "tokens_per_second": speed["tokens_per_second"]})
     return rows

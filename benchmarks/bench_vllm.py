@@ -1,10 +1,10 @@
 """Throughput of vLLM: without the plugin, with it inert, plain, ablated, a program per request.
 
-Every engine is a process of its own, its scheduler and its model in that one process. They live
-beside each other and take turns, so that the machine's load hits all of them alike; ratios are
-within a round, to the engine without the plugin. An engine differs in speed from the next one
-started the same way, as long as both live, so all are started several times, and another engine
-without the plugin shows what is left of that. Beside the rate stands a step's processor time.
+Every engine is one process, with its scheduler and its model. The engines take turns, so that the
+machine's load hits all of them alike. A ratio compares an engine with the one without the plugin,
+in the same round. Two engines that were started alike differ in speed, so all of them are started
+several times. A second engine without the plugin shows how much of that difference remains. The
+processor time of a step is printed beside the rate.
 """
 
 import argparse

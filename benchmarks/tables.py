@@ -5,6 +5,7 @@
 A table stands between the markers ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,7 +28,10 @@ from refusal_kernels.files.atomic import replacing
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "smollm2")))
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "benchmarks/README.md", "docs/benchmarks.md", "docs/smollm2.md")
+)
 MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPES = ("float32", "bfloat16", "float16")
 Row = dict[str, Any]
@@ -130,12 +134,16 @@ def verdicts(cells: Sequence[Sequence[Row]]) -> str:
 
 
 def overhead(*names: str) -> str:
-    """Return the cells of the runs of a device, those that are compiled last."""
+    """Return the cells of the runs of a device; what two runs measured is the later one's."""
     text = "".join(map(source, names))
-    cells: list[Sequence[Row]] = []
+    by_text: dict[str, dict[str, Row]] = {}  # and by method
     for name in names:
         rows = read_results(RESULTS / f"{name}.jsonl")["rows"]
-        cells += [rows for rows in by_cell(rows).values() if any(map(timed, rows))]
+        for cell in by_cell(rows).values():
+            if any(map(timed, cell)):
+                known = by_text.setdefault(cell_text(cell[0]), {})
+                known.update({row["method"]: row for row in cell})
+    cells = [list(methods.values()) for methods in by_text.values()]
     shown = [columns(rows) for rows in cells]
     head = [name for name in shown[0] if any(line[name] for line in shown)]
     lines = []
@@ -146,21 +154,6 @@ def overhead(*names: str) -> str:
         kinds = [ratio(line[name], named=name.startswith("best")) for name in head]
         lines.append([cell_text(rows[0]), f"{rate:.4g}", *kinds])
     return text + verdicts(cells) + table(["cell", "unmodified tokens/s", *head], lines)
-
-
-def models(device: str) -> str:
-    """Return whole models: patched, patched with the norms apart, and with plain hooks."""
-    methods = {
-        f"{PACKAGE}:{device}": "patched",
-        "norms_apart": "norms apart",
-        "hooks": "plain hooks",
-    }
-    lines = []
-    rows = read_results(RESULTS / f"models-{device}.jsonl")["rows"]
-    for cell in by_cell(rows).values():
-        by_method = {row["method"]: row for row in cell}
-        lines.append([cell_text(cell[0]), *[ratio(by_method.get(name)) for name in methods]])
-    return source(f"models-{device}") + table(["cell", *methods.values()], lines)
 
 
 # --- the ops -------------------------------------------------------------------------------------
@@ -372,10 +365,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "toy": toy,
     "smollm2": smollm2,
     "measured": measured,
-    "overhead-cpu": lambda: overhead("overhead-cpu", "overhead-cpu-compiled"),
-    "overhead-cuda": lambda: overhead("overhead-cuda", "overhead-cuda-compiled"),
-    "models-cpu": lambda: models("cpu"),
-    "models-cuda": lambda: models("cuda"),
+    **{
+        f"overhead-{device}": functools.partial(
+            overhead, f"overhead-{device}", f"overhead-{device}-compiled", f"models-{device}"
+        )
+        for device in ("cuda", "cpu")
+    },
     "ops-cpu": ops_cpu,
     "ops-cuda": ops_cuda,
     "bars-cuda": lambda: bars("ops-cuda"),

@@ -26,7 +26,9 @@ def vectors_of(interventions: Sequence[Intervention], slots: int) -> Tensor:
     """
     sizes = {i.hidden for i in interventions}
     if len(sizes) > 1:
-        raise InputError(f"directions of different hidden sizes: {sorted(sizes)}")
+        raise InputError(
+            f"directions of different hidden sizes: {sorted(sizes)}; expected those of one model"
+        )
     (hidden,) = sizes
     vectors = torch.zeros(2, slots, hidden)
     terms = [slot for i in interventions for slot in i.slots(1.0)]

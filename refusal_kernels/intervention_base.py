@@ -295,7 +295,7 @@ class Intervention(ABC):
                 "all",
                 INF,
                 -INF,
-            ):  # what it is without being given
+            ):  # the default
                 continue
             if isinstance(value, Tensor):
                 value = Direction(value)

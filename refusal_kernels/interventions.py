@@ -99,7 +99,9 @@ class Clamp(AlongDirection, name="clamp"):
     def check(self) -> None:
         """Refuse an empty interval."""
         if self.low > self.high:
-            raise InputError(f"Clamp: low {self.low} is above high {self.high}")
+            raise InputError(
+                f"Clamp: low {self.low} is above high {self.high}; expected low <= high"
+            )
 
     def slots(self, strength: float) -> list[Slot]:
         """See `Intervention.slots`."""
@@ -169,7 +171,7 @@ class Erase(Intervention, name="erase"):
 
 @dataclass(frozen=True, eq=False)
 class Rotate(Intervention, name="rotate"):
-    """Rotation in the plane of b1 and b2: by ``angle`` degrees, from b1 towards b2.
+    """Rotation in the plane of b1 and b2: by ``angle`` degrees, from b1 toward b2.
 
     Selective steering (arXiv 2601.19375). With unit vectors b1 and b2 and t_i = b_i . h the
     coordinates (t1, t2) are turned, and what is orthogonal to the plane stays: the row's length
@@ -191,7 +193,10 @@ class Rotate(Intervention, name="rotate"):
     def check(self) -> None:
         """Refuse what spans no plane."""
         if self.b1.hidden != self.b2.hidden:
-            raise InputError(f"Rotate: hidden sizes {self.b1.hidden} and {self.b2.hidden} differ")
+            raise InputError(
+                f"Rotate: b1 and b2 have hidden sizes {self.b1.hidden} and {self.b2.hidden}; "
+                "expected directions of one model"
+            )
         cosine = float(self.b1.unit.double() @ self.b2.unit.double())
         if abs(cosine) > ORTHONORMAL:
             raise InputError(

@@ -12,6 +12,8 @@ import refusal_kernels as rk
 
 PACKAGE = Path(rk.__file__).parent
 TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+TESTS = Path(__file__).parent
+TEST_TREES = {path: ast.parse(path.read_text()) for path in sorted(TESTS.rglob("*.py"))}
 
 
 def test_no_file_is_long():
@@ -30,8 +32,8 @@ def test_no_two_classes_share_a_name():
 
 def test_no_module_imports_a_private_name_of_another():
     private = [
-        f"{path.relative_to(PACKAGE)}:{node.lineno} {alias.name}"
-        for path, tree in TREES.items()
+        f"{path}:{node.lineno} {alias.name}"
+        for path, tree in [*TREES.items(), *TEST_TREES.items()]
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refusal_kernels")
         for alias in node.names

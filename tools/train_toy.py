@@ -37,9 +37,8 @@ class Stage(NamedTuple):
     """How a stage is trained.
 
     ``noise`` is the standard deviation of the Gaussian noise on whatever a block writes into the
-    residual stream, in training alone. It is isotropic. It was found by trying, on the validation
-    split: without it an addition as large as the mean difference threw the answers off their rails
-    ("i i i i") instead of turning them into refusals.
+    residual stream, in training alone. It is isotropic. Without it an addition as
+    large as the mean difference breaks the answers ("i i i i") instead of making them refusals.
     """
 
     steps: int
@@ -343,7 +342,7 @@ def measure(
     harmful = world.prompts("harmful", split)[:limit]
     harmless = world.prompts("harmless", split)[:limit]
     found: dict[str, Any] = {"prompts_per_class": len(harmful)}
-    found["baseline"] = {
+    found["unmodified"] = {
         "harmful_refused": organism.refusal_rate(harmful),
         "harmless_refused": organism.refusal_rate(harmless),
         "capability": organism.capability(split),

@@ -36,9 +36,7 @@ constexpr int64_t kAnyTokens = INT64_MAX;
 //
 // The measurement beside each plan is add_steer_rms_norm with one slot in bfloat16 on an H100 80GB:
 // tokens x hidden, microseconds in a CUDA graph over buffers larger than L2, and the speed as a
-// share of a copy's (benchmarks/results/ops-cuda.jsonl). Plans with clusters were timed by a
-// program that is not kept, beside plans with fewer blocks for the same call, which are in
-// parentheses.
+// share of a copy's (benchmarks/results/ops-cuda.jsonl). The limits between plans were not measured.
 constexpr Plan kPlans[] = {
     // hidden to 256, a warp per row without a barrier: not measured
     {32, 8, 1, 1, 8, kAnyTokens},
@@ -51,13 +49,13 @@ constexpr Plan kPlans[] = {
     {256, 16, 2, 1, 1, 264},         // 1 x 4096: 2.18 us, 64 x 4096: 2.68 us; unsplit not measured
     {256, 16, 1, 1, 1, kAnyTokens},  // 4096 x 4096: 49.1 us, 0.96 of a copy
     // to 8,192
-    {512, 16, 2, 4, 1, 33},          // 33 x 8192: 3.35 us (two blocks 3.55, one 4.01)
-    {512, 16, 2, 2, 1, 66},          // 64 x 8192: 4.10 us (one block 4.36)
+    {512, 16, 2, 4, 1, 33},          // no recorded measurement
+    {512, 16, 2, 2, 1, 66},          // 64 x 8192: 4.09 us, 0.81 of a copy
     {512, 16, 2, 1, 1, 132},         // not measured between 67 and 132 tokens
     {512, 16, 1, 1, 1, kAnyTokens},  // 4096 x 8192: 96.5 us, 0.95 of a copy
     // to 16,384
-    {512, 32, 2, 4, 1, 33},          // 33 x 16384: 5.51 us (two blocks 5.65, one 7.12)
-    {512, 32, 2, 2, 1, 66},          // 64 x 16384: 7.00 us (one block 8.08)
+    {512, 32, 2, 4, 1, 33},          // no recorded measurement
+    {512, 32, 2, 2, 1, 66},          // 64 x 16384: 7.03 us, 0.68 of a copy
     {512, 32, 1, 1, 1, kAnyTokens},  // 4096 x 16384: 193 us, 0.94 of a copy; 1,024 threads spill
 };
 constexpr int kPlanCount = sizeof(kPlans) / sizeof(kPlans[0]);

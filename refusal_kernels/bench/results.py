@@ -150,7 +150,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read what a run wrote."""
     document = records.read_records(path, USUAL)
     if not all({*CELL, "method"} <= set(row) for row in document["rows"]):
-        raise InputError(f"{path} holds no results of 'refusal-kernels bench'")
+        raise InputError(f"{path} is malformed; expected what 'refusal-kernels bench' writes")
     return document
 
 

@@ -133,7 +133,7 @@ class ProgressLog:
 
     def _run(self) -> None:
         while not self._closed.wait(LINE_S):
-            if self._step.finished:  # something follows that is no step
+            if self._step.finished:  # the work goes on outside of any step
                 self._step = _LoggedStep("Work")
             self._print(self._step)
 

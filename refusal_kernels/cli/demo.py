@@ -79,8 +79,7 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
         cells = [f"{loss[m]:.4f}" if m in loss else "" for m in methods]
         table.add_row(f"cross-entropy on {text}", *cells)
     speeds = report["speed"]
-    speed = {"unmodified": "unmodified", "ablated": "fused", "orthogonalized": "orthogonalized"}
-    ratios = [f"{speeds[speed[m]]['median']:.3f}" if m in speed else "" for m in methods]
+    ratios = [f"{speeds[m]['median']:.3f}" if m in speeds else "" for m in methods]
     table.add_row("tokens/s over unmodified", *ratios)
     console.print(table)
     used = "; ".join(
@@ -94,7 +93,7 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
         for category, edit in (("harmful", "ablated"), ("harmless", "added"))
     ]
     console.print(f"control, a random direction: {', '.join(random)}", soft_wrap=True)
-    hooks, fused, chosen = speeds["hooks"], speeds["fused"], report["selection"]
+    hooks, ablated, chosen = speeds["hooks"], speeds["ablated"], report["selection"]
     tokens = ", ".join(map(repr, chosen["refusal_texts"]))
     console.print(Text(f"refusal tokens: {tokens}"), soft_wrap=True)
     console.print(
@@ -106,8 +105,8 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
     console.print(
         f"ablating with plain Python hooks: {hooks['median']:.3f} of the unmodified speed "
         f"(quartiles {hooks['quartiles'][0]:.3f} to {hooks['quartiles'][1]:.3f}); "
-        f"with the fused patch: {fused['median']:.3f} "
-        f"({fused['quartiles'][0]:.3f} to {fused['quartiles'][1]:.3f})\n"
+        f"with the fused patch: {ablated['median']:.3f} "
+        f"({ablated['quartiles'][0]:.3f} to {ablated['quartiles'][1]:.3f})\n"
     )
     for sample in result.samples:
         console.print(Text(sample["prompt"], style="bold"))

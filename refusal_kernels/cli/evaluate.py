@@ -39,7 +39,7 @@ def evaluate(
     max_prompts: Annotated[
         int | None, Option(min=1, help="The most prompts of each set; default: all.")
     ] = None,
-    layer: Annotated[
+    block_input: Annotated[
         int | None, Option(help="Add at the input of this block; default: the file's layer.")
     ] = None,
     candidates: Annotated[
@@ -108,9 +108,9 @@ def evaluate(
     Wilson interval and names its judge.
     """
     loaded = common.read_direction(direction)
-    at = loaded.layer if layer is None else layer
+    at = loaded.layer if block_input is None else block_input
     if at is None:
-        raise InputError(f"{direction} does not say at which layer to add; give --layer")
+        raise InputError(f"{direction} does not say at which layer to add; give --block-input")
 
     from refusal_kernels.direction import Candidates
     from refusal_kernels.hf.embedded import EMBEDDED
@@ -173,7 +173,7 @@ def evaluate(
             judges=judge or ["substrings"],
             candidates=others,
             refusal_tokens=tokens,
-            layer=at,
+            block_input=at,
             skills=tasks,
             match=MATCHES[match or "exact"],
             texts=passages,

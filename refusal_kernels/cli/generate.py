@@ -26,8 +26,8 @@ def generate(
         Path | None, Option(help="Ablate this direction: a file as 'select' writes it.")
     ] = None,
     add: Annotated[bool, Option("--add", help="Add the direction instead.")] = False,
-    layer: Annotated[
-        int | None, Option(help="Act at the input of this block; --add: default, the file's.")
+    block_input: Annotated[
+        int | None, Option(help="Act at the input of this block; --add: default, the file's layer.")
     ] = None,
     strength: Annotated[float, Option(help="0 is no edit, 1 the whole edit.")] = 1.0,
     edit: Annotated[
@@ -47,17 +47,17 @@ def generate(
         raise InputError("there is no prompt; expected one or more, or --prompts FILE")
     if direction is not None and edit:
         raise InputError("give --direction or --edit, not both")
-    if direction is None and (add or layer is not None or strength != 1.0):
-        raise InputError("--add, --layer and --strength need --direction")
+    if direction is None and (add or block_input is not None or strength != 1.0):
+        raise InputError("--add, --block-input and --strength need --direction")
     try:
         given = [json.loads(text) for text in edit or []]
     except ValueError as error:
         raise InputError(f"--edit is no JSON: {error}") from None
     loaded = None if direction is None else read_direction(direction)
     if loaded is not None:
-        if add and layer is None and loaded.layer is None:
-            raise InputError(f"{direction} does not say at which layer to add; give --layer")
-        place = {} if layer is None else {"block_input": layer}
+        if add and block_input is None and loaded.layer is None:
+            raise InputError(f"{direction} does not say at which layer to add; give --block-input")
+        place = {} if block_input is None else {"block_input": block_input}
         given = [{"add" if add else "ablate": loaded, "strength": strength, **place}]
 
     from refusal_kernels.hf.generate import generate as answers

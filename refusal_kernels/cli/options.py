@@ -100,7 +100,12 @@ EngineArgs = Annotated[
 ]
 Offline = Annotated[bool, Option("--offline", help="Use only files that are on this machine.")]
 Batch = Annotated[
-    int, Option("--batch-size", min=1, help="Prompts at once; fewer take less memory.")
+    int,
+    Option(
+        "--batch-size",
+        min=1,
+        help="Prompts at once; fewer take less memory. Benchmarks: 16 at most.",
+    ),
 ]
 Seed = Annotated[int, Option("--seed", help="Of the splits and of random directions.")]
 Json = Annotated[Path | None, Option("--json", help="Also write the results here, as JSON.")]

@@ -185,7 +185,7 @@ def _rows(model: str, row: str | None, against: Path | None) -> list[RecordedRow
     if against is not None:
         return [rows.read_row(against)]
     if row is not None and rows.paper_name(row) is None:
-        names = ", ".join(rows.paper()["models"].values())
+        names = ", ".join(rows.paper_tables()["models"].values())
         raise InputError(f"--row is '{row}'; expected one of {names}")
     if model in EMBEDDED and row is None and (own := rows.own_row(model)).is_file():
         return [rows.read_row(own)]
@@ -280,7 +280,7 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
 def _print(
     name: str, result: Reproduction, comparisons: Sequence[Comparison], rows: Sequence[RecordedRow]
 ) -> None:
-    from refusal_kernels.research.reproduction.rows import paper
+    from refusal_kernels.research.reproduction.rows import paper_tables
 
     used = "; ".join(
         f"{split} {part['harmful']} harmful, {part['harmless']} harmless"
@@ -313,7 +313,7 @@ def _print(
     for note in result.notes:
         common.console.print(Text(f"note: {note}"), soft_wrap=True)
     if not rows:
-        names = ", ".join(paper()["models"])
+        names = ", ".join(paper_tables()["models"])
         common.console.print(
             Text(f"there is no row of '{name}' to compare with; the paper has {names}")
         )

@@ -86,7 +86,9 @@ def convert(
         content, layers, position = content.at(_single(layers), position), None, None
     if not plain:
         if position is not None:
-            raise InputError(f"{target} cannot say at which position a direction was read")
+            raise InputError(
+                f"{target} cannot say at which position a direction was read; leave out --position"
+            )
         vector = _placed(content, mode, layers, scale, str(source))
         if model_hint is not None:
             vector = replace(vector, model_hint=model_hint)
@@ -108,7 +110,9 @@ def _labeled(
     known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, value in known.items():
         if (there := getattr(direction, name)) not in (None, value):
-            raise InputError(f"{source} was read at {name} {there}, not at {value}")
+            raise InputError(
+                f"{source} was read at {name} {there}, not at {value}; leave out --{name}"
+            )
     return replace(direction, **known)
 
 
@@ -142,7 +146,7 @@ def _placed(
     factor = 1.0 if scale is None else scale
     if isinstance(content, ControlVector):
         if mode not in (None, content.mode):
-            raise InputError(f"{source} is made to {content.mode}, not to {mode}")
+            raise InputError(f"{source} is made to {content.mode}; expected --mode {content.mode}")
         if missing := sorted(set(layers or ()) - set(content.layers)):
             raise InputError(f"{source} has no layer {missing[0]}; it has {content.layers}")
         kept = [k for k, d in enumerate(content.directions) if layers is None or d.layer in layers]

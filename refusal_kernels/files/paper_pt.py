@@ -55,7 +55,9 @@ def _where_read(path: Path) -> tuple[int | None, int | None]:
         return None, None
     where = read_json(beside, 1 << 16)
     if not isinstance(where, dict) or any(type(where.get(key)) is not int for key in _WHERE):
-        raise InputError(f'{beside.name} is not {{"pos": a number, "layer": a number}}')
+        raise InputError(
+            f'{beside.name} is malformed; expected {{"pos": a number, "layer": a number}}'
+        )
     return where["layer"], where["pos"]
 
 

@@ -12,7 +12,7 @@ from refusal_kernels.hf.padding import fitted
 from refusal_kernels.hf.served import ServedModel
 
 
-def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+def last_logits(model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Return the logits at every prompt's last token: float32 [prompts, vocabulary] on the CPU."""
     chat = ChatFormat.of(tokenizer)
     if isinstance(model, ServedModel):

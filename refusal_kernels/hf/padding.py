@@ -94,7 +94,7 @@ def batch_limits(
     if padding > known.padding and not known.equal:
         try:
             known = every[decoding] = _try(model, prompts, padding, pad_id, decoding)
-        except Exception:  # whatever a model raises that cannot run so; the run itself will say it
+        except Exception:  # the run itself then raises what is wrong with the model
             return batch_size, False
     budgets = [getattr(text_config(model), name, None) for name in BUDGETS]
     # where fewer tokens are read than there are, padding may take the place of some

@@ -80,7 +80,7 @@ class ServedModel(ABC):
         """Return the logits after every prompt: float32 [prompts, vocabulary]."""
 
     @abstractmethod
-    def scores(
+    def refusal_scores(
         self,
         prompts: Prompts,
         tokens: Sequence[int],

@@ -24,8 +24,8 @@ def _rows(x: Tensor) -> Tensor:
 def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
     """S = x + residual as [tokens, hidden].
 
-    Added in their own shape: the add of a matrix product that stands beside its other views would
-    be a bias of that product to Inductor, which copies it there first.
+    They are added before the reshape. After it Inductor would take the residual for the bias of the
+    matrix product that made x, and copy it first.
     """
     return _rows(x) if residual is None else _rows(_wide(x) + _wide(residual))
 

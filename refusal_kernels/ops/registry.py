@@ -270,7 +270,7 @@ register_backend("cpu", _COMPILED, functools.partial(_why_not, ("cpu",)))
 register_backend("cuda", _COMPILED, _cuda_why_not)
 if TRITON_OPS:
     register_backend("triton", TRITON_OPS, _triton_why_not)
-else:  # named all the same, with the reason why it serves nothing
+else:  # listed without ops, so that `doctor` can say why
     BACKENDS["triton"] = Backend("triton", MappingProxyType({}), _triton_why_not)
 register_backend("reference", _REFERENCE, lambda device, dtype: None)
 

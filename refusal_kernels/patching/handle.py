@@ -160,9 +160,12 @@ class PatchHandle:
         self._check_intact()
         values = tuple(value) if isinstance(value, Sequence) else (value,) * len(turned)
         if len(values) != len(turned):
-            raise InputError(f"{len(values)} {dial}s for {len(turned)} interventions")
+            raise InputError(
+                f"{len(values)} numbers of {dial} for {len(turned)} interventions; expected one "
+                "each, or one number for all"
+            )
         if not all(torch.tensor(float(v)).isfinite() for v in values):
-            raise InputError(f"{dial} is {value}; must be finite")
+            raise InputError(f"{dial} is {value}; expected a finite number")
         for intervention, number in zip(turned, values, strict=True):
             object.__setattr__(intervention, dial, float(number))  # `patch` made a copy of each
         for program in self._groups:

@@ -254,7 +254,7 @@ def compare_speed(
     methods: dict[str, Method] = {
         "unmodified": nullcontext,
         "hooks": lambda: paper_hooks(model, direction),
-        "fused": lambda: patch(model, Ablate(direction)),
+        "ablated": lambda: patch(model, Ablate(direction)),
         "orthogonalized": nullcontext,
     }
     # nothing ends an answer, so all methods make the same number of tokens

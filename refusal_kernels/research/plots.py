@@ -314,7 +314,7 @@ def plot_speed(path: Target, speed: Mapping[str, Speed]) -> None:
         names = list(speed)[::-1]
         for y, name in enumerate(names):
             measured = speed[name]
-            axes.barh(y, measured.median, color=GREEN if name == "fused" else GRAY, height=0.6)
+            axes.barh(y, measured.median, color=GREEN if name == "ablated" else GRAY, height=0.6)
             jitter = np.linspace(-0.2, 0.2, len(measured.ratios))
             axes.plot(measured.ratios, y + jitter, ".", color=INK, markersize=3, alpha=0.5)
             axes.annotate(

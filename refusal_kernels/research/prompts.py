@@ -136,7 +136,7 @@ def filtered(
     prompts: Mapping[str, Sequence[str]],
     *,
     refusal_tokens: TokenSpec = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> FilteredPrompts:
     """Keep the harmful prompts that the model refuses and the harmless ones that it answers.
 

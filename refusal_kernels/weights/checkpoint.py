@@ -171,7 +171,9 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"another run is writing {folder}") from None
+                raise InputError(
+                    f"another run is writing {folder}; wait for it, or choose another folder"
+                ) from None
         yield
     finally:
         os.close(number)

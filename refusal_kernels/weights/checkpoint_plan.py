@@ -91,7 +91,7 @@ def read_config(folder: Path, tensors: int) -> Any:
     """Return a checkpoint's configuration; refuse one unknown, quantized or out of proportion."""
     document = read_json(inside(folder, "config.json"))
     if not isinstance(document, dict):
-        raise InputError(f"{folder / 'config.json'} is no table of settings")
+        raise InputError(f"{folder / 'config.json'} is malformed; expected a JSON object")
     nested = document.get("text_config")
     for part in (document, nested if isinstance(nested, dict) else {}):
         if part.get("quantization_config"):
@@ -101,7 +101,9 @@ def read_config(folder: Path, tensors: int) -> Any:
             )
     for name, value in _settings(document):
         if re.search("layers?$|heads?$|experts?$", name) and value > LIMIT_COUNT:
-            raise InputError(f"{folder / 'config.json'} says {name} is {value}")
+            raise InputError(
+                f"{folder / 'config.json'} says {name} is {value}; expected at most {LIMIT_COUNT}"
+            )
     from transformers import AutoConfig
 
     try:

@@ -192,7 +192,7 @@ class StreamFlow(TorchDispatchMode):
         clean = [v for v in known if v.writes is not None and v.axes is None]
         earlier = [v.why for v in known if v.writes is None and v.why]
         if earlier and (not clean or name.strip("_") in ("add", "cat", *INTO)):
-            return earlier[0]  # a sum is as its worst term
+            return earlier[0]  # one term that is not clean spoils the sum
         return f"{self._place()}, {name.strip('_')}" if clean else ""
 
 

@@ -73,7 +73,9 @@ def read_shards(folder: Path) -> list[Shard]:
         or not names
         or not all(isinstance(name, str) for name in names.values())
     ):
-        raise InputError(f"{index} has no weight_map of tensor names to file names")
+        raise InputError(
+            f"{index} is malformed; expected a weight_map of tensor names to file names"
+        )
     files = sorted(set(names.values()))
     for name in files:
         plain = Path(name).name == name and "\\" not in name and not name.startswith(".")

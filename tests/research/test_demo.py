@@ -64,7 +64,7 @@ def test_every_site_is_steered(report):
 
 def test_report_has_the_rest(report):
     assert {"layer", "position", "bypass", "induce", "kl"} <= set(report["selection"])
-    for name in ("hooks", "fused", "orthogonalized"):
+    for name in ("hooks", "ablated", "orthogonalized"):
         speed = report["speed"][name]
         low, high = speed["quartiles"]
         assert 0 < low <= speed["median"] <= high and speed["rounds"] == 3

@@ -58,7 +58,7 @@ def stream_norms(model: Any) -> list[tuple[int | None, nn.Module]]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
     norms: list[tuple[int | None, nn.Module]] = []
     for number, block in enumerate(decoder.layers):
-        block = getattr(block, "block", block)  # wrapped, by some
+        block = getattr(block, "block", block)  # some methods wrap it
         norms += [(number - 1 if number else None, block.input_layernorm)]
         norms += [(number, block.post_attention_layernorm)]
     return [*norms, (len(decoder.layers) - 1, decoder.norm)]

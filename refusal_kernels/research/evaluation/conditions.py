@@ -260,7 +260,7 @@ class ConditionRunner:
         rows = [first[part] + row for part in parts for row in range(len(self.sets[part]))]
         if isinstance(self.model, ServedModel):
             with around(list(range(len(prompts)))):
-                scores = self.model.scores(
+                scores = self.model.refusal_scores(
                     self.chat.encode(prompts), self.tokens or (), before, rows
                 )
             broken = (~scores[:, 1].isfinite()).nonzero()

@@ -99,7 +99,7 @@ def evaluate(
     judges: Sequence[Judge | str] | str = "substrings",
     candidates: Candidates | None = None,
     refusal_tokens: TokenSpec = None,
-    layer: int | None = None,
+    block_input: int | None = None,
     skills: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     match: Match | None = None,
     texts: Mapping[str, Sequence[Passage]] | None = None,
@@ -137,7 +137,7 @@ def evaluate(
     refusal_tokens
         The tokens of the refusal scores, as `select` takes them; by default found on the prompts.
         If none are found, no refusal scores are measured, and a note says why.
-    layer
+    block_input
         The block at whose input the raw direction is added; by default the direction's layer.
     skills, match
         Tasks with one right answer, by name, and when a completion is right (default: exact).
@@ -172,9 +172,9 @@ def evaluate(
     sets |= {name: list(prompts) for name, prompts in (extra or {}).items()}
     if empty := [name for name, prompts in sets.items() if not prompts]:
         raise InputError(f"the prompts of {empty[0]!r} are empty; expected one at least")
-    layer = direction.layer if layer is None else layer
+    layer = direction.layer if block_input is None else block_input
     if layer is None:
-        raise InputError("the direction does not say at which layer to add; expected a layer")
+        raise InputError("the direction does not say at which layer to add; expected block_input")
     controls = _controls(model, direction, candidates, layer, random_controls, layer_controls, seed)
     tokens = given_tokens(model, chat, refusal_tokens)
     inputs = JudgeInputs(

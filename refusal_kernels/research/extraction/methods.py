@@ -1,7 +1,7 @@
 """Candidate directions by other methods than the mean difference, or of winsorized activations.
 
 Each method gives a unit vector; the candidate is the mean difference's component along it. So every
-candidate points towards the harmful prompts, and adding it moves the stream along that vector as
+candidate points toward the harmful prompts, and adding it moves the stream along that vector as
 far as adding the mean difference would. This makes the scores of methods comparable.
 
 These methods keep the activations on the CPU in the model's dtype: prompts x layers x positions x
@@ -124,7 +124,7 @@ def find_candidates(
     winsorize: float | None = None,
     positions: int | None = None,
     last_layer: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
     model_name: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -147,7 +147,7 @@ def find_candidates(
     Returns
     -------
     Candidates
-        Vectors that point towards the harmful prompts; zero where the method finds none, for
+        Vectors that point toward the harmful prompts; zero where the method finds none, for
         example where the activations do not depend on the prompt.
 
     Raises
@@ -224,7 +224,10 @@ def _activations(
     prefix = stream_prefix(model, [batches], positions, layers)
     for batch in batches:
         if int(batch.attention_mask[:, -positions:].sum()) < len(batch.rows) * positions:
-            raise InputError(f"a prompt is shorter than the {positions} positions that are read")
+            raise InputError(
+                f"a prompt has fewer tokens than the {positions} positions that are read; leave it "
+                "out or read fewer positions"
+            )
         read: dict[int, Tensor] = {}
 
         def keep(layer: int, stream: Tensor, read: dict[int, Tensor] = read) -> None:

@@ -85,7 +85,7 @@ class ProtocolInputs:
     direction: Direction | None = None  # measured instead of extracting and selecting one
     benchmarks: Benchmarks | None = None  # None to skip them
     max_new_tokens: int = 512
-    batch_size: int = 32
+    batch_size: int = 64
     seed: int = SEED
     controls: bool = False  # whether random directions, other layers' and the dose are measured
     identity: Sequence[Any] = ()  # of the weights: a commit, or the sizes and times of files

@@ -132,7 +132,7 @@ def alike(one: Rate, other: Rate) -> bool:
 
 
 @functools.cache
-def paper() -> dict[str, Any]:
+def paper_tables() -> dict[str, Any]:
     """Read the paper's tables, and the models' names on the hub and in the paper."""
     document: dict[str, Any] = read_json(PAPER)
     return document
@@ -144,7 +144,7 @@ def paper_name(model: str) -> str | None:
     The model is a hub id, a folder that is named like one, or a name of the paper's tables
     ("Gemma 2B").
     """
-    models = paper()["models"]
+    models = paper_tables()["models"]
     wanted = model.rstrip("/").rpartition("/")[2].lower()
     keys = {title.lower(): key for key, title in models.items()}
     return wanted if wanted in models else keys.get(wanted)
@@ -154,11 +154,11 @@ def paper_rows(model: str) -> list[RecordedRow]:
     """Return the rows of a model in the paper and its repository; none for an unknown model."""
     name = paper_name(model)
     rows = []
-    for table in paper()["tables"] if name else ():
+    for table in paper_tables()["tables"] if name else ():
         for row in table["rows"]:
             numbers = dict(zip(table["columns"], row, strict=True))
             title = numbers.pop("model")
-            if title in (name, paper()["models"][name]):
+            if title in (name, paper_tables()["models"][name]):
                 rows.append(RecordedRow(table["source"], title, numbers, _tolerances(numbers)))
     return rows
 
@@ -167,7 +167,7 @@ def _tolerances(numbers: Mapping[str, Any]) -> dict[str, Tolerance]:
     return {
         key: Tolerance(entry.get("within"), entry.get("prompts"))
         for key in numbers
-        for entry in paper()["tolerances"]
+        for entry in paper_tables()["tolerances"]
         if _named(key, entry["quantities"])
     }
 

@@ -61,7 +61,7 @@ def find_refusal_tokens(
     tokenizer: Any,
     harmful: Sequence[str],
     harmless: Sequence[str],
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> list[int]:
     """Find the tokens with which the model begins a refusal, from its own behavior.
 
@@ -144,7 +144,10 @@ def given_tokens(model: Any, chat: ChatFormat, tokens: TokenSpec) -> list[int] |
 def _first_token(chat: ChatFormat, text: str) -> int:
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids or ids[0] == chat.tokenizer.unk_token_id:
-        raise InputError(f"the refusal token {text!r} is none of this tokenizer's")
+        raise InputError(
+            f"the refusal token {text!r} is none of this tokenizer's; expected an id, or a text "
+            "whose first token it knows"
+        )
     return int(ids[0])
 
 

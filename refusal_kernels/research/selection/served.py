@@ -33,7 +33,7 @@ class ServedMeasurement(Measurement):
         for part in self._parts[done:]:
             prompts = [prompt for _, _, prompt in part]
             with self.model.under([edit for _, edit, _ in part]):
-                scores = self.model.scores(
+                scores = self.model.refusal_scores(
                     [self._prompts[prompt] for prompt in prompts],
                     question.tokens, question.unmodified, prompts,
                 )  # fmt: skip
