@@ -95,6 +95,7 @@ TAKEN_BY_OPTIONS = {
     "tensor_parallel_size": "it as --tensor-parallel-size",
     "pipeline_parallel_size": "it as --pipeline-parallel-size",
     "positions": "none: the command says how many it reads",
+    "programs": "none: the command makes its own",
 }
 
 
@@ -129,6 +130,8 @@ class EngineOptions(LoadingOptions):
         if taken := sorted({*given} & {*TAKEN_BY_OPTIONS}):
             option = TAKEN_BY_OPTIONS[taken[0]]
             raise InputError(f"--engine-args has {taken[0]!r}; expected {option}")
+        if not isinstance(given.get("additional_config", {}), dict):
+            raise InputError("additional_config in --engine-args is no JSON object")
         return given
 
     @contextmanager

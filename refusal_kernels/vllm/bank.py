@@ -5,6 +5,7 @@ batch always has room. A row that the batch does not use keeps its program until
 the one that was unused the longest goes first.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -108,16 +109,21 @@ class Bank:
         for i in program.interventions:
             if not any(i.meets(p.block, p.writers, p.feeds) for p in self.whole):
                 raise InputError(f"{type(i).__name__}: no place of the model is where it acts")
+        if (stored := self._programs.pop(program.version, None)) is not None:
+            self._programs[program.version] = stored  # the latest last
+            return
+        acting = [
+            tuple(i.meets(p.block, p.writers, p.feeds) for i in program.interventions)
+            for p in self.places
+        ]
+        for together in set(acting):
+            check_program(list(itertools.compress(program.interventions, together)))
+        owners = [k for k, i in enumerate(program.interventions) for _ in i.slots(1.0)]
         acts = torch.zeros(len(self.places), self.slots, dtype=torch.bool)
-        for at, p in enumerate(self.places):
-            acting = [i for i in program.interventions if i.meets(p.block, p.writers, p.feeds)]
-            check_program(acting)
-            flags = [i in acting for i in program.interventions for _ in i.slots(1.0)]
-            acts[at, : len(flags)] = torch.tensor(flags)
+        acts[:, : len(owners)] = torch.tensor(acting)[:, owners]
         vectors = vectors_of(program.interventions, self.slots)
         numbers = params_of(program.interventions, self.slots, dtype=torch.float64)
         device = self.vectors.device
-        self._programs.pop(program.version, None)  # the latest last
         self._programs[program.version] = StoredProgram(
             vectors.to(device), torch.where(acts[..., None], numbers, 0.0).to(device)
         )

@@ -52,7 +52,7 @@ def check(runner: Any, state: WorkerState) -> None:
     if not state.sites:
         return
     model = runner.get_model()
-    with lent(state.bank), _filled(runner.kv_caches):
+    with lent(state.bank), filled(runner.kv_caches):
         r = _direction(state.bank)
         watch = _watched_pass(runner, state, r)
         faults = watch.all_faults(ROUNDINGS * torch.finfo(runner.model_config.dtype).eps)
@@ -230,7 +230,7 @@ def lent(bank: Bank) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _filled(caches: Any) -> Iterator[None]:
+def filled(caches: Any) -> Iterator[None]:
     """Fill the KV cache with a byte that makes positive numbers below 2 in any format.
 
     Dummy tokens only read it, and of an empty cache attention would make zeros. Layers may share a

@@ -117,7 +117,7 @@ def parse_settings(given: Any, limits: Limits | None = None) -> EngineSettings:
         )
     directions = parse_directions(given.get("directions", {}))
     if len(sizes := sorted({d.hidden for d in directions.values()})) > 1:
-        raise InputError(f"directions of different hidden sizes: {sizes}")
+        raise InputError(f"directions of different hidden sizes: {sizes}; expected the model's")
     strength = finite_number(given.get("max_strength", MAX_STRENGTH), "max_strength")
     if strength <= 0:
         raise InputError(f"max_strength is {strength}; expected a number above 0")
@@ -158,7 +158,10 @@ def _monitor(
         )
     direction, block = monitor["direction"], monitor["block_input"]
     if direction not in directions:
-        raise InputError(f"monitor: there is no direction {direction!r}")
+        raise InputError(
+            f"monitor: there is no direction {direction!r}; expected one of "
+            f"{', '.join(directions) or 'none, as directions is empty'}"
+        )
     if isinstance(block, bool) or not isinstance(block, int) or block < 0:
         raise InputError(f"monitor: block_input is {block!r}; expected the number of a block")
     if limits is not None and directions[direction].hidden != limits.hidden:

@@ -19,8 +19,9 @@ from refusal_kernels.hf.model import hidden_size
 from refusal_kernels.hf.served import MomentState, Prompts, ServedModel
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.progress import Progress
-from refusal_kernels.vllm.frontend import MOST_PROGRAMS, catalog_of, set_programs
+from refusal_kernels.vllm.frontend import MOST_PROGRAMS, catalog_of, following, set_programs
 from refusal_kernels.vllm.names import (
+    GROUPS,
     KEY,
     LOGITS,
     MOMENTS,
@@ -31,7 +32,6 @@ from refusal_kernels.vllm.names import (
     STEER,
 )
 from refusal_kernels.vllm.programs import NONE, spelled
-from refusal_kernels.vllm.reading import GROUPS
 
 Edit = str | Intervention | None
 """The name of a program, or an intervention; None for the unmodified model."""
@@ -122,12 +122,15 @@ class Engine(ServedModel):
         additional[KEY] = {**additional.get(KEY, {}), **settings}
         # prompts come as tokens, and answers are decoded with the chat format
         options = {"skip_tokenizer_init": True, "generation_config": "vllm", **engine_args}
+        token = following.set(spelled(given) if given else None)
         try:
             self.llm = LLM(model=self.path, additional_config=additional, **ranks, **options)
         except InputError:
             raise
         except Exception as error:  # whatever vLLM raises
             raise InputError(f"the engine does not start: {first_line(error)}") from error
+        finally:
+            following.reset(token)
         model_config = self.llm.llm_engine.model_config
         self.config, self.dtype = model_config.hf_config, model_config.dtype
         self.layers = model_config.get_total_num_hidden_layers()
@@ -135,7 +138,11 @@ class Engine(ServedModel):
         self._numbers = itertools.count()
         self._named: dict[Intervention, str] = {}  # the names of interventions that were asked for
         self._edits: tuple[Edit, ...] = (None,)
-        self._set_programs(given)
+        try:
+            self._set_programs(given)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "Engine":
         return self
@@ -234,7 +241,7 @@ class Engine(ServedModel):
             parts.append(self._taken(LOGITS, torch.float32))
         return torch.cat(parts)
 
-    def scores(
+    def refusal_scores(
         self,
         prompts: Prompts,
         tokens: Sequence[int],

@@ -98,7 +98,7 @@ def find_places(model: nn.Module, architecture: str) -> list[EnginePlace]:
     """
     layers_at = layer_list(model)
     if layers_at is None:
-        raise InputError(f"{architecture} has no list of decoder layers")
+        raise InputError(f"{architecture} has no list of decoder layers, so it cannot be steered")
     path, layers = layers_at
     local = [(k, la) for k, la in enumerate(layers) if type(la).__name__ != "PPMissingLayer"]
     if not local:

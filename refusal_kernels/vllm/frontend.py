@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,17 @@ from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.config import EngineSettings, parse_settings
 from refusal_kernels.vllm.counters import REQUESTS, counted_change, counter
-from refusal_kernels.vllm.names import CATALOG, KEY, MONITOR, READ, RESOLVED, UPDATE
+from refusal_kernels.vllm.names import (
+    CATALOG,
+    GROUPS,
+    KEY,
+    MOMENTS,
+    MONITOR,
+    READ,
+    READINGS,
+    RESOLVED,
+    UPDATE,
+)
 from refusal_kernels.vllm.programs import NONE, NamedProgram, check_name, parse_program
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 from refusal_kernels.vllm.settings_file import FILE
@@ -24,6 +35,12 @@ FIXED = {
     "limits": "max_strength",
     "reads": "reads",
 }
+
+
+# programs and directions that a caller adds once its engine has started: refused before it loads
+following: ContextVar[tuple[Mapping[str, Any], Mapping[str, Direction]] | None] = ContextVar(
+    "refusal_kernels_programs", default=None
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +94,10 @@ class Catalog:
 
     def read(self, extra_args: Mapping[str, Any] | None, prompt: int = 0) -> Steering | None:
         """Return the steering that a request asks for, as `read_steering`."""
-        if READ in (extra_args or {}) and self.settings.reads is None:
-            raise InputError(f"{READ!r} is for an engine whose settings have 'reads'")
+        if READ in (extra_args or {}):
+            if self.settings.reads is None:
+                raise InputError(f"{READ!r} is for an engine whose settings have 'reads'")
+            _check_mark((extra_args or {})[READ])
         return read_steering(extra_args, self.programs, self.default, prompt)
 
     def name_of(self, steering: Steering | None) -> str:
@@ -155,13 +174,15 @@ class Catalog:
         self._check_servers()
         started = self.settings
         if FILE not in started.given:
-            raise InputError(f"this engine was started without a {FILE!r} of settings")
+            raise InputError(
+                f"this engine was started without a {FILE!r} of settings; it has none to reload"
+            )
         new = parse_settings(started.given, started.limits)
         for name, program in new.programs.items():
             self._check_slots(name, program.slots)
         for name, setting in FIXED.items():
             if getattr(new, name) != getattr(started, name):
-                raise InputError(f"{setting} cannot change while the engine runs")
+                raise InputError(f"{setting} cannot change while the engine runs; start it again")
         if (watched := started.monitor) is not None and not torch.equal(
             new.directions[watched.direction].vector, started.directions[watched.direction].vector
         ):
@@ -199,8 +220,19 @@ class Catalog:
     def _check_servers(self) -> None:
         if self._servers > 1:
             raise InputError(
-                f"programs cannot change: {self._servers} API servers each have their own list"
+                f"programs cannot change: {self._servers} API servers each have their own list; "
+                "start the engine with one"
             )
+
+
+def _check_mark(mark: Any) -> None:
+    """Refuse what no worker could read: it would end the engine."""
+    good = isinstance(mark, list | tuple) and len(mark) == 3 and mark[0] in READINGS
+    good = good and all(type(number) is int and number >= 0 for number in mark[1:])
+    if not good or (mark[0] == MOMENTS and mark[1] >= GROUPS):
+        raise InputError(
+            f"{READ!r} is {mark!r}; expected [{' or '.join(READINGS)}, number, length of prompt]"
+        )
 
 
 def _used(programs: Iterable[NamedProgram]) -> set[str]:
@@ -270,7 +302,7 @@ async def set_programs_async(
     catalog = catalog_of(engine)
     async with catalog.changing:
         with counted_change():
-            change = catalog.plan(programs, directions or {})
+            change = await asyncio.to_thread(catalog.plan, programs, directions or {})
             catalog.commit(change, await engine.collective_rpc(UPDATE, args=change.arguments))
 
 
@@ -288,7 +320,7 @@ async def reload_programs_async(engine: Any) -> None:
     catalog = catalog_of(engine)
     async with catalog.changing:
         with counted_change():
-            change = catalog.plan_reload()
+            change = await asyncio.to_thread(catalog.plan_reload)
             catalog.commit(change, await engine.collective_rpc(UPDATE, args=change.arguments))
 
 
@@ -313,5 +345,5 @@ def first_answer(catalog: Catalog, answers: list[Any]) -> dict[str, Any]:
     """Return the counts of the first rank that has the watched block; all that have it agree."""
     counts: dict[str, Any] | None = next((a for a in answers if a is not None), None)
     if catalog.settings.monitor is None or counts is None:
-        raise InputError("this engine was started without a monitor")
+        raise InputError("this engine was started without a monitor; give one in its settings")
     return counts

@@ -8,7 +8,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.vllm import metrics
 from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.counters import REFUSED, counter
-from refusal_kernels.vllm.frontend import Catalog
+from refusal_kernels.vllm.frontend import Catalog, following
 from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
 from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
 from refusal_kernels.vllm.names import CATALOG, KEY, STEER, VERSIONS
@@ -17,7 +17,10 @@ from refusal_kernels.vllm.names import CATALOG, KEY, STEER, VERSIONS
 def start(processor: Any, vllm_config: Any) -> None:
     """Give a front end's ``InputProcessor`` a catalog of programs, and put the hooks in place."""
     settings, servers = read_settings(vllm_config), vllm_config.parallel_config._api_process_count
-    setattr(processor, CATALOG, Catalog(settings, servers))
+    catalog = Catalog(settings, servers)
+    setattr(processor, CATALOG, catalog)
+    if (programs := following.get()) is not None:
+        catalog.plan(*programs)
     # for the workers, which read the files themselves, later and perhaps on another machine
     vllm_config.additional_config[KEY][VERSIONS] = settings.versions
     install(FRONT_END_HOOKS)

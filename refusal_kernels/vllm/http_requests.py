@@ -9,7 +9,7 @@ from typing import Any
 from refusal_kernels.errors import InputError
 from refusal_kernels.vllm.names import FLAT, STEER
 from refusal_kernels.vllm.programs import NONE, NamedProgram
-from refusal_kernels.vllm.requests import refuse_misspelt
+from refusal_kernels.vllm.requests import refuse_misspelled
 
 XARGS = "vllm_xargs"  # the field of a request whose content becomes its extra_args
 
@@ -36,7 +36,7 @@ def check_request(request: Any, default: NamedProgram | None = None) -> None:
             continue
         if name in (STEER, *FLAT):
             raise InputError(f"the request has {name!r} outside {XARGS!r}; expected it inside")
-        refuse_misspelt([name])
+        refuse_misspelled([name])
         if isinstance(value, dict) and {STEER, *FLAT} & set(value):
             raise InputError(
                 f"the request has {STEER!r} in {name!r}; expected it in {XARGS!r}, of chats and "

@@ -20,9 +20,9 @@ from refusal_kernels.intervention_base import Intervention
 from refusal_kernels.vllm.families import ATTN_THEN_MLP, writers_of
 
 MAX_STRENGTH = 2.0  # an ablation turns the component around; a stronger one lengthens it
-# How many times longer a program may make a row, over all places. Components along a direction are
-# up to some hundred; times this they are within float16.
-GROWTH = 100.0
+# How many times longer a program may make a row, over all places. In float16 a channel of three
+# thousand stays below 65,504.
+GROWTH, GROWTH_FLOAT16 = 100.0, 20.0
 ROUNDING = 1e-6  # of unit vectors; times GROWTH and all places it is still little
 STEPS = 100  # of a bisection: down to neighboring floats
 
@@ -63,6 +63,11 @@ class Limits:
     def length(self) -> float:
         """How much may be added to a row: far from where its square overflows float32."""
         return 1e4 if self.dtype == torch.float16 else 1e12
+
+    @property
+    def growth(self) -> float:
+        """How many times longer a row may become."""
+        return GROWTH_FLOAT16 if self.dtype == torch.float16 else GROWTH
 
     def places(self, interventions: Sequence[Intervention]) -> list[list[Intervention]]:
         """Return which interventions act at each place of the stream where any does.
@@ -128,7 +133,7 @@ def strengths(interventions: Sequence[Intervention], limits: Limits) -> tuple[fl
                 growth += edit.growth(s)
             length += edit.length(s)
         growth += min(alone, math.log1p(written))
-        return growth <= math.log(GROWTH) and length * math.exp(growth) <= limits.length
+        return growth <= math.log(limits.growth) and length * math.exp(growth) <= limits.length
 
     return -_largest(lambda s: safe(-s), limits.length), _largest(safe, limits.length)
 

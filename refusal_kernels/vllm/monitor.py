@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from refusal_kernels.direction import Direction
+from refusal_kernels.ops.registry import serving
 
 BUCKETS = 40
 
@@ -32,7 +33,7 @@ class Meter(nn.Module):
     def forward(self, h: Tensor) -> None:
         """Measure the share in every row of h, [..., hidden]."""
         rows = h.reshape(-1, h.shape[-1])
-        along = torch.ops.refusal_kernels.scores(rows, self.watched, None)[:, 0]
+        along = serving("scores", rows)(rows, self.watched, None)[:, 0]
         length = rows.float().norm(dim=-1).clamp(min=1e-30)
         self.shares[: rows.shape[0]].copy_(along / length)
 

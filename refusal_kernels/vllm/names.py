@@ -8,7 +8,8 @@ STEER, STRENGTH = "steer", "steer_strength"
 FLAT = {STRENGTH: "strength", **{f"steer_{key}": key for key in ("positions", "from", "to")}}
 RESOLVED = "refusal_kernels.steer"  # the same, as the front end hands it to the workers
 READ = "refusal_kernels.read"  # in a request's extra_args: what is read of it, and its number
-MOMENTS, PROJECTION, LOGITS, SCORES = "moments", "projection", "logits", "scores"  # what is read
+READINGS = MOMENTS, PROJECTION, LOGITS, SCORES = "moments", "projection", "logits", "scores"
+GROUPS = 2  # of prompts, whose moments are kept apart
 # Attributes that vLLM's objects are given.
 CATALOG, STATE = "refusal_kernels", "refusal_kernels_state"
 SETTINGS = "refusal_kernels_settings"

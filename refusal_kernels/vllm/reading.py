@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from refusal_kernels.ops.registry import serving
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
 from refusal_kernels.vllm.bank import Bank
-from refusal_kernels.vllm.names import LOGITS, MOMENTS, PROJECTION, READ, SCORES
+from refusal_kernels.vllm.names import GROUPS, LOGITS, MOMENTS, PROJECTION, READ, SCORES
 
-GROUPS = 2  # of prompts, whose moments are kept apart
 NOT_READ = -1
 ROWS_AT_ONCE = 32  # whose scores are computed together: a few copies of their logits in float64
 
@@ -69,10 +69,9 @@ class SiteReader(nn.Module):
         """Read the rows of h, [..., hidden]."""
         rows = h.reshape(-1, 1, h.shape[-1])
         tokens = rows.shape[0]
-        torch.ops.refusal_kernels.moments_(
-            *self.moments, rows, self.index[:tokens], self.group[:tokens]
-        )
-        along = torch.ops.refusal_kernels.scores(rows[:, 0], self.unit, None)
+        accumulate = serving("moments_", rows)
+        accumulate(*self.moments, rows, self.index[:tokens], self.group[:tokens])
+        along = serving("scores", rows)(rows[:, 0], self.unit, None)
         self.along[:tokens].copy_(along[:, 0])
 
 
@@ -192,6 +191,8 @@ class Reading:
             return
         for kind in (LOGITS, SCORES):
             rows = [(k, mark.number) for k, mark in ended if mark.kind == kind]
+            if kind == SCORES and not len(self._unmodified):  # nothing to compare with
+                continue
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 part = rows[start : start + ROWS_AT_ONCE]
                 numbers = [number for _, number in part]

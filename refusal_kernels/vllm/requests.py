@@ -15,6 +15,9 @@ FIELDS = ("program", *FLAT.values())
 # What a request means that gives another key than these; words are compared in lower case.
 MEANT = {key: key for key in (STEER, *FLAT)}
 MEANT |= {"program": STEER, "steer_program": STEER, "strength": STRENGTH}
+MEANT |= {"position": "steer_positions", "positions": "steer_positions"}
+# words so common that they mean steering only in a request that names a program
+COMMON = {"from": "steer_from", "to": "steer_to"}
 ALIKE = 0.75  # of difflib's ratio: "steering" and "steer" have 0.77, "seed" and "steer" 0.67
 
 
@@ -70,7 +73,9 @@ def read_steering(
     extra = extra_args or {}
     if RESOLVED in extra:
         raise InputError(f"{RESOLVED!r} is set by the engine itself")
-    refuse_misspelt(extra)
+    refuse_misspelled(extra)
+    if STEER in extra and (common := [key for key in COMMON if key in extra]):
+        raise InputError(f"the request has {common[0]!r}; expected {COMMON[common[0]]!r}")
     steer = extra.get(STEER)
     if not isinstance(steer, dict):
         steer = {} if steer is None and STEER not in extra else {"program": steer}
@@ -105,7 +110,7 @@ def read_steering(
     return Steering(program.version, strength, first, end, bounded)
 
 
-def refuse_misspelt(keys: Iterable[str]) -> None:
+def refuse_misspelled(keys: Iterable[str]) -> None:
     """Refuse a key that seems to mean steering: the request would silently be unsteered.
 
     Raises

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from refusal_kernels.errors import InputError
+from refusal_kernels.ops.registry import serving
 from refusal_kernels.patching.places import base_class
 from refusal_kernels.patching.rewrite import SITES_ATTRIBUTE, steered
 from refusal_kernels.vllm.bank import Bank
@@ -38,7 +39,7 @@ class SteeredAdd(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the steered ``residual + x``, in the shape of x."""
         tokens = x.numel() // x.shape[-1]  # the Transformers backend has a batch of one
-        op = torch.ops.refusal_kernels.add_steer_inference
+        op = serving("add_steer_inference", x)
         steered: Tensor = op(x, residual, self.bank, self.params, self.route[:tokens])
         self._look(steered)
         return steered
@@ -66,7 +67,7 @@ class SteeredAddNorm(SteeredAdd):
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
     ) -> tuple[Tensor, Tensor]:
         """Return the normalized row and the stream, as vLLM's fused norms do."""
-        op = torch.ops.refusal_kernels.add_steer_rms_norm_inference
+        op = serving("add_steer_rms_norm_inference", x)
         route = self.route[: x.shape[0]]
         normed, h = op(x, residual, weight, eps, self.bank, self.params, route, offset)
         self._look(h)
@@ -119,7 +120,10 @@ def claim(places: list[EnginePlace], bank: Bank, fuse_norms: bool) -> list[Steer
         site = (SteeredAddNorm if fused else SteeredAdd)(bank, number)
         if place.kind == NORM:
             if getattr(module, "variance_size_override", None) is not None:
-                raise InputError(f"the norm of {place.name} normalizes by part of the channels")
+                raise InputError(
+                    f"the norm of {place.name} normalizes by part of the channels; such a norm "
+                    "cannot be steered"
+                )
             module.rk_site = site
             module.__class__ = STEERED_NORMS[type(module)]
         elif place.kind == ADD:
@@ -153,5 +157,8 @@ def _hidden_states_at(cls: type[nn.Module]) -> int:
     """Return the position of ``hidden_states`` among the arguments of a layer's forward."""
     names = list(inspect.signature(cls.forward).parameters)[1:]
     if "hidden_states" not in names:
-        raise InputError(f"{cls.__qualname__}.forward has no parameter hidden_states")
+        raise InputError(
+            f"{cls.__qualname__}.forward has no parameter hidden_states; such a layer cannot be "
+            "steered"
+        )
     return names.index("hidden_states")

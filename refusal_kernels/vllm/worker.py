@@ -13,6 +13,7 @@ from refusal_kernels import __version__
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.ops import inductor
+from refusal_kernels.ops.registry import backend_name
 from refusal_kernels.vllm.bank import Bank
 from refusal_kernels.vllm.config import EngineSettings
 from refusal_kernels.vllm.families import architecture_of, find_places, whole_model
@@ -65,10 +66,13 @@ class WorkerState:
             **config.additional_config[KEY],
             GRAPH: [
                 __version__,
+                backend_name(self.bank.route.device.type, model.dtype),
                 [place.name for place in places],
                 list(self.bank.vectors.shape),
                 self.bank.route.shape[0],
                 [inductor.MOST, inductor.MOST_ROUTED],
+                settings.fuse_norms,
+                settings.monitor and settings.monitor.block_input,
                 settings.reads,
             ],
         }
@@ -98,7 +102,8 @@ class WorkerState:
         self.router.route(req_ids, counts, computed, positions)
         if self.reading is not None:
             self.reading.follow(req_ids, counts, computed)
-        self._uncounted = int(counts.sum())
+        if self.monitor is not None:
+            self._uncounted = int(counts.sum())
 
     def forget(self, req_ids: Iterable[str]) -> None:
         """Forget requests that have ended."""
@@ -155,6 +160,11 @@ class WorkerState:
             }
             for name, given in programs.items():
                 self._add(name, parse_program(name, given, directions))
+            if missing := sorted(set(named) - set(self.bank.versions)):
+                raise InputError(
+                    f"a worker does not have program version {missing[0]}; are the direction files "
+                    "the same on all nodes?"
+                )
         except (InputError, torch.OutOfMemoryError) as error:
             self.bank.keep_only(set(before))
             return first_line(error)

@@ -7,8 +7,6 @@ through either method.
 
 from typing import Any
 
-import numpy as np
-
 from refusal_kernels.vllm.check import check
 from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.hooks import AFTER, Hook, install
@@ -69,7 +67,8 @@ def _route_v1(runner: Any, scheduler_output: Any, counts: Any, *_: Any, **__: An
 
 
 def _route_v2(runner: Any, *_: Any, result: Any, **__: Any) -> None:
-    counts = np.diff(result.query_start_loc_np[: result.num_reqs + 1])
+    starts = result.query_start_loc_np[: result.num_reqs + 1]
+    counts = starts[1:] - starts[:-1]  # np.diff takes ten times as long
     computed = result.num_computed_tokens_np
     getattr(runner, STATE).route(result.req_ids, counts, computed, result.positions)
 

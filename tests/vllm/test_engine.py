@@ -1,5 +1,7 @@
 """One engine, many requests: mixtures, caches, chunks, preemption, bad requests, other engines."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from vllm import SamplingParams
 import refusal_kernels as rk
 from refusal_kernels import InputError
 from refusal_kernels.hf import embedded
-from refusal_kernels.vllm.check import _filled, lent
+from refusal_kernels.vllm.check import filled, lent
 from refusal_kernels.vllm.names import RESOLVED
 
 EIGHT = {
@@ -36,7 +38,13 @@ def different(texts):
 
 
 def test_a_mixed_batch_says_what_each_request_says_alone(path, steering, engines):
-    llm = engines(path, steering(programs=EIGHT), enable_prefix_caching=False)
+    llm = engines(
+        path,
+        steering(programs=EIGHT),
+        enable_prefix_caching=False,
+        max_num_seqs=64,
+        max_num_batched_tokens=1024,
+    )
     names = [*EIGHT, "none"]
     kinds = ("all", "prompt", "generated", "last")
     asked = [
@@ -285,7 +293,7 @@ class Fills(TorchDispatchMode):
 def test_a_storage_that_layers_share_is_filled_once():
     shared, alone = torch.zeros(64), torch.zeros(8, dtype=torch.bfloat16)
     caches = [shared[:32].view(4, 8).T, shared[32:], shared, alone, None]
-    with Fills() as fills, _filled(caches):
+    with Fills() as fills, filled(caches):
         assert fills.count == 2
         assert (shared > 0).all() and (alone > 0).all()
     assert not shared.any() and not alone.any()
@@ -295,19 +303,40 @@ def test_a_storage_that_layers_share_is_filled_once():
 
 
 def test_all_that_the_graph_depends_on_is_in_the_key_of_the_compile_cache(
-    path, steering, engines, monkeypatch
+    path, steering, engines, tmp_path, monkeypatch
 ):
-    def key(settings):
-        return engines(path, settings).llm_engine.vllm_config.compute_hash()
+    file = tmp_path / "settings.json"
 
-    keys = [
-        key(None),
-        key(steering(programs=EIGHT)),
-        key(steering(programs=EIGHT, slots=3)),
-    ]
+    def key(**settings):
+        """Of an engine whose configuration says nothing but the name of the file."""
+        settings = steering(programs={"ablate": {"ablate": "r"}}, **settings)
+        file.write_text(json.dumps(settings["refusal_kernels"]))
+        llm = engines(path, {"refusal_kernels": {"file": str(file)}})
+        return llm.llm_engine.vllm_config.compute_hash()
+
+    monitor = {"direction": "r", "block_input": 1}
+    keys = [key(), key(slots=3), key(fuse_norms=False), key(monitor=monitor)]
     monkeypatch.setattr("refusal_kernels.vllm.worker.__version__", "another")
-    keys.append(key(steering(programs=EIGHT)))
+    keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+def test_sites_ask_the_registry_for_their_ops(monkeypatch):
+    from refusal_kernels.vllm.bank import Bank
+    from refusal_kernels.vllm.families import START, EnginePlace
+    from refusal_kernels.vllm.sites import SteeredAdd, SteeredAddNorm
+
+    places = [EnginePlace("embed", START, torch.nn.Identity(), feeds=0)]
+    bank = Bank(places, 8, rows=1, slots=1, tokens=4, device="cpu")
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    assert torch.equal(SteeredAdd(bank, 0)(x, x), x + x)
+    monkeypatch.setenv("REFUSAL_KERNELS_BACKEND", "nothing")
+    for call in (
+        lambda: SteeredAdd(bank, 0)(x, x),
+        lambda: SteeredAddNorm(bank, 0)(x, x, weight, 1e-6, 0.0),
+    ):
+        with pytest.raises(InputError, match="no backend 'nothing'"):
+            call()
 
 
 @pytest.mark.parametrize("place", [pytest.param("embed", marks=pytest.mark.full), "layers.1.attn"])

@@ -126,6 +126,17 @@ def test_programs_have_names(start, loaded, prompts, direction):
     assert engine.generate(asked) == rk.generate(*loaded, asked)  # nothing is left of these
 
 
+def test_programs_are_refused_before_the_model_is_loaded(alone, monkeypatch):
+    def load_model(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("vllm.v1.worker.cpu_worker.CPUWorker.load_model", load_model)
+    with pytest.raises(InputError, match="the direction has hidden size 7; the model has"):
+        rk.Engine("toy", {"p": rk.Ablate(rk.Direction(torch.randn(7)))}, **CPU)
+    with pytest.raises(InputError, match="the model was loaded"):
+        rk.Engine("toy", **CPU)
+
+
 # --- extraction
 
 

@@ -8,8 +8,9 @@ import torch
 
 from refusal_kernels import Ablate, Add, Clamp, Direction, Erase, InputError, Set
 from refusal_kernels.vllm.config import parse_settings
+from refusal_kernels.vllm.frontend import Catalog
 from refusal_kernels.vllm.limits import Limits
-from refusal_kernels.vllm.names import RESOLVED
+from refusal_kernels.vllm.names import READ, RESOLVED
 from refusal_kernels.vllm.programs import parse_program
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 
@@ -266,6 +267,13 @@ def test_the_strengths_of_other_edits(directions):
     assert -least == largest == pytest.approx(1e12 / 3)
     fp16 = parse_program("p", {"add": "r", "sites": "all"}, given, limits(torch.float16))
     assert fp16.strengths[1] == pytest.approx(1e4 / 3 / 61)
+    # by 1.1 at each of 61 places, 334 in all
+    backwards = {"ablate": "r", "strength": -0.1}
+    for dtype, growth in ((torch.bfloat16, 100.0), (torch.float16, 20.0)):
+        with pytest.raises(InputError, match="overflow"):
+            parse_program("p", backwards, given, limits(dtype))
+        weaker = parse_program("p", {**backwards, "strength": -0.01}, given, limits(dtype))
+        assert (1 + 0.01 * weaker.strengths[1]) ** 61 == pytest.approx(growth, rel=1e-3)
     rotate = {"rotate": "r", "b2": "t", "angle": 180.0}  # by -1 at strength 1, by -3 at 2
     assert parse_program("p", rotate, given, limits()).strengths[1] == pytest.approx(
         1 + (100 ** (1 / 61) - 1) / 2, rel=1e-4
@@ -292,7 +300,7 @@ E = torch.eye(8)
 VECTORS = {
     **{"e1": E[0], "e2": E[1], "e3": E[2]},
     **{"e1+3e2": E[0] + 3 * E[1], "e1+70e2": E[0] + 70 * E[1], "e2+70e1": E[1] + 70 * E[0]},
-    **{f"e{k + 1}+13e8": E[k] + 13 * E[7] for k in range(3)},
+    **{f"e{k + 1}+6e8": E[k] + 6 * E[7] for k in range(3)},
 }
 ONE = {"erase": "e1", "v": "e1+70e2", "sites": ["attn"]}
 OTHER = {"erase": "e2", "v": "e2+70e1", "sites": ["mlp"]}
@@ -316,7 +324,7 @@ def test_edits_at_different_places_may_not_feed_each_other():
         SLANTED,
         [SLANTED, {"ablate": "e3"}],
         [SLANTED, {"add": "e2", "layers": [1]}],
-        [{"erase": name, "v": f"{name}+13e8"} for name in ("e1", "e2", "e3")],  # of rank three
+        [{"erase": name, "v": f"{name}+6e8"} for name in ("e1", "e2", "e3")],  # of rank three
         TURN,
         [{**TURN, "sites": ["attn"]}, {"ablate": "e1+3e2", "sites": ["mlp"]}],
         [{"clamp": "e1", "high": 0.0, "layers": [1]}, {"set": "e1+3e2", "value": 1, "layers": [2]}],
@@ -447,6 +455,20 @@ def test_the_largest_strength_is_a_setting(directions, tmp_path):
         assert read.limits.strength == strength
 
 
+def test_what_the_experiment_reads_is_checked_before_a_worker_sees_it():
+    catalog = Catalog(parse_settings({"reads": 2}), 1)
+    kinds = ["nothing", 0, 4], ["logits", -1, 4], ["moments", 2, 4], ["scores", True, 4]
+    for bad in ("logits", [], ["logits", 0], ["scores", 0, "4"], *kinds):
+        with pytest.raises(
+            InputError, match=r"expected \[moments or .*, number, length of prompt\]"
+        ):
+            catalog.read({READ: bad})
+    for good in (["moments", 1, 4], ["scores", 70, 4]):
+        assert catalog.read({READ: good}) is None
+    with pytest.raises(InputError, match="an engine whose settings have 'reads'"):
+        Catalog(parse_settings({}), 1).read({READ: ["logits", 0, 4]})
+
+
 # --- keys that would silently leave a request unsteered
 
 
@@ -462,12 +484,21 @@ def test_the_largest_strength_is_a_setting(directions, tmp_path):
         ("steer-strength", "steer_strength"),
         ("steering_strength", "steer_strength"),
         ("strength", "steer_strength"),
+        ("position", "steer_positions"),
+        ("positions", "steer_positions"),
     ],
 )
-def test_misspelt_keys_are_refused(programs, key, right):
+def test_misspelled_keys_are_refused(programs, key, right):
     for extra in ({key: "r"}, {"steer": "r", key: 0.7}):
         with pytest.raises(InputError, match=f"has '{key}'; expected '{right}'"):
             read_steering(extra, programs, None)
+
+
+def test_from_and_to_beside_a_flat_program_are_refused(programs):
+    for key in ("from", "to"):
+        with pytest.raises(InputError, match=f"has '{key}'; expected 'steer_{key}'"):
+            read_steering({"steer": "r", key: 10}, programs, None)
+        assert read_steering({key: 10}, programs, None) is None  # another's, perhaps
 
 
 def test_keys_of_others_pass(programs):
