@@ -134,16 +134,15 @@ def verdicts(cells: Sequence[Sequence[Row]]) -> str:
 
 
 def overhead(*names: str) -> str:
-    """Return the cells of the runs of a device; what two runs measured is the later one's."""
+    """Return the cells of the runs of a device; of those that two runs have, the first one's."""
     text = "".join(map(source, names))
-    by_text: dict[str, dict[str, Row]] = {}  # and by method
+    by_text: dict[str, Sequence[Row]] = {}
     for name in names:
         rows = read_results(RESULTS / f"{name}.jsonl")["rows"]
         for cell in by_cell(rows).values():
             if any(map(timed, cell)):
-                known = by_text.setdefault(cell_text(cell[0]), {})
-                known.update({row["method"]: row for row in cell})
-    cells = [list(methods.values()) for methods in by_text.values()]
+                by_text.setdefault(cell_text(cell[0]), cell)
+    cells = list(by_text.values())
     shown = [columns(rows) for rows in cells]
     head = [name for name in shown[0] if any(line[name] for line in shown)]
     lines = []

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import typing
 import warnings
 from abc import ABC, abstractmethod
@@ -319,13 +320,18 @@ def finite_number(value: Any, what: str) -> float:
 
 def kind_of(value: Any) -> str:
     """Say what JSON holds where something else was expected."""
-    return f"{value!r}" if value is None or isinstance(value, bool) else f"a {type(value).__name__}"
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _direction(value: Any, directions: Mapping[str, Direction] | None) -> Direction:
     if isinstance(value, Direction):
         return value
     if directions is None:
+        if not isinstance(value, str | os.PathLike):
+            raise InputError(f"a direction is {kind_of(value)}; expected the path of its file")
         return Direction.load(value)
     if not isinstance(value, str) or value not in directions:
         there = ", ".join(directions) or "none"

@@ -253,8 +253,8 @@ MUTANTS = [
     Mutant(
         "special tokens are added twice",
         "hf/chat.py",
-        'self.tokenizer(texts, add_special_tokens=False)["input_ids"]',
-        'self.tokenizer(texts, add_special_tokens=True)["input_ids"]',
+        'self.tokenizer(text, add_special_tokens=False)["input_ids"]',
+        'self.tokenizer(text, add_special_tokens=True)["input_ids"]',
         "tests/research/test_prompts.py",
     ),
     Mutant(

@@ -32,11 +32,12 @@ constexpr int64_t kAnyTokens = INT64_MAX;
 //   the splits.
 // - Fewer rows than one for every two or four multiprocessors (66, 33): most of the GPU is idle,
 //   and one multiprocessor alone loads a long row, the weight and two float32 vectors slowly. A
-//   cluster of blocks shares the row. Up to hidden 4,096 its barrier costs what it saves.
+//   cluster of blocks shares the row.
 //
 // The measurement beside each plan is add_steer_rms_norm with one slot in bfloat16 on an H100 80GB:
 // tokens x hidden, microseconds in a CUDA graph over buffers larger than L2, and the speed as a
-// share of a copy's (benchmarks/results/ops-cuda.jsonl). The limits between plans were not measured.
+// share of a copy's (benchmarks/results/ops-cuda.jsonl). The limits between plans have no recorded
+// measurement.
 constexpr Plan kPlans[] = {
     // hidden to 256, a warp per row without a barrier: not measured
     {32, 8, 1, 1, 8, kAnyTokens},

@@ -8,10 +8,13 @@ every module here is imported to show a help text.
 
 import errno
 import importlib
+import os
 import pkgutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -21,8 +24,12 @@ from refusal_kernels.cli.common import clean_up, errors
 from refusal_kernels.cli.groups import expanded
 from refusal_kernels.errors import InputError, first_line
 
-# what a disk or a folder can bring at any write
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+TRACEBACK = "REFUSAL_KERNELS_TRACEBACK"  # set, it shows where an error of others comes from
+# what a disk, a folder or a name can bring at any write
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
+)
 
 
 def commands() -> Iterator[Callable[..., Any]]:
@@ -59,6 +66,13 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
+def _raised_in(error: Exception) -> str | None:
+    """Return the file, of a model or a library, that raised an error; None for this package's."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    package = Path(__file__).parents[1]
+    return None if package in Path(frames[-1]).parents else frames[-1]
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error is PyTorch's or Python's about memory, of an accelerator or of the host."""
     return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or (
@@ -70,20 +84,23 @@ def main() -> None:
     """Run the command line; bad input ends in one line on stderr and exit code 2."""
     # SIGTERM is treated as Ctrl-C: what is done is kept, and temporary files are removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for argument in sys.argv[1:]:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            _refuse(f"the argument {argument!r} is not UTF-8")
     try:
         app()
     except InputError as error:
         _refuse(str(error))
-    except OSError as error:
-        if error.errno not in DISK:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            _refuse(f"{error.filename or 'a file'} cannot be used: {error.strerror}")
+        why = first_line(error)
+        if is_out_of_memory(error):
+            _refuse(f"out of memory ({why}); expected a smaller --batch-size, or --load-in")
+        where = _raised_in(error)
+        if where is None or os.environ.get(TRACEBACK):
             raise
-        _refuse(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        _refuse(
-            f"out of memory ({first_line(error)}); expected a smaller --batch-size, or --load-in"
-        )
+        _refuse(f"{type(error).__name__} in {where}: {why} ({TRACEBACK}=1 shows the way)")
     except KeyboardInterrupt:
         errors.print("interrupted")
         sys.exit(130)

@@ -19,6 +19,7 @@ from refusal_kernels.cli.groups import (
     ThresholdOptions,
 )
 from refusal_kernels.files.atomic import write_json
+from refusal_kernels.progress import single_step
 
 if TYPE_CHECKING:
     from refusal_kernels.research.demo import DemoResult
@@ -41,26 +42,27 @@ def demo(
 
     prepare(json_file)
     choose_device(loading.device)
-    inputs = experiment.read_inputs(
-        loading.model,
-        prompts.harmful,
-        prompts.harmless,
-        seed=prompts.seed,
-        column=prompts.column,
-        selection={"refusal_tokens": refusals.tokens, **thresholds.arguments()},
-        **vars(loading.how()),
-    )
     with progress_bars() as step:
+        with single_step(step("Load the model")):
+            inputs = experiment.read_inputs(
+                loading.model,
+                prompts.harmful,
+                prompts.harmless,
+                seed=prompts.seed,
+                column=prompts.column,
+                selection={"refusal_tokens": refusals.tokens, **thresholds.arguments()},
+                **vars(loading.how()),
+            )
         result = experiment.run(inputs, out, step, rounds=rounds)
     if json_file is not None:
         write_json(json_file, result.report)
-    _print(inputs.name, result, out)
+    _print(inputs.name, result, prompts.named("of the model"), out)
     if result.failed:
         errors.print(Text(f"not as expected: {'; '.join(result.failed)}", style="red"))
         raise Exit(1)
 
 
-def _print(name: str, result: DemoResult, out: Path) -> None:
+def _print(name: str, result: DemoResult, sources: str, out: Path) -> None:
     report = result.report
     table = Table(title=f"What one direction does to {name} (held-out test prompts)")
     table.add_column("")
@@ -86,7 +88,7 @@ def _print(name: str, result: DemoResult, out: Path) -> None:
         f"{split} {part['harmful']} harmful, {part['harmless']} harmless"
         for split, part in report["prompts"].items()
     )
-    console.print(f"prompts: {used}", soft_wrap=True)
+    console.print(f"prompts: {used} ({sources})", soft_wrap=True)
     random = [
         f"{100 * report['refusal_rate'][category][f'random {edit}']:.1f} % of {category} prompts "
         f"refused with it {edit}"

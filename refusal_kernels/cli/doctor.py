@@ -4,8 +4,10 @@ from rich.table import Table
 from rich.text import Text
 
 from refusal_kernels.cli import options
+from refusal_kernels.cli.bars import progress_bars
 from refusal_kernels.cli.common import console, finish
 from refusal_kernels.cli.groups import LoadingOptions
+from refusal_kernels.progress import single_step
 
 
 def doctor(
@@ -30,7 +32,8 @@ def doctor(
         for precision in (torch.float32, torch.bfloat16, torch.float64):
             key = f"{kind} {str(precision).removeprefix('torch.')}"
             facts[key] = str(ops.explain(device=kind, dtype=precision))
-    model, _ = loading.load()
+    with progress_bars() as step, single_step(step("Load the model")):
+        model, _ = loading.load()
     direction = Direction(torch.ones(hidden_size(model)))
     with patch(model, Ablate(direction)) as handle:
         facts[f"patch of {loading.model}"] = str(handle.report())

@@ -8,6 +8,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from refusal_kernels.cli import options
+from refusal_kernels.cli.bars import progress_bars
 from refusal_kernels.cli.common import console, finish, prepare, read_direction
 from refusal_kernels.cli.groups import ChatOptions, LoadingOptions
 from refusal_kernels.errors import InputError
@@ -60,7 +61,7 @@ def generate(
         place = {} if block_input is None else {"block_input": block_input}
         given = [{"add" if add else "ablate": loaded, "strength": strength, **place}]
 
-    from refusal_kernels.hf.generate import generate as answers
+    from refusal_kernels.hf.generate import decoded, generate_ids
     from refusal_kernels.interventions import Intervention
     from refusal_kernels.patching.patch import patch
     from refusal_kernels.research.sources import read_prompts
@@ -69,17 +70,24 @@ def generate(
     program = [Intervention.from_dict(fields) for fields in given]
     prepare(json_file)
     model, template = chat.load(loading, {"prompts": asked}, loaded)
+
+    def answers(name: str) -> list[str]:
+        with progress_bars() as step:
+            ids = generate_ids(
+                model, template, asked, max_new_tokens, chat.batch_size,
+                progress=step(f"Answer, {name}"),
+            )  # fmt: skip
+        return decoded(template, ids)
+
     steered = {}
     if program:  # first, so that an intervention that does not fit is refused at once
         with patch(model, program) as handle:
             console.print(Text(f"patch: {handle.report()}"), soft_wrap=True)
             if verbose:
                 console.print(Text(handle.report().details), soft_wrap=True)
-            steered["+".join(intervention.name for intervention in program)] = answers(
-                model, template, asked, max_new_tokens, chat.batch_size
-            )
-    unmodified = answers(model, template, asked, max_new_tokens, chat.batch_size)
-    texts = {"unmodified": unmodified, **steered}
+            name = "+".join(intervention.name for intervention in program)
+            steered[name] = answers(name)
+    texts = {"unmodified": answers("unmodified"), **steered}
     for i, text in enumerate(asked):
         console.print(Text(text, style="bold"))
         for name, completions in texts.items():

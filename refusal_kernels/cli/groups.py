@@ -19,7 +19,7 @@ from rich.text import Text
 
 from refusal_kernels.cli import common, options
 from refusal_kernels.cli.bars import progress_bars
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.files.atomic import parse_json
 from refusal_kernels.hf.load_options import LoadOptions
 from refusal_kernels.progress import single_step
@@ -130,7 +130,7 @@ class EngineOptions(LoadingOptions):
         if taken := sorted({*given} & {*TAKEN_BY_OPTIONS}):
             option = TAKEN_BY_OPTIONS[taken[0]]
             raise InputError(f"--engine-args has {taken[0]!r}; expected {option}")
-        if not isinstance(given.get("additional_config", {}), dict):
+        if not isinstance(given.get("additional_config") or {}, dict):
             raise InputError("additional_config in --engine-args is no JSON object")
         return given
 
@@ -158,7 +158,15 @@ class EngineOptions(LoadingOptions):
         from refusal_kernels.vllm.engine import Engine
 
         source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        tokenizer = load_tokenizer(model_folder(self.model), **source)
+        try:
+            tokenizer = load_tokenizer(model_folder(self.model), **source)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a hub or a damaged file can bring
+            why = first_line(error).rstrip(".")
+            if "trust_remote_code" in str(error):
+                why = "it brings code of its own; read it, then give --trust-remote-code"
+            raise InputError(f"model '{self.model}' cannot be loaded: {why}") from None
         engine = Engine(
             self.model,
             tensor_parallel_size=self.tensor_parallel_size,
@@ -227,6 +235,11 @@ class PromptOptions:
     harmless: options.Harmless = None
     column: options.Column = None
     seed: options.Seed = SEED
+
+    def named(self, default: str) -> str:
+        """Say where they come from; `default` says it of those that are not given."""
+        sources = {"harmful": self.harmful, "harmless": self.harmless}
+        return ", ".join(f"{name} {source or default}" for name, source in sources.items())
 
 
 @dataclass(frozen=True)
@@ -306,9 +319,10 @@ class FilterOptions:
 
         if not self.filter_prompts:
             return prompts, {}
-        result = filtered(
-            model, template, prompts, refusal_tokens=refusals.tokens, batch_size=batch_size
-        )
+        with progress_bars() as step, single_step(step("Filter the prompts")):
+            result = filtered(
+                model, template, prompts, refusal_tokens=refusals.tokens, batch_size=batch_size
+            )
         common.console.print(Text(f"filter: {result}"), soft_wrap=True)
         return result.kept, {"removed": result.removed}
 

@@ -47,8 +47,8 @@ def orthogonalize(
 
     The model itself stays as it is. A certificate says how far the copy is from the ablated model.
     A local folder is edited shard by shard: that takes little more memory than the largest tensor,
-    and an interrupted run resumes. A model of the hub, another --dtype, --adapter and --lora load
-    the model.
+    and an interrupted run resumes. A model of the hub, another --dtype, --adapter, --lora and
+    --trust-remote-code load the model.
     """
     from refusal_kernels.files.atomic import check_new
     from refusal_kernels.hf.embedded import EMBEDDED
@@ -58,8 +58,11 @@ def orthogonalize(
     loaded = common.read_direction(direction)
     common.choose_device(loading.device)
     # whatever changes the weights at load has to be loaded
-    changed = lora or in_memory or loading.dtype != "auto" or loading.adapter or loading.load_in
-    changed = changed or loading.revision  # which a load of a folder refuses
+    changed: Any = (
+        lora or in_memory or loading.dtype != "auto" or loading.adapter or loading.load_in
+    )
+    # its code says where what is; a load of a folder refuses a revision
+    changed = changed or loading.trust_remote_code or loading.revision
     local = loading.model not in EMBEDDED and Path(loading.model).is_dir()
     with progress_bars() as step:
         if local and not changed:

@@ -169,7 +169,8 @@ def reproduce(
         common.finish(out / "candidates.png", None, None)
     if record is not None and result.evidence:
         recorded(result.numbers, f"{inputs.name}, recorded", inputs.name).save(record)
-    _print(inputs.name, result, comparisons, rows)
+    default = "of the paper" if embedded is None else "of the model"
+    _print(inputs.name, result, prompts.named(default), comparisons, rows)
     common.finish(out / "reproduction.json", json_file, document)
     if not result.evidence:
         fail_without_winner(result.selection["problem"], out / "direction.safetensors")
@@ -278,7 +279,11 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _print(
-    name: str, result: Reproduction, comparisons: Sequence[Comparison], rows: Sequence[RecordedRow]
+    name: str,
+    result: Reproduction,
+    prompts: str,
+    comparisons: Sequence[Comparison],
+    rows: Sequence[RecordedRow],
 ) -> None:
     from refusal_kernels.research.reproduction.rows import paper_tables
 
@@ -289,7 +294,8 @@ def _print(
     chosen = result.selection
     place = f"layer {chosen['layer']}, position {chosen['position']}"
     found = "no direction" if chosen["position"] is None else f"direction of {place}"
-    common.console.print(Text(f"{name}: {found} (prompts: {used})"), soft_wrap=True)
+    common.console.print(Text(f"{name}: {found}"), soft_wrap=True)
+    common.console.print(Text(f"prompts: {used} ({prompts})"), soft_wrap=True)
     pairs = zip(chosen["refusal_tokens"], chosen["refusal_texts"], strict=True)
     shown = ", ".join(f"{token} {text!r}" for token, text in pairs)
     common.console.print(Text(f"refusal tokens: {shown}"), soft_wrap=True)

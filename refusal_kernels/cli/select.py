@@ -26,6 +26,9 @@ from refusal_kernels.files.atomic import sweep
 if TYPE_CHECKING:
     from refusal_kernels.research.selection.algorithm import Selection
 
+# what matplotlib draws; without a suffix it is .png
+PICTURES = ".png .svg .svgz .pdf .jpg .jpeg .webp .eps .ps .pgf .tif .tiff .gif .avif".split()
+
 
 def select(
     *,
@@ -58,6 +61,8 @@ def select(
     """
     picture = plot or out.with_suffix(".png")
     state = checkpoint or common.unfinished(out)
+    if picture.suffix and picture.suffix.lower() not in PICTURES:
+        raise InputError(f"--plot is {picture}; expected one of {', '.join(PICTURES)}")
     written = [out, picture, state, *([json_file] if json_file else [])]
     names = [candidates, *written]
     if len({path.resolve() for path in names}) < len(names):

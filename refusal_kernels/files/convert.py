@@ -146,7 +146,7 @@ def _placed(
     factor = 1.0 if scale is None else scale
     if isinstance(content, ControlVector):
         if mode not in (None, content.mode):
-            raise InputError(f"{source} is made to {content.mode}; expected --mode {content.mode}")
+            raise InputError(f"{source} is made to {content.mode}; expected --as {content.mode}")
         if missing := sorted(set(layers or ()) - set(content.layers)):
             raise InputError(f"{source} has no layer {missing[0]}; it has {content.layers}")
         kept = [k for k, d in enumerate(content.directions) if layers is None or d.layer in layers]

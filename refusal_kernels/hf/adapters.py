@@ -30,7 +30,7 @@ def add_adapter(model: Any, adapter: str, *, offline: bool = False) -> Any:
         If PEFT is not installed, or the adapter is none for this model.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
     except ImportError:
         raise InputError(f"the adapter '{adapter}' needs PEFT: pip install peft") from None
     plain = not getattr(model, "is_quantized", False) and (getattr(model, "tp_size", None) or 1) < 2
@@ -40,6 +40,14 @@ def add_adapter(model: Any, adapter: str, *, offline: bool = False) -> Any:
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted: Any = PeftModel.from_pretrained(model, adapter, local_files_only=offline)
         prompt = adapted.active_peft_config.is_prompt_learning
+        if not prompt:
+            # what the file holds and the adapter has no place for, PEFT drops without a word
+            weights = load_peft_weights(adapter, device="cpu", local_files_only=offline)
+            loaded: Any = set_peft_model_state_dict(adapted, weights)
+            if dropped := loaded.unexpected_keys:
+                raise InputError(
+                    f"its file holds {dropped[0]}, which its configuration has no place for"
+                )
         return adapted.merge_and_unload() if plain and not prompt else adapted
     except Exception as error:  # whatever a hub, a config or a damaged file can bring
         raise InputError(f"the adapter '{adapter}' does not fit: {first_line(error)}") from None

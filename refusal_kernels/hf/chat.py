@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.conversation import Conversation
 from refusal_kernels.hf.templates import DATE, apply_template, own_ids, read_date
@@ -162,11 +162,19 @@ class ChatFormat:
             chunk = prompts[start : start + CHUNK]
             # The template has written the special tokens; adding them again would double BOS.
             if own_ids(self.tokenizer):
-                after = self.tokenizer(self.answer_prefix, add_special_tokens=False)["input_ids"]
+                after = self._ids(self.answer_prefix)
                 yield from ([*self._apply(prompt), *after] for prompt in chunk)
             else:
                 texts = [self.render(prompt) for prompt in chunk]
-                yield from self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                yield from self._ids(texts)
+
+    def _ids(self, text: Any) -> Any:
+        """Return the tokens of a text, or of several."""
+        try:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # a damaged vocabulary, or characters that are none
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"the tokenizer cannot read the prompts: {reason}") from error
 
     def _end_of_instruction(self) -> int:
         """Count the last tokens that are the same after every instruction."""

@@ -12,8 +12,12 @@ from refusal_kernels.hf.model import decoder, input_embedding, text_config
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
-class NoNumbers(InputError):
-    """A model gave NaN or infinity, for the row `row` of what it was asked."""
+class NotFinite(InputError):
+    """A model gave NaN or infinity."""
+
+
+class NoNumbers(NotFinite):
+    """The same, for the row `row` of what it was asked."""
 
     def __init__(self, row: int) -> None:
         self.row = row

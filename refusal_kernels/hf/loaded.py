@@ -4,6 +4,7 @@ transformers fills what a file lacks with random numbers, skips what it has no p
 logs both.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +12,11 @@ from weakref import WeakKeyDictionary
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.model import layer_list
 
+# what old files and quantized ones hold in a block besides weights; ``attn.bias`` is a causal mask
+_BUFFERS = re.compile(
+    "bias|masked_bias|causal_mask|inv_freq|(cos|sin)_cached|position_ids|_extra_state"
+    "|(input|output|weight|[kqv]|kv)_(scale|zero_point).*|.*(absmax|quant_map|weight_format).*"
+)
 _UNREAD: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options of ``from_pretrained`` that make it return what `check_loaded` reads, not log it."""
@@ -63,10 +69,7 @@ def unread_tensors(model: Any) -> list[str]:
 
 
 def _left_by_blocks(model: Any, unread: Sequence[str]) -> list[str]:
-    """Return the unread weights that belong to the blocks of a decoder.
-
-    Other numbers that old files hold there are buffers, such as the causal mask ``attn.bias``.
-    """
+    """Return the unread weights that belong to the blocks of a decoder, and no known buffers."""
     blocks = layer_list(model)
     if blocks is None:
         return []
@@ -82,7 +85,7 @@ def _left_by_blocks(model: Any, unread: Sequence[str]) -> list[str]:
             continue
         parent, _, kind = rest.rpartition(".")
         module = modules.get(f"{path}.{number}.{parent}")
-        if kind == "weight" or (kind == "bias" and hasattr(module, "weight")):
+        if (kind == "bias" and hasattr(module, "weight")) or not _BUFFERS.fullmatch(kind):
             found.append(key)
     return sorted(found)
 

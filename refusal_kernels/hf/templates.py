@@ -1,8 +1,10 @@
 """Chat templates that others wrote: what they raise, and the date that some of them write."""
 
+import contextlib
 import datetime
-import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,8 +13,7 @@ from refusal_kernels.errors import InputError, first_line
 
 DATE = "2024-07-26"
 """The day that a template is told, unless another is given: that of Llama 3.1's own template."""
-
-_TODAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+_LOCK = threading.Lock()
 
 
 def own_ids(tokenizer: Any) -> bool:
@@ -60,12 +61,11 @@ def apply_template(
             return tokenizer.apply_chat_template(
                 messages, tokenize=True, add_generation_prompt=True, return_dict=False
             )
-        template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            options["chat_template"] = _dated(template, date)
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **options
-        )
+        dated = "strftime_now" in tokenizer.get_chat_template()
+        with _clock(read_date(date)) if dated else contextlib.nullcontext():
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **options
+            )
     except TemplateError as error:  # in the template's own words
         raise InputError(f"the chat template refuses the conversation: {error}") from None
     except Exception as error:  # whatever its expressions can bring
@@ -73,10 +73,20 @@ def apply_template(
         raise InputError(f"the chat template refuses the conversation: {reason}") from None
 
 
-def _dated(template: str, date: str) -> str:
-    """Write a date into a template where it asks for today's."""
-    day = read_date(date)
-    return _TODAY.sub(lambda call: repr(day.strftime(call[1] or call[2] or "")), template)
+@contextlib.contextmanager
+def _clock(day: datetime.date) -> Iterator[None]:
+    """Let the function that transformers gives to templates, ``strftime_now``, say a day."""
+    from transformers.utils import chat_template_utils
+
+    module: Any = chat_template_utils
+    time = datetime.datetime.combine(day, datetime.time())
+    with _LOCK:
+        real = module.datetime
+        module.datetime = SimpleNamespace(now=lambda: time)
+        try:
+            yield
+        finally:
+            module.datetime = real
 
 
 def read_date(date: str) -> datetime.date:

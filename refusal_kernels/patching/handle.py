@@ -161,8 +161,8 @@ class PatchHandle:
         values = tuple(value) if isinstance(value, Sequence) else (value,) * len(turned)
         if len(values) != len(turned):
             raise InputError(
-                f"{len(values)} numbers of {dial} for {len(turned)} interventions; expected one "
-                "each, or one number for all"
+                f"{len(values)} {dial}s for {len(turned)} interventions; expected one each, or one "
+                "number for all"
             )
         if not all(torch.tensor(float(v)).isfinite() for v in values):
             raise InputError(f"{dial} is {value}; expected a finite number")

@@ -18,6 +18,10 @@ THOUGHTS = {
     "<seed:think>": "<seed:think></seed:think>",
     "[THINK]": "[THINK][/THINK]",
     "<|START_THINKING|>": "<|START_THINKING|><|END_THINKING|>",
+    "<|channel>thought": "<|channel>thought\n<channel|>",
+    "\u25c1think\u25b7": "\u25c1think\u25b7\u25c1/think\u25b7",
+    "<reasoning>": "<reasoning>\n\n</reasoning>\n\n",
+    "<|begin_of_thought|>": "<|begin_of_thought|>\n\n<|end_of_thought|>\n\n",
     "<|channel|>analysis<|message|>": (
         "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
     ),

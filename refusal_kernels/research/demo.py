@@ -299,6 +299,10 @@ def assemble(
         for text, loss in losses.items():
             rise = loss[name] - loss["unmodified"]
             claims.append((f"nats by which {text} costs more, {name}", rise, "<=", 0.03))
+            if bars.loss is not None:
+                changed = abs(rise / loss["unmodified"])
+                what = f"share by which nats on {text} change, {name}"
+                claims.append((what, changed, "<=", bars.loss))
     return {
         "model": inputs.name,
         "prompts": {

@@ -120,7 +120,8 @@ class Bank:
             check_program(list(itertools.compress(program.interventions, together)))
         owners = [k for k, i in enumerate(program.interventions) for _ in i.slots(1.0)]
         acts = torch.zeros(len(self.places), self.slots, dtype=torch.bool)
-        acts[:, : len(owners)] = torch.tensor(acting)[:, owners]
+        flags = torch.tensor(acting, dtype=torch.bool).view(len(acting), len(program.interventions))
+        acts[:, : len(owners)] = flags[:, owners]
         vectors = vectors_of(program.interventions, self.slots)
         numbers = params_of(program.interventions, self.slots, dtype=torch.float64)
         device = self.vectors.device

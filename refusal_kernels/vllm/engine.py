@@ -249,7 +249,7 @@ class Engine(ServedModel):
         rows: Sequence[int],
         progress: Progress | None = None,
     ) -> Tensor:
-        """See `ServedModel.scores`."""
+        """See `ServedModel.refusal_scores`."""
         count, vocabulary = unmodified.shape
         self._call("compare", list(tokens), vocabulary, unmodified.numpy().tobytes())
         reads = [(SCORES, k * count + row) for k, row in enumerate(rows)]

@@ -15,9 +15,11 @@ FIELDS = ("program", *FLAT.values())
 # What a request means that gives another key than these; words are compared in lower case.
 MEANT = {key: key for key in (STEER, *FLAT)}
 MEANT |= {"program": STEER, "steer_program": STEER, "strength": STRENGTH}
-MEANT |= {"position": "steer_positions", "positions": "steer_positions"}
 # words so common that they mean steering only in a request that names a program
-COMMON = {"from": "steer_from", "to": "steer_to"}
+COMMON = {
+    **{"position": "steer_positions", "positions": "steer_positions"},
+    **{"from": "steer_from", "to": "steer_to"},
+}
 ALIKE = 0.75  # of difflib's ratio: "steering" and "steer" have 0.77, "seed" and "steer" 0.67
 
 
@@ -74,9 +76,10 @@ def read_steering(
     if RESOLVED in extra:
         raise InputError(f"{RESOLVED!r} is set by the engine itself")
     refuse_misspelled(extra)
-    if STEER in extra and (common := [key for key in COMMON if key in extra]):
-        raise InputError(f"the request has {common[0]!r}; expected {COMMON[common[0]]!r}")
     steer = extra.get(STEER)
+    if steer not in (None, NONE) and (common := [key for key in COMMON if key in extra]):
+        right = f"it in {STEER}" if isinstance(steer, dict) else repr(COMMON[common[0]])
+        raise InputError(f"the request has {common[0]!r}; expected {right}")
     if not isinstance(steer, dict):
         steer = {} if steer is None and STEER not in extra else {"program": steer}
     elif flat := [key for key in FLAT if key in extra]:

@@ -111,6 +111,10 @@ def read_config(folder: Path, tensors: int) -> Any:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a configuration of anyone's can bring
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder} brings code of its own; read it, then give --trust-remote-code"
+            ) from None
         raise InputError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > tensors:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import run_command, tiny_model, tiny_tokenizer
 
+import refusal_kernels as rk
 from refusal_kernels.cli.evaluate import read_selection
 from refusal_kernels.direction import Direction
 
@@ -166,6 +168,26 @@ def test_out_of_memory_is_one_line_and_exit_code_2(error, run, monkeypatch):
     assert code == 2 and err.startswith("error: out of memory") and "--batch-size" in err
 
 
+def test_an_error_of_others_is_one_line_and_one_of_ours_is_not(folder, run, monkeypatch):
+    monkeypatch.setattr("refusal_kernels.cli.app", lambda: json.loads("{"))
+    code, _, err = run("doctor")
+    assert code == 2
+    assert re.fullmatch(
+        r"error: JSONDecodeError in \S+decoder\.py: Expecting .*\(REF\S+=1 .*\)\n", err
+    )
+    monkeypatch.setenv("REFUSAL_KERNELS_TRACEBACK", "1")
+    with pytest.raises(json.JSONDecodeError):
+        run("doctor")
+    monkeypatch.delenv("REFUSAL_KERNELS_TRACEBACK")
+
+    def ours():
+        exec(compile("1 / 0", str(Path(rk.__file__).with_name("bug.py")), "exec"))
+
+    monkeypatch.setattr("refusal_kernels.cli.app", ours)
+    with pytest.raises(ZeroDivisionError):
+        run("doctor")
+
+
 def test_generate_answers_the_prompts_of_a_file(folder, run, tmp_path):
     out = tmp_path / "answers.json"
     arguments = ("generate", "--model", folder / "model", "--max-new-tokens", 2, "--json", out)
@@ -234,6 +256,17 @@ BAD = {
     "an engine's argument that the command counts": (
         'extract --model model --engine vllm --engine-args {"positions":2} --out out',
         "has 'positions'; expected none",
+    ),
+    "a file as a direction": (
+        GENERATE + ' --edit {"ablate":5}',
+        "a direction is an int; expected the path",
+    ),
+    "no UTF-8": ("generate caf\udce9 --model model", "is not UTF-8"),
+    "a long name": (f"{STEERED} --json {'x' * 300}", "File name too long"),
+    "no picture": (f"{SELECT} --plot heat.foo", "--plot is heat.foo; expected one of .png"),
+    "an engine without a model": (
+        "extract --model . --engine vllm --out out --harmful harmful.txt --harmless harmless.txt",
+        "cannot be loaded",
     ),
     "unknown option": ("generate hi --nonsense", "No such option"),
 }

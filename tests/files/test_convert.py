@@ -204,7 +204,9 @@ def test_what_a_format_can_not_say_is_refused(tmp_path: Path) -> None:
         refused("finite", convert, source, target, mode="add", scale=scale)
     convert(source, tmp_path / "p.glp.gguf", mode="ablate", layers=(2, 3))
     refused("can only add", convert, tmp_path / "p.glp.gguf", target)
-    refused("to ablate, not to add", convert, tmp_path / "p.glp.gguf", target, mode="add")
+    refused(
+        "made to ablate; expected --as ablate", convert, tmp_path / "p.glp.gguf", target, mode="add"
+    )
     refused("2 directions", convert, tmp_path / "p.glp.gguf", tmp_path / "b.safetensors")
     refused("no layer 9", convert, tmp_path / "p.glp.gguf", tmp_path / "b.glp", layers=(9,))
     vector = ControlVector.load(tmp_path / "p.glp.gguf")

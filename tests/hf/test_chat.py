@@ -25,14 +25,26 @@ def with_template(template):
 DATED = "{{ strftime_now('%d %b %Y') }} the cake " + TEMPLATE
 
 
-def test_a_template_that_writes_the_date_writes_the_same_every_day(monkeypatch):
+@pytest.mark.parametrize(
+    "today",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+        "{{ strftime_now(format='%d %b %Y') }}",
+        "{% set now = strftime_now %}{{ now('%d %b ' + '%Y') }}",
+        "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ today() }}",
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}",
+    ],
+)
+def test_a_template_that_writes_the_date_writes_the_same_every_day(today, monkeypatch):
     from transformers.utils import chat_template_utils
 
     texts = []
     for day in (3, 4):
         clock = mock.Mock(now=lambda day=day: datetime.datetime(2026, 11, day))
         monkeypatch.setattr(chat_template_utils, "datetime", clock)
-        texts.append(ChatFormat(with_template(DATED)).render("make tea"))
+        chat = ChatFormat(with_template(f"{today} the cake {TEMPLATE}"))
+        texts.append(chat.render("make tea"))
     assert texts[0] == texts[1] and texts[0].startswith("26 Jul 2024 the cake")
     chat = ChatFormat(with_template(DATED), date="2026-11-29")
     assert chat.render("make tea").startswith("29 Nov 2026 the cake")

@@ -103,9 +103,29 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path, monkeypatch, capsy
     assert run_command("generate", "paint the box", "--model", path) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.endswith("brings code of its own; read it, then give --trust-remote-code")
+    rk.Direction(torch.ones(64)).save(tmp_path / "r.safetensors")
+    edit = ["orthogonalize", "--model", path, "--direction", tmp_path / "r.safetensors"]
+    edit += ["--device", "cpu", "--out", tmp_path / "edited"]
+    assert run_command(*edit) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.endswith("brings code of its own; read it, then give --trust-remote-code")
     model, _ = rk.load(str(path), "cpu", trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits)
+    assert run_command(*edit, "--trust-remote-code") == 0
+
+
+def test_what_transformers_warns_of_is_told(tmp_path, caplog):
+    tiny_model(vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    rk.load(str(tmp_path), "cpu")
+    assert caplog.messages == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rk.load(str(tmp_path), "cpu")
+    (said,) = caplog.messages
+    assert said.startswith(f"model '{tmp_path}': ") and "factor field must be" in said
 
 
 def test_a_model_is_quantized_at_load():
@@ -151,6 +171,13 @@ def test_adapters(folder, tmp_path):
 
     file = tmp_path / "lora" / "adapter_model.safetensors"
     tensors = load_file(file)
+    more = {name.replace("q_proj", "down_proj"): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | more, file)
+    words = (
+        r"adapter '.*lora' does not fit: its file holds \S+down_proj\S+, which its configuration"
+    )
+    with pytest.raises(rk.InputError, match=words):
+        rk.load(str(folder), "cpu", adapter=str(tmp_path / "lora"))
     tensors.pop(next(iter(tensors)))
     save_file(tensors, file)
     with pytest.raises(rk.InputError, match=r"adapter '.*lora' does not fit: Found missing"):

@@ -49,6 +49,10 @@ WRONG = {
         lambda w: w | {"model.layers.1.self_attn.q_norm.weight": torch.ones(16)},
         r"no place for the weight model\.layers\.1\.self_attn\.q_norm\.weight of its files",
     ),
+    "a parameter of another family": (
+        lambda w: w | {"model.layers.1.self_attn.sinks": torch.ones(4)},
+        r"no place for the weight model\.layers\.1\.self_attn\.sinks of its files",
+    ),
 }
 
 
@@ -86,6 +90,7 @@ def test_what_is_not_missed(tmp_path, folder):
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8),
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
         "model.layers.3.eh_proj.weight": torch.ones(64, 64),  # of a fourth, for speculation
         "vision_tower.blocks.0.weight": torch.ones(4),
     }

@@ -1,5 +1,7 @@
 """SmolLM2 fine-tuned by us to refuse: its files, and the paper's finding on held-out prompts."""
 
+import copy
+import dataclasses
 import json
 import os
 
@@ -36,11 +38,17 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def direction(loaded):
-    """The candidate that the demo selects, of 64 training prompts a class."""
+def candidates(loaded):
+    """Of 64 training prompts a class, as the demo's, at the last position."""
     train = (smollm2.prompts(category, "train")[:64] for category in smollm2.CATEGORIES)
     winsorize = embedded.EMBEDDED[NAME].winsorize
-    return find_candidates(*loaded, *train, winsorize=winsorize, positions=1).at(LAYER, -1)
+    return find_candidates(*loaded, *train, winsorize=winsorize, positions=1)
+
+
+@pytest.fixture(scope="module")
+def direction(candidates):
+    """The candidate that the demo selects."""
+    return candidates.at(LAYER, -1)
 
 
 def refused(loaded, prompts):
@@ -56,6 +64,21 @@ def test_one_direction_decides_on_held_out_prompts(loaded, direction):
         assert refused(loaded, harmful) <= 0.2
     with rk.patch(loaded[0], rk.Add(direction)):
         assert refused(loaded, harmless) >= 0.9
+
+
+@pytest.mark.full
+def test_selection_takes_it_and_edited_weights_refuse_alike(loaded, candidates, direction):
+    vectors = candidates.vectors.clone()
+    vectors[:, : LAYER - 2] = vectors[:, LAYER + 3 :] = 0.0  # no candidates: it takes minutes less
+    validation = (smollm2.prompts(c, "validation") for c in smollm2.CATEGORIES)
+    selection = rk.select(*loaded, dataclasses.replace(candidates, vectors=vectors), *validation)
+    assert (selection.layer, selection.position) == (LAYER, -1)
+    harmful = smollm2.prompts("harmful", "test")
+    with rk.patch(loaded[0], rk.Ablate(direction)):
+        ablated = refused(loaded, harmful)
+    edited = copy.deepcopy(loaded[0])
+    rk.orthogonalize(edited, direction)
+    assert abs(refused((edited, loaded[1]), harmful) - ablated) <= 0.05
 
 
 @pytest.mark.full

@@ -186,7 +186,24 @@ def test_a_cached_prefix_is_not_served_to_another_program(
         assert all(hits[:4]) and hits[4] == 0
 
 
-def test_chunked_prefill_and_preemption(path, directions, steering, engines):
+@pytest.fixture
+def asynchronous(request, monkeypatch):
+    """Let vLLM schedule a batch before the last one has ended, which it does on a GPU alone."""
+    if not request.param:
+        return
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def forced(_, vllm_config):
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(forced))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waits", "async"], indirect=True)
+def test_chunked_prefill_and_preemption(asynchronous, path, directions, steering, engines, request):
     model = hugging_face(path)
     asked, wanted = [], []
     for k, prompt in enumerate(prompts(6, seed=11, longest=40)):
@@ -207,6 +224,8 @@ def test_chunked_prefill_and_preemption(path, directions, steering, engines):
         block_size=32,
         num_gpu_blocks_override=12,  # 384 tokens; the six need 660
     )
+    config = llm.llm_engine.vllm_config.scheduler_config
+    assert config.async_scheduling == ("async" in request.node.callspec.id)
     assert served(llm, asked, 40) == wanted
 
 

@@ -136,6 +136,8 @@ def retensored(name: str, tensor: torch.Tensor | None) -> Damage:
     return damage
 
 
+NO_MAP = "expected a weight_map"
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 # what is done to a checkpoint in one file, and what the message says
 ONE: dict[str, tuple[Damage, str]] = {
@@ -177,9 +179,9 @@ ONE: dict[str, tuple[Damage, str]] = {
     "no weights": (lambda f: (f / SINGLE).unlink(), "has neither model.safetensors nor"),
     # the configuration
     "no configuration": (lambda f: (f / "config.json").unlink(), "is not there"),
-    "a configuration of nothing": (replaced(b"[]", "config.json"), "no table of settings"),
+    "a configuration of nothing": (replaced(b"[]", "config.json"), "expected a JSON object"),
     "a deep configuration": (replaced(b'{"a":' * 100_000, "config.json"), "nested too deeply"),
-    "a family of its own": (own_code, "config.json cannot be used"),
+    "a family of its own": (own_code, "brings code of its own"),
     "an unknown family": (configured(model_type="none"), "config.json cannot be used"),
     "an encoder": (configured(model_type="clip"), "the model has 512"),
     "quantized": (configured(quantization_config={"quant_method": "fp8"}), "is quantized"),
@@ -219,10 +221,10 @@ MANY: dict[str, tuple[Damage, str]] = {
     "a tensor that it does not name": (
         indexed(lambda d: d["weight_map"].popitem() and None), "is in None; it is in"),
     "a tensor in two files": (doubled, "is in .* and in"),
-    "no weight_map": (indexed(lambda d: {"metadata": {}}), "has no weight_map"),
-    "an empty weight_map": (indexed(lambda d: {"weight_map": {}}), "has no weight_map"),
-    "a weight_map of numbers": (indexed(lambda d: {"weight_map": {"a": 1}}), "has no weight_map"),
-    "an index that is a list": (indexed(lambda d: []), "has no weight_map"),
+    "no weight_map": (indexed(lambda d: {"metadata": {}}), NO_MAP),
+    "an empty weight_map": (indexed(lambda d: {"weight_map": {}}), NO_MAP),
+    "a weight_map of numbers": (indexed(lambda d: {"weight_map": {"a": 1}}), NO_MAP),
+    "an index that is a list": (indexed(lambda d: []), NO_MAP),
     "a deep index": (replaced(b'{"a":' * 200_000, INDEX), "nested too deeply"),
     "a wide index": (replaced(b"[" + b"{}," * 3_000_000 + b"{}]", INDEX), "too much"),
     "a large index": (lambda f: sparse(f / INDEX, b"[", 1 << 36), "a JSON file of at most"),

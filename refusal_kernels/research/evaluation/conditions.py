@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.checks import NoNumbers, check_numbers
+from refusal_kernels.hf.checks import NoNumbers, NotFinite, check_numbers
 from refusal_kernels.hf.forward import LAST, model_inputs
 from refusal_kernels.hf.generate import decoded, generate_ids
 from refusal_kernels.hf.logits import last_logits
@@ -20,7 +20,14 @@ from refusal_kernels.hf.served import ServedModel
 from refusal_kernels.interventions import Intervention
 from refusal_kernels.progress import Progress
 from refusal_kernels.research.evaluation.judges import Judge, NoAnswers, judged
-from refusal_kernels.research.evaluation.likelihood import Loss, Passage, cross_entropy
+from refusal_kernels.research.evaluation.likelihood import (
+    Loss,
+    Passage,
+    check_passages,
+    cross_entropy,
+    loss_of,
+    served_nats,
+)
 from refusal_kernels.research.evaluation.rates import Rate, to_json
 from refusal_kernels.research.evaluation.tasks import Match, exact, exact_match
 from refusal_kernels.research.selection.scoring import kl_divergence, refusal_score
@@ -71,13 +78,19 @@ class _Answered(NamedTuple):
     kl: float  # the mean
 
 
+class Broken(InputError):
+    """An edit under which a model gave NaN or infinity."""
+
+
 @contextlib.contextmanager
 def _naming(names: Sequence[str]) -> Iterator[None]:
     """Say under which edit a model gave no numbers; `names` has that of each row, or of all."""
     try:
         yield
     except NoNumbers as error:
-        raise InputError(f"{names[error.row % len(names)]}: {error}") from None
+        raise Broken(f"{names[error.row % len(names)]}: {error}") from None
+    except NotFinite as error:
+        raise Broken(f"{names[0]}: {error}") from None
 
 
 @dataclass
@@ -153,6 +166,9 @@ class ConditionRunner:
         progress: Progress,
     ) -> None:
         """Measure right answers and cross-entropy under each of the edits; None for no edit."""
+        if isinstance(self.model, ServedModel):  # all of it in one queue
+            self._served_capability(edits, conditions, skills, match, passages, progress)
+            return
         total, done = len(edits) * (len(skills) + len(passages)), 0
         for name, edit in edits.items():
             steered = contextlib.nullcontext() if edit is None else steering(self.model, [edit])
@@ -166,6 +182,34 @@ class ConditionRunner:
                     conditions[name].losses[text] = self._loss(scored)
                     progress(done := done + 1, total)
 
+    def _served_capability(
+        self,
+        edits: Mapping[str, Intervention | None],
+        conditions: Mapping[str, Condition],
+        skills: Mapping[str, Sequence[tuple[str, str]]],
+        match: Match | None,
+        passages: Mapping[str, Sequence[Passage]],
+        progress: Progress,
+    ) -> None:
+        questions = [prompt for items in skills.values() for prompt, _ in items]
+        if questions:
+            with self.model.under([edit for edit in edits.values() for _ in questions]):
+                ids = self.answer(questions * len(edits), progress=progress)
+            texts = iter(decoded(self.chat, ids))
+            for name in edits:
+                for task, items in skills.items():
+                    right = [next(texts) for _ in items], [answer for _, answer in items]
+                    conditions[name].skills[task] = exact_match(*right, match or exact)
+        for part in passages.values():
+            check_passages(part)
+        scored = [passage for part in passages.values() for passage in part]
+        if scored:
+            with self.model.under([edit for edit in edits.values() for _ in scored]):
+                rows = iter(served_nats(self.model, scored * len(edits)))
+            for name in edits:
+                for text, part in passages.items():
+                    conditions[name].losses[text] = loss_of([next(rows) for _ in part])
+
     def dose(
         self,
         edit: Intervention,
@@ -175,10 +219,31 @@ class ConditionRunner:
     ) -> list[DosePoint]:
         """Measure one edit at several strengths, in ascending order, all of them together.
 
-        A note names those that an engine refuses, and those under which no answer begins.
+        A note names those that an engine refuses, and those under which no answer begins or the
+        model gives no numbers.
         """
-        points, parts = list[DosePoint](), ("harmful", "harmless")
         strengths = [strength for strength in sorted(strengths) if self._serves(edit.at(strength))]
+        try:
+            return self._points(edit, strengths, passages, progress)
+        except Broken:  # under one of them: each alone
+            points = list[DosePoint]()
+            for done, strength in enumerate(strengths, 1):
+                try:
+                    points += self._points(edit, [strength], passages, lambda *_: None)
+                except Broken as error:
+                    self.notes.append(f"strength {strength:g} destroys the model: {error}")
+                progress(done, len(strengths))
+            return points
+
+    def _points(
+        self,
+        edit: Intervention,
+        strengths: Sequence[float],
+        passages: Sequence[Passage] | None,
+        progress: Progress,
+    ) -> list[DosePoint]:
+        """Measure one edit at several strengths together."""
+        points, parts = list[DosePoint](), ("harmful", "harmless")
         if not strengths:
             return points
         names = [f"{type(edit).__name__} at strength {strength:g}" for strength in strengths]

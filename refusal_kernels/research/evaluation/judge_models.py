@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from refusal_kernels.errors import InputError
+from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.hf.batches import cut
 from refusal_kernels.hf.checks import check_tokens
 from refusal_kernels.hf.greedy import decode, end_tokens
@@ -57,7 +57,14 @@ class ClassifierJudge:
             {"text": prompt, "text_pair": text} if self.pair else {"text": text}
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        answers = self.pipeline(texts, top_k=None, batch_size=self.batch_size, truncation=True)
+        options = {"top_k": None, "batch_size": self.batch_size, "truncation": True}
+        try:
+            answers = self.pipeline(texts, **options)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # no pad token, no position, no embedding of a token
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"judge '{self.name}' cannot read the answers: {reason}") from error
         return [
             float(next(row["score"] for row in rows if row["label"] == self.counts))
             for rows in answers

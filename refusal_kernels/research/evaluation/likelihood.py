@@ -15,7 +15,7 @@ from refusal_kernels.errors import InputError
 from refusal_kernels.files.atomic import read_text
 from refusal_kernels.hf.batches import cut
 from refusal_kernels.hf.chat import ChatFormat
-from refusal_kernels.hf.checks import check_tokens
+from refusal_kernels.hf.checks import NotFinite, check_tokens
 from refusal_kernels.hf.embedded import Material
 from refusal_kernels.hf.forward import LAST
 from refusal_kernels.hf.model import decoder, input_device, text_config
@@ -162,18 +162,10 @@ def cross_entropy(
     """
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}; expected 1 or more")
-    if bad := [p for p in passages if not 1 <= p.start < len(p.ids)]:
-        raise InputError(
-            f"a passage of {len(bad[0].ids)} tokens scored from {bad[0].start}; expected 1 or more "
-            "tokens before what is scored, and one to score"
-        )
-    if not passages:
-        raise InputError("there is no text to score; expected two tokens at least")
-    order = sorted(passages, key=lambda p: -len(p.ids))
     if isinstance(model, ServedModel):
-        likelihoods = model.log_likelihoods([list(p.ids) for p in order])
-        scored = [row[p.start - 1 :] for p, row in zip(order, likelihoods, strict=True)]
-        return _loss(-math.fsum(map(math.fsum, scored)), sum(map(len, scored)))
+        return loss_of(served_nats(model, passages))
+    check_passages(passages)
+    order = sorted(passages, key=lambda p: -len(p.ids))
     check_tokens(model, max(max(p.ids) for p in order), len(order[0].ids))
     limits = batch_limits(model, batch_size, [p.ids for p in (order[0], order[-1])])
     total, count = 0.0, 0
@@ -185,9 +177,32 @@ def cross_entropy(
     return _loss(total, count)
 
 
+def served_nats(model: ServedModel, passages: Sequence[Passage]) -> list[list[float]]:
+    """Return the negative log likelihoods of the scored tokens of every passage, on an engine."""
+    check_passages(passages)
+    rows = model.log_likelihoods([list(p.ids) for p in passages])
+    return [[-value for value in row[p.start - 1 :]] for p, row in zip(passages, rows, strict=True)]
+
+
+def loss_of(nats: Sequence[Sequence[float]]) -> Loss:
+    """Return the cross-entropy of passages by the nats of their scored tokens."""
+    return _loss(math.fsum(map(math.fsum, nats)), sum(map(len, nats)))
+
+
+def check_passages(passages: Sequence[Passage]) -> None:
+    """Refuse an empty text, and a passage of which nothing can be scored."""
+    if bad := [p for p in passages if not 1 <= p.start < len(p.ids)]:
+        raise InputError(
+            f"a passage of {len(bad[0].ids)} tokens scored from {bad[0].start}; expected 1 or more "
+            "tokens before what is scored, and one to score"
+        )
+    if not passages:
+        raise InputError("there is no text to score; expected two tokens at least")
+
+
 def _loss(total: float, count: int) -> Loss:
     if not math.isfinite(total):
-        raise InputError("the cross-entropy is not finite: NaN or infinity came out of the model")
+        raise NotFinite("the cross-entropy is not finite: NaN or infinity came out of the model")
     return Loss(total / count, count)
 
 

@@ -7,6 +7,7 @@ from here; it takes all options of the harness::
         --model_args pretrained=MODEL,direction=FILE,intervention=ablate --tasks mmlu
 """
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ from typing import Any
 
 from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError
+from refusal_kernels.hf.adapters import add_adapter
 from refusal_kernels.hf.embedded import EMBEDDED
 from refusal_kernels.hf.greedy import bare
+from refusal_kernels.hf.loaded import REPORTED, check_loaded
 from refusal_kernels.intervention_base import PLACE_FIELDS
 from refusal_kernels.interventions import INTERVENTIONS, Intervention
 from refusal_kernels.patching.patch import patch
@@ -78,6 +81,9 @@ class SteeredLM(HFLM):
     is left.
     """
 
+    AUTO_MODEL_CLASS: Any = None  # the harness chooses it
+    _model: Any
+
     def __init__(
         self,
         pretrained: Any,
@@ -96,12 +102,37 @@ class SteeredLM(HFLM):
             adapter = {"peft": str(embedded.adapter)} if embedded.adapter else {}
             kwargs = {"dtype": "float32", **adapter, **kwargs}  # as everywhere
         super().__init__(pretrained=pretrained, **kwargs)
+        self._undo = contextlib.ExitStack()
         self.handle = None if edit is None else patch(self.model, edit)
+        if self.handle is not None:
+            self._undo.callback(self.handle.remove)
+        self._undo.enter_context(bare(self.model, "bos_token_id", "eos_token_id", "pad_token_id"))
+
+    def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
+        """Load as the harness does, and refuse a model or an adapter that its files do not hold."""
+        auto_class = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = _Checked(auto_class)
+        try:
+            super()._create_model(pretrained, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = auto_class
+        if peft is not None:
+            self._model = add_adapter(self._model, peft)
 
     def close(self) -> None:
         """Give the model back unmodified."""
-        if self.handle is not None:
-            self.handle.remove()
+        self._undo.close()
+
+
+class _Checked:
+    """An auto class of transformers that checks what it loads."""
+
+    def __init__(self, auto_class: Any) -> None:
+        self.auto_class = auto_class
+
+    def from_pretrained(self, name: str, **kwargs: Any) -> Any:
+        """As that of the auto class."""
+        return check_loaded(name, *self.auto_class.from_pretrained(name, **{**kwargs, **REPORTED}))
 
 
 def run_tasks(
@@ -143,14 +174,13 @@ def run_tasks(
         logger.setLevel(logging.ERROR)  # its warnings are about being called from Python
         lm = SteeredLM(model, edit, intervention=NONE, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            with bare(model, "bos_token_id", "eos_token_id", "pad_token_id"):
-                result = lm_eval.simple_evaluate(
-                    model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
-                    num_fewshot=num_fewshot, apply_chat_template=chat,
-                    system_instruction=system, log_samples=True,
-                    bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
-                    torch_random_seed=seed, fewshot_random_seed=seed,
-                )  # fmt: skip
+            result = lm_eval.simple_evaluate(
+                model=lm, tasks=list(tasks), task_manager=manager, limit=limit,
+                num_fewshot=num_fewshot, apply_chat_template=chat,
+                system_instruction=system, log_samples=True,
+                bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+                torch_random_seed=seed, fewshot_random_seed=seed,
+            )  # fmt: skip
         except Exception as error:  # of the harness, of data that cannot be loaded
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error

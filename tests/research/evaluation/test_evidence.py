@@ -190,6 +190,20 @@ def test_the_dose_is_the_dial(tiny) -> None:
     assert ablation[1.0].refusal_scores["harmful"] == pytest.approx(score, abs=1e-4)
 
 
+def test_a_strength_that_destroys_the_model_leaves_the_others() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    runner = conditions.ConditionRunner(
+        model, ChatFormat(tokenizer), {"harmful": HARMFUL, "harmless": HARMLESS},
+        [SubstringJudge()], TOKENS, 3, 8,
+    )  # fmt: skip
+    edit = Ablate(Direction(torch.randn(64)))
+    (alone,) = runner.dose(edit, [0.5], None, lambda *_: None)
+    points = runner.dose(edit, [1e30, 0.5], None, lambda *_: None)
+    assert points == [alone]
+    (note,) = runner.notes
+    assert note.startswith("strength 1e+30 destroys the model: Ablate at strength 1e+30: the model")
+
+
 def test_answers_that_all_end_inside_a_thought(monkeypatch) -> None:
     """A strength under which no answer begins is left out and noted; a condition is named."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -275,7 +289,7 @@ def test_bad_input_before_any_work() -> None:
         ({"judges": [SubstringJudge(), SubstringJudge()]}, "the name '12 substrings'"),
         ({"candidates": Candidates(torch.randn(4, 5, 64))}, r"3 layers or fewer, 64\]"),
         ({"candidates": Candidates(torch.randn(1, 3, 64))}, "have 1 positions"),
-        ({"layer": 9}, "the model has 3 blocks"),
+        ({"block_input": 9}, "the model has 3 blocks"),
     ):
         with pytest.raises(InputError, match=words):
             evaluate(model, tokenizer, direction, **{**sets, **changed}, refusal_tokens=[3])

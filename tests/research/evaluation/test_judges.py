@@ -145,6 +145,16 @@ def test_classifier_of_a_folder_and_of_a_pipeline(tmp_path) -> None:
         ClassifierJudge(three)
 
 
+def test_what_a_classifier_raises_is_one_line() -> None:
+    tokenizer = words()
+    tokenizer.pad_token = None
+    judge = ClassifierJudge(
+        pipeline("text-classification", model=classifier(), tokenizer=tokenizer)
+    )
+    with pytest.raises(InputError, match=r"judge '.*' cannot read the answers: ValueError: "):
+        judge(PROMPTS, TEXTS)
+
+
 # As Llama Guard's: the exchange is shown, then the question asked.
 GUARD_TEMPLATE = (
     "{{ bos_token }}"

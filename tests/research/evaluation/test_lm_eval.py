@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import run_command, tiny_model, tiny_tokenizer
 
 from refusal_kernels import toy
@@ -243,6 +244,19 @@ def test_its_command_line_knows_the_model_type(world, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(Path(file).read_text())["results"]["rk_refused"]["acc,none"] <= 2 / ITEMS
+
+
+def test_a_folder_that_does_not_hold_its_model_is_refused(tmp_path) -> None:
+    tiny_model(vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    whole = lm.SteeredLM(str(tmp_path), device="cpu")
+    assert whole.model.generation_config.temperature is None
+    whole.close()
+    file = tmp_path / "model.safetensors"
+    named = {k.replace("layers.", "blocks."): v for k, v in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="its files lack the weight model"):
+        lm.SteeredLM(str(tmp_path), device="cpu")
 
 
 def test_arguments_of_the_model_type(tmp_path) -> None:

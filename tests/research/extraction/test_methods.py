@@ -108,7 +108,7 @@ def test_a_planted_direction_is_found_in_a_model(
     for position in range(4):
         assert cosine(found[position, LAYER], planted) > (0.8 if method == "leace" else 0.97)
     assert not found[:, 0].any()  # the template's embeddings do not depend on the prompt
-    # the candidate is the mean difference's component along its own vector: towards the harmful
+    # the candidate is the mean difference's component along its own vector: toward the harmful
     for c, mean in zip(found[:, 1:].flatten(0, 1), means[:, 1:].flatten(0, 1), strict=True):
         unit = c.double() / c.double().norm()
         assert float(unit @ mean.double()) == pytest.approx(float(c.double().norm()), rel=1e-4)
@@ -173,7 +173,7 @@ def test_bad_input(model: Any, monkeypatch: Any) -> None:
     for last in (-1, 4):
         with pytest.raises(InputError, match=f"last layer is {last}; expected 0 to 3"):
             find_candidates(*arguments, method="pca", last_layer=last)
-    with pytest.raises(InputError, match="shorter than the 30 positions"):
+    with pytest.raises(InputError, match="fewer tokens than the 30 positions"):
         find_candidates(*arguments, method="pca", positions=30)
     broken = copy.deepcopy(model)
     torch.nn.init.constant_(broken.model.layers[1].mlp.down_proj.weight, torch.nan)

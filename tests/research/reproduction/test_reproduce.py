@@ -209,7 +209,7 @@ def test_without_a_winner_the_scores_are_written(
     code, shown, err = reproduce(capsys, *small, "--kl-threshold=-1")
     out = tmp_path / "out"
     assert code == 1 and "no direction: none of" in err and "--closest" in err
-    assert "no direction (prompts: train" in shown and "refusal tokens: " in shown
+    assert "no direction\nprompts: train" in shown and "refusal tokens: " in shown
     assert (out / "candidates.png").exists() and not (out / "direction.safetensors").exists()
     document = json.loads((out / "reproduction.json").read_text())
     assert document["selection"]["position"] is None and document["notes"]
