@@ -239,6 +239,8 @@ class PromptOptions:
     def named(self, default: str) -> str:
         """Say where they come from; `default` says it of those that are not given."""
         sources = {"harmful": self.harmful, "harmless": self.harmless}
+        if not any(sources.values()):
+            return default
         return ", ".join(f"{name} {source or default}" for name, source in sources.items())
 
 
