@@ -18,7 +18,7 @@ from refusal_kernels.hf.adapters import add_adapter
 from refusal_kernels.hf.chat_models import auto_class, load_tokenizer
 from refusal_kernels.hf.embedded import EMBEDDED, read_gguf
 from refusal_kernels.hf.load_options import LoadOptions
-from refusal_kernels.hf.loaded import REPORTED, check_loaded
+from refusal_kernels.hf.loaded import REPORTED, check_loaded, unread_weights
 from refusal_kernels.hf.model import hidden_size
 
 logger = python_logging.getLogger(__name__)
@@ -118,6 +118,9 @@ def load(
                 kind = auto_class(AutoConfig.from_pretrained(path, **source))
             loaded = kind.from_pretrained(path, **source, **settings)
         model = check_loaded(name, *loaded)
+        if unread := unread_weights(model):
+            text = "model '%s': %d weights of its files are in no part that is loaded: %s, ..."
+            logger.warning(text, name, len(unread), unread[0])
         for adapter in filter(None, (embedded and embedded.adapter, how.adapter)):
             model = add_adapter(model, str(adapter), offline=how.offline)
     except InputError:

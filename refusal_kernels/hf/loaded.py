@@ -68,6 +68,11 @@ def unread_tensors(model: Any) -> list[str]:
     return _UNREAD.get(model, [])
 
 
+def unread_weights(model: Any) -> list[str]:
+    """Return those of them that are no known buffers."""
+    return [key for key in unread_tensors(model) if not _BUFFERS.fullmatch(key.rpartition(".")[2])]
+
+
 def _left_by_blocks(model: Any, unread: Sequence[str]) -> list[str]:
     """Return the unread weights that belong to the blocks of a decoder, and no known buffers."""
     blocks = layer_list(model)

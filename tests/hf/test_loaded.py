@@ -85,8 +85,8 @@ def test_biases_that_the_configuration_denies(folder):
         load(str(folder), "cpu")
 
 
-def test_what_is_not_missed(tmp_path, folder):
-    """Tied heads, old buffers, heads and layers that no model loads."""
+def test_what_is_not_missed(tmp_path, folder, caplog):
+    """Tied heads, old buffers, heads and layers that no model loads; one line says so."""
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8),
@@ -96,11 +96,15 @@ def test_what_is_not_missed(tmp_path, folder):
     }
     change(folder, lambda weights: weights | extra)
     load(str(folder), "cpu")
+    (said,) = caplog.messages
+    assert "2 weights of its files are in no part that is loaded: model.layers.3.eh_proj" in said
+    caplog.clear()
     tied = tmp_path / "tied"
     tiny_model(vocab_size=len(tiny_tokenizer()), tie_word_embeddings=True).save_pretrained(tied)
     tiny_tokenizer().save_pretrained(tied)
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
     load(str(tied), "cpu")
+    assert caplog.messages == []
 
 
 def test_judges_too(folder, tmp_path):
