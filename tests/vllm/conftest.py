@@ -25,6 +25,7 @@ os.environ.update(
 )
 os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)  # vLLM itself takes the runner
 INTERPRETED_TRITON = str(Path(__file__).parent / "triton_shim")
+MODEL_INFOS = Path(sys.prefix) / "vllm-modelinfos"
 
 
 def pytest_addoption(parser):
@@ -45,6 +46,10 @@ def folder(tmp_path_factory):
     """A folder with the models, the directions, and vLLM's compile cache."""
     path = tmp_path_factory.mktemp("vllm")
     os.environ["VLLM_CACHE_ROOT"] = str(path / "cache")
+    # vLLM starts a process to look at each kind of model; what it found may be kept between runs
+    (path / "cache").mkdir()
+    MODEL_INFOS.mkdir(exist_ok=True)
+    (path / "cache" / "modelinfos").symlink_to(MODEL_INFOS)
     return path
 
 

@@ -64,7 +64,7 @@ def make(family: str, folder: Path, **changes: Any) -> str:
                 parameter.copy_((0.0 if "gemma" in family else 1.0) + 0.2 * noise)
             else:
                 parameter.copy_(noise * (parameter.shape[-1] ** -0.5))
-    path = folder / family
+    path = folder / "-".join([family, *map(str, changes.values())])
     model.save_pretrained(path)
     return str(path)
 

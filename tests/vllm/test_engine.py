@@ -360,7 +360,7 @@ def test_sites_ask_the_registry_for_their_ops(monkeypatch):
 
 @pytest.mark.parametrize("place", [pytest.param("embed", marks=pytest.mark.full), "layers.1.attn"])
 def test_a_compiled_graph_that_does_not_steer_is_noticed(
-    place, path, steering, engines, monkeypatch
+    place, folder, steering, engines, monkeypatch
 ):
     from refusal_kernels.vllm import sites
 
@@ -386,8 +386,10 @@ def test_a_compiled_graph_that_does_not_steer_is_noticed(
         return made
 
     monkeypatch.setattr("refusal_kernels.vllm.worker.claim", claim_and_mark)
+    path = make("llama", folder, num_hidden_layers=2)  # each layer is compiled
+    programs = {"r": {"ablate": "r"}}
     with pytest.raises(InputError, match=f"compiled graph does not steer at {place}"):
-        engines(path, steering(programs=EIGHT), enforce_eager=False)
+        engines(path, steering(programs=programs), enforce_eager=False)
 
 
 @pytest.mark.full  # tests/vllm/test_positions.py has drafts beside steering

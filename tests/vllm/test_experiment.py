@@ -331,16 +331,23 @@ def same(found, expected, where):
 # --- commands
 
 
-def test_the_commands_take_the_engine(alone, tmp_path):
+@pytest.mark.parametrize("ranks", [
+    [],
+    pytest.param(["--tensor-parallel-size", "2"], marks=pytest.mark.full),
+    pytest.param(["--pipeline-parallel-size", "2"], marks=pytest.mark.full),
+], ids=["one", "tensor", "pipeline"])  # fmt: skip
+def test_the_commands_take_the_engine(ranks, alone, tmp_path, monkeypatch):
     """Extract, select and evaluate one after the other, each with an engine of its own."""
     from refusal_kernels.cli import app
 
+    if ranks:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     args = json.dumps(CPU)
 
     def run(command, *options):
         file = tmp_path / f"{command}.json"
         # by its folder: by its name all of its skills are asked
-        served = ("--model", str(toy.PATH), "--engine", "vllm", "--engine-args", args)
+        served = ("--model", str(toy.PATH), "--engine", "vllm", "--engine-args", args, *ranks)
         app([command, *served, "--json", str(file), *map(str, options)], standalone_mode=False)
         document = json.loads(file.read_text())
         assert document["engine"]["name"] == "vllm"

@@ -18,7 +18,7 @@ from refusal_kernels.vllm.worker_hooks import start
 def test_programs_change_without_a_new_compilation(eager, folder, directions, steering, engines):
     from vllm.compilation.counter import compilation_counter
 
-    path = make("llama", folder)
+    path = make("llama", folder, num_hidden_layers=2)  # each layer is compiled
     model, prompt = hugging_face(path), prompts(1)[0]
     new = rk.Direction(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(8)))
     wanted = {
