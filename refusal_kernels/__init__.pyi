@@ -3,12 +3,14 @@
 from refusal_kernels import ops as ops
 from refusal_kernels.direction import Candidates as Candidates
 from refusal_kernels.direction import Direction as Direction
+from refusal_kernels.direction import Means as Means
 from refusal_kernels.errors import InputError as InputError
 from refusal_kernels.files.control_vector import ControlVector as ControlVector
 from refusal_kernels.hf.chat import ChatFormat as ChatFormat
 from refusal_kernels.hf.generate import generate as generate
 from refusal_kernels.hf.load import load as load
 from refusal_kernels.interventions import Ablate as Ablate
+from refusal_kernels.interventions import Ace as Ace
 from refusal_kernels.interventions import Add as Add
 from refusal_kernels.interventions import Clamp as Clamp
 from refusal_kernels.interventions import Erase as Erase

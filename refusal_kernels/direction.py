@@ -6,6 +6,7 @@ Both are kept in safetensors files: the raw vectors as a tensor, the rest as str
 import os
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ MEAN_DIFFERENCE = "mean_difference"  # the method, unless another is named
 RESERVED = frozenset(
     ("format", "format_version", "model", "layer", "position", "norm", "method", "version")
 )
+MEANS = ("harmful_mean", "harmless_mean")  # tensors of both kinds of files
+
+
+class Means(NamedTuple):
+    """The mean activations of the two classes of prompts: float32 tensors of one shape."""
+
+    harmful: Tensor
+    harmless: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +51,8 @@ class Direction:
         How it was computed.
     metadata : dict of str to str
         Anything else worth keeping in the file.
+    means : Means, optional
+        The mean activations of harmful and harmless prompts where it was read: [hidden] each.
 
     Raises
     ------
@@ -59,9 +70,11 @@ class Direction:
     position: int | None = None
     method: str = MEAN_DIFFERENCE
     metadata: dict[str, str] = field(default_factory=dict)
+    means: Means | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", _checked(self.vector))
+        object.__setattr__(self, "means", _checked_means(self.means, self.vector))
         if self.layer is not None and self.layer < 0:
             raise InputError(f"the layer of a direction is {self.layer}; expected 0 or more")
         if self.position is not None and self.position >= 0:
@@ -108,7 +121,7 @@ class Direction:
             "method": self.method,
             "version": _package_version(),
         }
-        write_tensors(path, DIRECTION, {"direction": self.vector}, metadata)
+        write_tensors(path, DIRECTION, _named("direction", self.vector, self.means), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], hidden: int | None = None) -> "Direction":
@@ -126,7 +139,7 @@ class Direction:
         InputError
             If the file is missing, damaged or something else, or the vector does not fit.
         """
-        tensors, metadata = read_tensors(path, DIRECTION, ("direction",), LIMIT_BYTES)
+        tensors, metadata = read_tensors(path, DIRECTION, ("direction",), LIMIT_BYTES, MEANS)
         try:
             layer, position = (
                 int(metadata[key]) if key in metadata else None for key in ("layer", "position")
@@ -138,6 +151,7 @@ class Direction:
                 position=position,
                 method=metadata.get("method", MEAN_DIFFERENCE),
                 metadata={k: v for k, v in metadata.items() if k not in RESERVED},
+                means=_means_in(tensors),
             )
         except ValueError as error:  # InputError is one too
             raise InputError(f"{path}: {error}") from None
@@ -164,17 +178,20 @@ class Candidates:
     template : str, optional
         The chat format they were read in: the text of a prompt, with ``{instruction}`` in place of
         the instruction.
+    means : Means, optional
+        The mean activations of harmful and harmless prompts: [position, layer, hidden] each.
 
     Raises
     ------
     InputError
-        If the vectors have another shape or dtype, or there are none.
+        If the vectors or the means have another shape or dtype, or there are none.
     """
 
     vectors: Tensor = field(repr=False)
     model: str | None = None
     method: str = MEAN_DIFFERENCE
     template: str | None = None
+    means: Means | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         vectors = self.vectors
@@ -186,6 +203,7 @@ class Candidates:
         vectors = vectors.detach().to("cpu", torch.float32)
         vectors = vectors.clone(memory_format=torch.contiguous_format)
         object.__setattr__(self, "vectors", vectors)
+        object.__setattr__(self, "means", _checked_means(self.means, vectors))
 
     @property
     def positions(self) -> range:
@@ -215,7 +233,9 @@ class Candidates:
                 f"there is no candidate of layer {layer} and position {position}; expected layers "
                 f"0 to {self.layers[-1]} and positions {self.positions[0]} to -1"
             )
-        return Direction(self.vectors[position, layer], self.model, layer, position, self.method)
+        means = self.means and Means(*(mean[position, layer] for mean in self.means))
+        vector = self.vectors[position, layer]
+        return Direction(vector, self.model, layer, position, self.method, means=means)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the candidates to a safetensors file, replacing it in one step.
@@ -227,7 +247,7 @@ class Candidates:
         """
         texts = {"model": self.model, "method": self.method, "template": self.template}
         metadata = {key: text for key, text in texts.items() if text is not None}
-        write_tensors(path, CANDIDATES, {"candidates": self.vectors}, metadata)
+        write_tensors(path, CANDIDATES, _named("candidates", self.vectors, self.means), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Candidates":
@@ -238,11 +258,11 @@ class Candidates:
         InputError
             If the file is missing, damaged or something else.
         """
-        tensors, metadata = read_tensors(path, CANDIDATES, ("candidates",))
+        tensors, metadata = read_tensors(path, CANDIDATES, ("candidates",), optional=MEANS)
         method = metadata.get("method", MEAN_DIFFERENCE)
         try:
             model, template = metadata.get("model"), metadata.get("template")
-            return cls(tensors["candidates"], model, method, template)
+            return cls(tensors["candidates"], model, method, template, _means_in(tensors))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -262,6 +282,34 @@ def _checked(vector: Tensor) -> Tensor:
     if not copied.any():
         raise InputError("the direction is zero; expected a vector that points somewhere")
     return copied
+
+
+def _checked_means(means: Means | None, vectors: Tensor) -> Means | None:
+    """Return float32 copies on the CPU; raise unless they fit the vectors and are finite."""
+    if means is None:
+        return None
+    copies = []
+    for name, mean in zip(MEANS, means, strict=True):
+        if not isinstance(mean, Tensor) or not mean.is_floating_point():
+            raise InputError(f"{name} is of type {type(mean).__name__}; expected a float tensor")
+        if mean.shape != vectors.shape or not mean.isfinite().all():
+            raise InputError(
+                f"{name} is {list(mean.shape)} or not finite; expected finite numbers "
+                f"{list(vectors.shape)}, as of the vectors"
+            )
+        copies.append(mean.detach().to("cpu", torch.float32, copy=True).contiguous())
+    return Means(*copies)
+
+
+def _named(name: str, vectors: Tensor, means: Means | None) -> dict[str, Tensor]:
+    """Return the tensors of a file."""
+    return {name: vectors, **dict(zip(MEANS, means or (), strict=False))}
+
+
+def _means_in(tensors: dict[str, Tensor]) -> Means | None:
+    """Return the means that a file holds: files of other tools have none."""
+    there = [tensors[name] for name in MEANS if name in tensors]
+    return Means(*there) if len(there) == len(MEANS) else None
 
 
 def _package_version() -> str:

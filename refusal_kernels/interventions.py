@@ -87,6 +87,42 @@ class Set(AlongDirection, name="set"):
 
 
 @dataclass(frozen=True, eq=False)
+class Ace(AlongDirection, name="ace"):
+    """Affine concept editing, ``h - r r.h + r r.harmless + alpha r r.(harmful - harmless)``.
+
+    Marshall et al. 2024 (arXiv 2411.09003). The component along r becomes the one that the mean of
+    the harmless prompts has: at ``alpha`` 0 all rows look harmless along r, at 1 harmful. Where the
+    harmless mean is far from zero, `Ablate` leaves what no prompt has; this does not.
+
+    Attributes
+    ----------
+    direction
+        With the means of both classes, as the files of ``extract`` and ``select`` have them.
+    alpha
+        In units of the difference of the means.
+    """
+
+    alpha: float = 0.0
+
+    def check(self) -> None:
+        """Refuse a direction without means."""
+        if self.direction.means is None:
+            raise InputError(
+                "Ace: the direction does not carry the mean activations of the two classes; "
+                "expected one of mean_difference or find_candidates, or a file that extract or "
+                "select wrote"
+            )
+
+    def slots(self, strength: float) -> list[Slot]:
+        """See `Intervention.slots`: `Set` to a mixture of the means."""
+        assert self.direction.means is not None  # checked
+        r = self.direction.unit
+        harmful, harmless = (float(r.double() @ m.double()) for m in self.direction.means)
+        value = harmless + self.alpha * (harmful - harmless)
+        return [Slot(r, r, a=-1.0, b=value).scaled(strength)]
+
+
+@dataclass(frozen=True, eq=False)
 class Clamp(AlongDirection, name="clamp"):
     """The component along the direction is kept inside [low, high].
 

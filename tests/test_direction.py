@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Candidates, Direction, Means
 from refusal_kernels.errors import InputError
 
 VECTOR = torch.tensor([3.0, 0.0, -4.0])
@@ -97,6 +97,33 @@ def test_round_trip_is_exact(
     for name in ("model", "layer", "position", "method", "metadata"):
         assert getattr(loaded, name) == getattr(saved, name)
     assert [entry.name for entry in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_the_means_of_both_classes_travel_with_their_vectors(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    means = Means(torch.randn(2, 4, 3).half(), torch.randn(2, 4, 3).half())
+    candidates = Candidates(torch.randn(2, 4, 3), means=means)
+    candidates.save(path)
+    loaded = Candidates.load(path)
+    for found, mean in zip(loaded.means, means, strict=True):
+        assert torch.equal(found, mean.float())
+    direction = loaded.at(3, -1)
+    direction.save(path)
+    for found, mean in zip(Direction.load(path).means, means, strict=True):
+        assert torch.equal(found, mean[-1, 3].float())
+        assert found.untyped_storage().nbytes() == 12
+    Direction(VECTOR).save(path)
+    assert Direction.load(path).means is None
+    known = {"format": "refusal_kernels.direction", "format_version": "1"}
+    wrong = {r"\[2\] or not finite": torch.ones(2), "expected a float": VECTOR.int()}
+    for message, mean in wrong.items():
+        with pytest.raises(InputError, match=message):
+            Direction(VECTOR, means=Means(VECTOR, mean))
+        tensors = {"direction": VECTOR, "harmful_mean": VECTOR.clone(), "harmless_mean": mean}
+        save_file(tensors, path, metadata=known)
+        with pytest.raises(InputError, match=message) as caught:
+            Direction.load(path)
+        assert str(path) in str(caught.value)
 
 
 def test_the_file_can_be_read_by_others(tmp_path: Path) -> None:

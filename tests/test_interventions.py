@@ -17,7 +17,7 @@ from refusal_kernels import intervention_base
 from refusal_kernels.banks import check_program, compile_program
 from refusal_kernels.interventions import INTERVENTIONS, Intervention, Slot
 from refusal_kernels.vllm.bank import Bank
-from refusal_kernels.vllm.programs import parse_program
+from refusal_kernels.vllm.programs import parse_program, received, sent
 from refusal_kernels.vllm.requests import Steering
 
 HIDDEN, LAYERS = 64, 3
@@ -157,6 +157,44 @@ def test_adding_needs_a_place(plane):
         assert [site.name for site in handle.report().sites] == ["layers.1.attn", "layers.1.mlp"]
 
 
+# --- affine concept editing
+
+
+@pytest.fixture
+def with_means():
+    harmful, harmless = torch.randn(2, HIDDEN) + 3.0
+    return rk.Direction(harmful - harmless, means=rk.Means(harmful, harmless))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.5])
+def test_affine_concept_editing_sets_the_component_by_the_means(alpha, with_means):
+    h = torch.randn(5, HIDDEN)
+    bank, params = compile_program([rk.Ace(with_means, alpha)])
+    got = rk.ops.add_steer(h, None, bank, params)
+    r = with_means.vector.double() / with_means.norm
+    harmful, harmless = (mean.double() for mean in with_means.means)
+    parallel = torch.outer(r, r)
+    x = h.double()
+    wanted = x - x @ parallel + parallel @ harmless + alpha * (harmful - harmless)
+    torch.testing.assert_close(got.double(), wanted, atol=2e-6, rtol=0)
+
+
+def test_affine_concept_editing_needs_the_means(plane, with_means, tmp_path):
+    with pytest.raises(rk.InputError, match="does not carry the mean activations"):
+        rk.Ace(plane[0])
+    with_means.save(tmp_path / "d.safetensors")
+    read = Intervention.from_dict({"ace": str(tmp_path / "d.safetensors"), "alpha": 0.5})
+    assert read.slots(1.0)[0].b == rk.Ace(with_means, 0.5).slots(1.0)[0].b
+    there = {"with": with_means, "without": plane[0]}
+    with pytest.raises(rk.InputError, match="program 'p': Ace: the direction does not carry"):
+        parse_program("p", {"ace": "without"}, there)
+    program = parse_program("p", {"ace": "with"}, there)
+    arrived = json.loads(json.dumps(sent(with_means)))
+    assert parse_program("p", {"ace": "with"}, {"with": received(arrived)}).version == (
+        program.version
+    )
+
+
 @pytest.mark.parametrize("given", [torch.ones(3), "refusal.safetensors", None])
 def test_what_is_no_direction_is_refused(given):
     with pytest.raises(rk.InputError, match=r"direction is of type .*; expected a Direction"):
@@ -209,12 +247,15 @@ def test_a_class_of_a_user_is_known_everywhere(plane):
     {"ablate": "r", "strength": 0.5, "layers": [1, 2], "sites": ["mlp"]},
     {"add": "r", "coefficient": -2.0, "block_input": 3},
     {"set": "r", "value": 1.5, "positions": "prompt"},
+    {"ace": "r", "alpha": 0.5},
     {"clamp": "r", "high": 0.0},
     {"erase": "unit", "v": "unit"},
     {"rotate": "r", "b2": "t", "angle": 30.0},
 ], ids=lambda given: next(iter(given)))  # fmt: skip
 def test_an_intervention_is_spelled_as_it_is_read(given, plane):
-    directions = {"r": plane[0], "t": plane[1], "unit": rk.Direction(plane[0].unit)}
+    means = rk.Means(plane[1].vector, plane[2].vector)
+    r = rk.Direction(plane[0].vector, means=means)
+    directions = {"r": r, "t": plane[1], "unit": rk.Direction(plane[0].unit)}
     first = Intervention.from_dict(given, directions)
     second = Intervention.from_dict(first.to_dict())
     places = ("strength", "block_input", "layers", "sites", "positions")

@@ -43,10 +43,14 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], kind: str, keys: tuple[str, ...], limit_bytes: int = LIMIT_TENSORS
+    path: str | os.PathLike[str],
+    kind: str,
+    keys: tuple[str, ...],
+    limit_bytes: int = LIMIT_TENSORS,
+    optional: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the named tensors and the metadata of a file that `write_tensors` wrote."""
-    metadata, tensors = _opened(path, f"a {kind} file", keys, limit_bytes)
+    metadata, tensors = _opened(path, f"a {kind} file", (*keys, *optional), limit_bytes)
     name, version = metadata.pop("format", None), metadata.pop("format_version", None)
     if (name, version) != (kind, FORMAT_VERSION):
         there = "nothing of this package" if name is None else f"{name} version {version}"

@@ -23,7 +23,7 @@ from refusal_kernels.vllm.names import (
     RESOLVED,
     UPDATE,
 )
-from refusal_kernels.vllm.programs import NONE, NamedProgram, check_name, parse_program
+from refusal_kernels.vllm.programs import NONE, NamedProgram, Sent, check_name, parse_program, sent
 from refusal_kernels.vllm.requests import Steering, cache_salt, read_steering
 from refusal_kernels.vllm.settings_file import FILE
 
@@ -59,7 +59,7 @@ class Change:
     directions: dict[str, Direction]
     programs: dict[str, NamedProgram]
     default: str | None
-    vectors: dict[str, tuple[list[float], int | None]]
+    vectors: dict[str, Sent]
     specifications: dict[str, Any]
 
     @property
@@ -241,10 +241,9 @@ def _used(programs: Iterable[NamedProgram]) -> set[str]:
 
 def _vectors(
     directions: Mapping[str, Direction], programs: Iterable[NamedProgram]
-) -> dict[str, tuple[list[float], int | None]]:
+) -> dict[str, Sent]:
     """Return the directions of programs as the workers take them."""
-    used = {name: directions[name] for name in sorted(_used(programs))}
-    return {name: (d.vector.tolist(), d.layer) for name, d in used.items()}
+    return {name: sent(directions[name]) for name in sorted(_used(programs))}
 
 
 def _prompt_length(request: Any) -> int:

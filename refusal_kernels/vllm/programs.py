@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from refusal_kernels.banks import slots_of
-from refusal_kernels.direction import Direction
+from refusal_kernels.direction import Direction, Means
 from refusal_kernels.errors import InputError
 from refusal_kernels.intervention_base import INF, kind_of
 from refusal_kernels.interventions import Intervention
@@ -150,6 +150,23 @@ def parse_directions(given: Any) -> dict[str, Direction]:
             raise InputError(f"direction {name!r} is {kind_of(path)}; expected the path of a file")
         directions[name] = Direction.load(path)
     return directions
+
+
+Sent = tuple[list[float], int | None, list[list[float]] | None]
+"""A direction on its way to the workers: vector, layer, means."""
+
+
+def sent(direction: Direction) -> Sent:
+    """Return what `received` makes the direction of: lists, which any serializer takes."""
+    means = direction.means and [mean.tolist() for mean in direction.means]
+    return direction.vector.tolist(), direction.layer, means
+
+
+def received(given: Sent) -> Direction:
+    """Return a direction that was sent."""
+    vector, layer, means = given
+    both = None if means is None else Means(*map(torch.tensor, means))
+    return Direction(torch.tensor(vector), layer=layer, means=both)
 
 
 def check_name(name: Any, what: str) -> None:

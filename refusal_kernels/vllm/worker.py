@@ -10,7 +10,6 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 
 from refusal_kernels import __version__
-from refusal_kernels.direction import Direction
 from refusal_kernels.errors import InputError, first_line
 from refusal_kernels.ops import inductor
 from refusal_kernels.ops.registry import backend_name
@@ -19,7 +18,7 @@ from refusal_kernels.vllm.config import EngineSettings
 from refusal_kernels.vllm.families import architecture_of, find_places, whole_model
 from refusal_kernels.vllm.monitor import Histogram, Meter
 from refusal_kernels.vllm.names import GRAPH, KEY, RESOLVED
-from refusal_kernels.vllm.programs import NamedProgram, parse_program
+from refusal_kernels.vllm.programs import NamedProgram, Sent, parse_program, received
 from refusal_kernels.vllm.reading import Reading
 from refusal_kernels.vllm.requests import Steering
 from refusal_kernels.vllm.routing import Router
@@ -131,7 +130,7 @@ class WorkerState:
 
     def update_programs(
         self,
-        vectors: dict[str, tuple[list[float], int | None]],
+        vectors: dict[str, Sent],
         programs: dict[str, Any],
         named: list[str],
     ) -> str | None:
@@ -140,7 +139,7 @@ class WorkerState:
         Parameters
         ----------
         vectors
-            Directions by name, each its vector and layer.
+            Directions by name, as `sent` writes them.
         programs
             New programs in their JSON form, by name.
         named
@@ -154,10 +153,7 @@ class WorkerState:
         """
         before = list(self.bank.versions)
         try:
-            directions = {
-                name: Direction(torch.tensor(vector), layer=layer)
-                for name, (vector, layer) in vectors.items()
-            }
+            directions = {name: received(vector) for name, vector in vectors.items()}
             for name, given in programs.items():
                 self._add(name, parse_program(name, given, directions))
             if missing := sorted(set(named) - set(self.bank.versions)):

@@ -21,12 +21,16 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
     path = make("llama", folder, num_hidden_layers=2)  # each layer is compiled
     model, prompt = hugging_face(path), prompts(1)[0]
     new = rk.Direction(torch.randn(HIDDEN, generator=torch.Generator().manual_seed(8)))
+    harmful, harmless = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(9)) + 1.0
+    means = rk.Means(harmful, harmless)
+    centered = rk.Direction(harmful - harmless, means=means)
     wanted = {
         "r": greedy(model, prompt, TOKENS, (rk.Ablate(directions["r"]),)),
         "t": greedy(model, prompt, TOKENS, (rk.Ablate(directions["t"]),)),
         "new": greedy(model, prompt, TOKENS, (rk.Add(new, 3.0, block_input=1),)),
+        "ace": greedy(model, prompt, TOKENS, (rk.Ace(centered, 0.5),)),
     }
-    assert len({tuple(text) for text in wanted.values()}) == 3
+    assert len({tuple(text) for text in wanted.values()}) == 4
     settings = steering(programs={"p": {"ablate": "r"}}, default="p")
     llm = engines(path, settings, enforce_eager=eager)
     before = compilation_counter.clone()
@@ -41,6 +45,8 @@ def test_programs_change_without_a_new_compilation(eager, folder, directions, st
         llm, {"n": {"add": "n", "coefficient": 3.0, "block_input": 1}, "q": None}, {"n": new}
     )
     assert says("n") == wanted["new"]
+    set_programs(llm, {"c": {"ace": "c", "alpha": 0.5}}, {"c": centered})
+    assert says("c") == wanted["ace"]  # its means have come along
     config = llm.llm_engine.vllm_config  # a worker that reads other files refuses to start
     config.additional_config["refusal_kernels"][VERSIONS] = {"p": "of another file"}
     with pytest.raises(InputError, match="files of the programs changed"):

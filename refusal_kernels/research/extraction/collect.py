@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_kernels.direction import Candidates
+from refusal_kernels.direction import Candidates, Means
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.batches import Batch, Batches
 from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
@@ -139,7 +139,7 @@ def mean_difference(
     Returns
     -------
     Candidates
-        Differences computed in float64 and rounded to float32 once.
+        Differences computed in float64 and rounded to float32 once, with the means of both sets.
 
     Raises
     ------
@@ -157,7 +157,8 @@ def mean_difference(
         check_tokens(model, 0, batches.longest)
     _stream(model, parts, moments, progress, checkpoint)
     difference = moments.compute().mean_difference
-    return Candidates(difference, model_name, template=chat.render(INSTRUCTION))
+    means = Means(*(moments.mean(group).transpose(0, 1) for group in moments.groups))
+    return Candidates(difference, model_name, template=chat.render(INSTRUCTION), means=means)
 
 
 def layers_to_read(model: Any, last_layer: int | None) -> int:

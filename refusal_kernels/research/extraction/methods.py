@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_kernels.direction import MEAN_DIFFERENCE, Candidates
+from refusal_kernels.direction import MEAN_DIFFERENCE, Candidates, Means
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import INSTRUCTION, ChatFormat
 from refusal_kernels.hf.forward import read_inputs
@@ -182,14 +182,17 @@ def find_candidates(
                 f"{place - positions}, prompt {prompt}; try another dtype (float16 overflows)"
             )
     vectors = torch.zeros(positions, layers, hidden_size(model))
+    means = Means(torch.zeros_like(vectors), torch.zeros_like(vectors))
     for layer in range(layers):
         for place in range(positions):
             pair = [part[:, layer, place].double() for part in kept]
             if winsorize is not None:
                 pair = [winsorized(rows, winsorize) for rows in pair]
             vectors[place, layer] = _candidate(method, *pair)
+            for mean, rows in zip(means, pair, strict=True):
+                mean[place, layer] = rows.mean(dim=0)
     name = method if winsorize is None else f"{method}, winsorized at {winsorize:g}"
-    return Candidates(vectors, model_name, name, chat.render(INSTRUCTION))
+    return Candidates(vectors, model_name, name, chat.render(INSTRUCTION), means)
 
 
 def _candidate(method: str, harmful: Tensor, harmless: Tensor) -> Tensor:

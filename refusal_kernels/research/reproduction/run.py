@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from refusal_kernels.direction import Candidates, Direction
+from refusal_kernels.direction import Candidates, Direction, Means
 from refusal_kernels.errors import InputError
 from refusal_kernels.hf.chat import ChatFormat
 from refusal_kernels.hf.model import layer_count
@@ -281,9 +282,14 @@ def _alone(model: Any, direction: Direction, name: str) -> Candidates:
             "as it is added there"
         )
     position = -1 if direction.position is None else direction.position
-    vectors = torch.zeros(-position, layers, direction.hidden)
-    vectors[position, direction.layer] = direction.vector
-    return Candidates(vectors, name)
+
+    def among_zeros(vector: Tensor) -> Tensor:
+        vectors = torch.zeros(-position, layers, direction.hidden)
+        vectors[position, direction.layer] = vector
+        return vectors
+
+    means = direction.means and Means(*map(among_zeros, direction.means))
+    return Candidates(among_zeros(direction.vector), name, means=means)
 
 
 def _numbers(

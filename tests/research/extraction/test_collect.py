@@ -79,6 +79,8 @@ def test_mean_difference_is_position_layer_hidden() -> None:
     assert (candidates.model, candidates.method) == ("tiny", "mean_difference")
     assert candidates.template == "<s> <|user|> {instruction} <|end|> <|assistant|> answer :"
     close(vectors.double(), expected.transpose(0, 1))
+    for mean, prompts in zip(candidates.means, (HARMFUL, HARMLESS), strict=True):
+        close(mean.double(), plain_mean(model, prompts, POSITIONS).transpose(0, 1))
     assert not vectors[:, 0].any()  # the template's own tokens: the same embedding everywhere
     assert vectors[:, 1].any()
     assert seen == [(3, 8), (4, 8), (7, 8), (8, 8)]

@@ -104,7 +104,10 @@ def test_a_planted_direction_is_found_in_a_model(
     assert candidates.method == method and candidates.template is not None
     found = candidates.vectors
     assert found.shape == (4, 4, 64) and found.dtype == torch.float32
-    means = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS).vectors
+    plain = mean_difference(model, tiny_tokenizer(), HARMFUL, HARMLESS)
+    means = plain.vectors
+    for mean, other in zip(candidates.means, plain.means, strict=True):
+        torch.testing.assert_close(mean, other, rtol=1e-5, atol=1e-5)
     for position in range(4):
         assert cosine(found[position, LAYER], planted) > (0.8 if method == "leace" else 0.97)
     assert not found[:, 0].any()  # the template's embeddings do not depend on the prompt
