@@ -22,7 +22,8 @@ def doctor(
     from refusal_kernels import ops
     from refusal_kernels.direction import Direction
     from refusal_kernels.environment import describe_device, versions
-    from refusal_kernels.hf.memory import block_devices, held_bytes, needed_bytes
+    from refusal_kernels.hf.load import read_config
+    from refusal_kernels.hf.memory import block_devices, free_bytes, held_bytes, needed_bytes
     from refusal_kernels.hf.model import hidden_size, input_device
     from refusal_kernels.interventions import Ablate
     from refusal_kernels.patching.patch import patch
@@ -32,6 +33,15 @@ def doctor(
         for precision in (torch.float32, torch.bfloat16, torch.float64):
             key = f"{kind} {str(precision).removeprefix('torch.')}"
             facts[key] = str(ops.explain(device=kind, dtype=precision))
+    facts["free memory"] = _sizes(free_bytes())
+    if (config := read_config(loading.model, loading.how())) is not None:
+        facts["weights, loaded in"] = _sizes(needed_bytes(config))
+        # before the load, which may need more than there is
+        for text in (
+            f"{loading.model}: weights loaded in {facts['weights, loaded in']}",
+            f"free memory: {facts['free memory']}",
+        ):
+            console.print(Text(text), soft_wrap=True)
     with progress_bars() as step, single_step(step("Load the model")):
         model, _ = loading.load()
     direction = Direction(torch.ones(hidden_size(model)))
@@ -40,7 +50,7 @@ def doctor(
         details = handle.report().details
     facts["device"] = describe_device(input_device(model))
     facts["weights"] = _sizes(held_bytes(model))
-    facts["weights, loaded in"] = _sizes(needed_bytes(model))
+    facts.setdefault("weights, loaded in", _sizes(needed_bytes(model.config)))
     facts["blocks"] = "; ".join(
         f"{_ranges(blocks)} on {place}" if place != "offloaded" else f"{_ranges(blocks)} {place}"
         for place, blocks in block_devices(model).items()

@@ -78,36 +78,20 @@ def load(
         If one of these cannot be had, with the first line of the reason, or the files do not hold
         all weights of the model.
     """
+    from transformers import AutoConfig
+
     how = LoadOptions(device, dtype, **options)
     placed = _placement(how)
     embedded = EMBEDDED.get(name)
-    if embedded is None:
-        _check_there(name, "model")
+    path, source = _source(name, how)
     if how.adapter is not None:
         _check_there(how.adapter, "adapter")
-    if how.revision is not None and (embedded or os.path.exists(name)):
-        raise InputError(f"revision '{how.revision}': '{name}' is no repository of the hub")
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    hub_logging.set_verbosity_error()  # what goes wrong is said once, by the error below
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    path = name if embedded is None else str(embedded.folder())
-    # transformers asks at the terminal where it is not told
-    source: dict[str, Any] = {
-        "trust_remote_code": how.trust_remote_code,
-        "local_files_only": how.offline,
-    }
-    if how.revision is not None:
-        source["revision"] = how.revision
     # the toy model's file is float16 to be small; it is meant to run in float32
     precision = "float32" if embedded and dtype == "auto" else dtype
     settings = {"dtype": precision, **_quantization(how), **placed, **REPORTED}
     if how.attn is not None:
         settings["attn_implementation"] = how.attn
-    try:
+    with _refused(name):
         if path.endswith(GGUF):
             if how.load_in is not None:
                 raise InputError(f"model '{name}' is dequantized; load_in='{how.load_in}' is not")
@@ -123,9 +107,58 @@ def load(
             logger.warning(text, name, len(unread), unread[0])
         for adapter in filter(None, (embedded and embedded.adapter, how.adapter)):
             model = add_adapter(model, str(adapter), offline=how.offline)
+    check_hidden(name, model, direction)
+    return model.eval(), tokenizer
+
+
+def read_config(name: str, how: LoadOptions) -> Any | None:
+    """Return a model's configuration, before anything is loaded; None of a ``.gguf`` file.
+
+    Raises
+    ------
+    InputError
+        As `load`.
+    """
+    from transformers import AutoConfig
+
+    path, source = _source(name, how)
+    if path.endswith(GGUF):
+        return None
+    with _refused(name):
+        return AutoConfig.from_pretrained(path, **source)
+
+
+def _source(name: str, how: LoadOptions) -> tuple[str, dict[str, Any]]:
+    """Return where a model's files are, and the options of transformers that find them."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    embedded = EMBEDDED.get(name)
+    if embedded is None:
+        _check_there(name, "model")
+    if how.revision is not None and (embedded or os.path.exists(name)):
+        raise InputError(f"revision '{how.revision}': '{name}' is no repository of the hub")
+    hub_logging.set_verbosity_error()  # what goes wrong is said once, by an error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # transformers asks at the terminal where it is not told
+    source: dict[str, Any] = {
+        "trust_remote_code": how.trust_remote_code,
+        "local_files_only": how.offline,
+    }
+    if how.revision is not None:
+        source["revision"] = how.revision
+    return name if embedded is None else str(embedded.folder()), source
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Turn whatever a hub, a config or a damaged file can bring into one line."""
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:  # whatever a hub, a config or a damaged file can bring
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"model '{name}' brings code of its own; read it, then give --trust-remote-code"
@@ -133,8 +166,6 @@ def load(
         why = first_line(error).rstrip(".")
         known = "" if os.path.exists(name) else f"; known by name: {', '.join(EMBEDDED)}"
         raise InputError(f"model '{name}' cannot be loaded: {why}{known}") from None
-    check_hidden(name, model, direction)
-    return model.eval(), tokenizer
 
 
 @contextlib.contextmanager

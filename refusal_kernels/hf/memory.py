@@ -28,9 +28,9 @@ def held_bytes(model: Any) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def needed_bytes(model: Any) -> dict[str, int]:
-    """Return the bytes that the weights of such a model take: by dtype, and quantized at load."""
-    config = copy.deepcopy(model.config)
+def needed_bytes(config: Any) -> dict[str, int]:
+    """Return the bytes that the weights of a model take: by dtype, and quantized at load."""
+    config = copy.deepcopy(config)
     for name in ("quantization_config", "distributed_config"):
         if hasattr(config, name):
             delattr(config, name)
@@ -47,6 +47,17 @@ def needed_bytes(model: Any) -> dict[str, int]:
         name: round(matrices * packed + (total - matrices) * plain)
         for name, (packed, plain) in _WIDTHS.items()
     }
+
+
+def free_bytes() -> dict[str, int]:
+    """Return the bytes that are free in main memory and on every accelerator."""
+    import psutil
+
+    free = {"cpu": int(psutil.virtual_memory().available)}
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    for index in range(torch.accelerator.device_count() if kind is not None else 0):
+        free[f"{kind}:{index}"] = torch.accelerator.get_memory_info(index)[0]
+    return free
 
 
 def block_devices(model: Any) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ from refusal_kernels import toy
 from refusal_kernels.cli.groups import LoadingOptions
 from refusal_kernels.hf import load as loading
 from refusal_kernels.hf.load_options import LoadOptions
-from refusal_kernels.hf.memory import block_devices, held_bytes, needed_bytes
+from refusal_kernels.hf.memory import block_devices, free_bytes, held_bytes, needed_bytes
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -188,15 +188,19 @@ def test_what_a_load_takes_and_where_it_is(folder, capsys):
     model = tiny_model()
     plain = sum(p.numel() for p in model.parameters())
     assert held_bytes(model)["float32"] >= 4 * plain
-    needed = needed_bytes(model)
+    needed = needed_bytes(model.config)
     assert needed["float32"] == 4 * plain and needed["bfloat16"] == 2 * plain
     assert needed["4bit"] < needed["8bit"] < needed["bfloat16"]
     assert block_devices(model) == {"cpu": [0, 1, 2]}
+    assert free_bytes()["cpu"] > 0
     model.model.layers[1].to("meta")
     assert block_devices(model) == {"cpu": [0, 2], "offloaded": [1]}
 
+    before = f"{folder}: weights loaded in float32 0."
     assert run_command("doctor", "--model", folder) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert text.startswith(before) and "\nfree memory: cpu " in text
+    printed = " ".join(text.split())
     assert "0 to 2 on cpu" in printed and "float32" in printed and "MB" in printed
 
 
