@@ -4,7 +4,7 @@ Both are kept in safetensors files: the raw vectors as a tensor, the rest as str
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -236,6 +236,31 @@ class Candidates:
         means = self.means and Means(*(mean[position, layer] for mean in self.means))
         vector = self.vectors[position, layer]
         return Direction(vector, self.model, layer, position, self.method, means=means)
+
+    def away_from(self, group: str) -> "Candidates":
+        """Return ``r - (r . m) m`` for every vector r, m the unit mean of a class of prompts there.
+
+        What all harmless prompts share is then no part of what is ablated ("projected
+        abliteration").
+
+        Raises
+        ------
+        InputError
+            If the candidates carry no means, or there is no such class.
+        """
+        if self.means is None:
+            raise InputError(
+                "the candidates carry no mean activations; expected some of mean_difference or "
+                "find_candidates, or a file that extract wrote"
+            )
+        if group not in Means._fields:
+            raise InputError(f"away_from is {group!r}; expected {' or '.join(Means._fields)}")
+        mean = getattr(self.means, group).double()
+        m = mean / mean.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        r = self.vectors.double()
+        for _ in range(2):  # the second time takes what rounding left
+            r = r - (r * m).sum(dim=-1, keepdim=True) * m
+        return replace(self, vectors=r, method=f"{self.method}, away from {group}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the candidates to a safetensors file, replacing it in one step.

@@ -126,6 +126,25 @@ def test_the_means_of_both_classes_travel_with_their_vectors(tmp_path: Path) -> 
         assert str(path) in str(caught.value)
 
 
+def test_candidates_away_from_the_mean_of_a_class() -> None:
+    vectors, harmful, harmless = torch.randn(3, 2, 4, 64).unbind()
+    vectors[:, 0] = harmless[:, 0] = 0.0  # at layer 0 nothing depends on the prompt
+    candidates = Candidates(vectors, method="by hand", means=Means(harmful, harmless))
+    found = candidates.away_from("harmless")
+    assert found.method == "by hand, away from harmless" and found.means is not None
+    m = harmless[:, 1:].double() / harmless[:, 1:].double().norm(dim=-1, keepdim=True)
+    r = vectors[:, 1:].double()
+    expected = r - torch.einsum("pld,pld,ple->ple", r, m, m)
+    torch.testing.assert_close(found.vectors[:, 1:].double(), expected, atol=1e-6, rtol=0)
+    assert ((found.vectors[:, 1:].double() * m).sum(-1).abs() < 1e-6).all()
+    assert not found.vectors[:, 0].any()
+    assert not torch.allclose(candidates.away_from("harmful").vectors, found.vectors)
+    with pytest.raises(InputError, match="away_from is 'all'; expected harmful or harmless"):
+        candidates.away_from("all")
+    with pytest.raises(InputError, match="carry no mean activations"):
+        Candidates(vectors).away_from("harmless")
+
+
 def test_the_file_can_be_read_by_others(tmp_path: Path) -> None:
     path = tmp_path / "direction.safetensors"
     Direction(VECTOR, model="m", layer=4, position=-2).save(path)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _METHODS = ("mean_difference", *options.names("research.extraction.methods", "FITS"))
+_CLASSES = ("harmless", "harmful")
 
 
 def extract(
@@ -39,6 +40,9 @@ def extract(
     winsorize: Annotated[
         float | None,
         Option(help="Clamp each prompt's activations to this quantile of their sizes: 0.995."),
+    ] = None,
+    away_from: Annotated[
+        str | None, options.choice("Project out the mean of a class of prompts: {}.", _CLASSES)
     ] = None,
     positions: Annotated[
         int | None,
@@ -109,6 +113,8 @@ def extract(
                 common.errors.print(f"error: {error}", style="red", soft_wrap=True)
                 raise Exit(1) from None
     if rank == 0:
+        if away_from is not None:
+            candidates = candidates.away_from(away_from)
         candidates.save(out)
         norms = candidates.vectors.norm(dim=-1)  # [position, layer]
         common.console.print(_table(norms, loading.model, candidates.method))

@@ -203,6 +203,10 @@ def test_the_command_line_keeps_the_method(tmp_path: Path, monkeypatch: Any) -> 
     ]
 
     file, out = tmp_path / "candidates.safetensors", tmp_path / "direction.safetensors"
+    assert run_command("extract", *common, "--away-from", "harmless", "--out", file) == 0
+    loaded = Candidates.load(file)
+    assert loaded.method == "mean_difference, away from harmless"
+    assert ((loaded.vectors * loaded.means.harmless).sum(-1).abs() < 1e-4).all()
     assert run_command("extract", *common, "--method", "probe", "--out", file) == 0
     loaded = Candidates.load(file)
     assert loaded.method == "probe" and loaded.vectors.shape == (4, 3, 64)
