@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Backend:
     """A set of ops and the calls that it can serve; its fields as `register_backend` takes them."""
 
     name: str
-    ops: MappingProxyType[str, Callable[..., Any]]
+    ops: Mapping[str, Callable[..., Any]]
     why_not: Callable[[str, torch.dtype], str | None]
 
 
@@ -105,7 +104,7 @@ def register_backend(
         if (given := _schema(call)) != expected:
             raise InputError(f"{op} of the backend '{name}' is {given}; expected {expected}")
     last = BACKENDS.pop("reference", None)
-    backend = BACKENDS[name] = Backend(name, MappingProxyType(dict(ops)), why_not)
+    backend = BACKENDS[name] = Backend(name, dict(ops), why_not)
     if last is not None:
         BACKENDS["reference"] = last
     _serving.cache_clear()
@@ -271,7 +270,7 @@ register_backend("cuda", _COMPILED, _cuda_why_not)
 if TRITON_OPS:
     register_backend("triton", TRITON_OPS, _triton_why_not)
 else:  # listed without ops, so that `doctor` can say why
-    BACKENDS["triton"] = Backend("triton", MappingProxyType({}), _triton_why_not)
+    BACKENDS["triton"] = Backend("triton", {}, _triton_why_not)
 register_backend("reference", _REFERENCE, lambda device, dtype: None)
 
 # The public ops on devices without compiled kernels.

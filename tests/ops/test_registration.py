@@ -87,6 +87,21 @@ def test_compiled_without_a_graph_break_and_dials_stay_live(device):
     assert torch.allclose(*gradients, atol=1e-4 * float(gradients[1].abs().max()))
 
 
+def test_an_op_is_found_in_a_graph_that_writes_to_a_dictionary():
+    """As transformers does in a forward, to collect what modules return."""
+    _, bank, params = ablation(32)
+    x, seen = rows(4, 32), {}
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def forward(x):
+        seen["x"] = x
+        return registry.serving("add_steer_inference", x)(x, None, bank, params, None)
+
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        assert torch.equal(forward(x), ops.add_steer(x, None, bank, params))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
