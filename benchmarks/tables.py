@@ -280,14 +280,20 @@ def vllm() -> str:
     return source("vllm-cpu") + table(["engine", "over", "tokens/s", "ratio (quartiles)"], lines)
 
 
+HOOKS = {
+    "repeated": "same batch", "changed": "another batch", "first": "same batch, caches cold",
+    "bar": "at most",
+}  # fmt: skip
+
+
 def hooks() -> str:
     """Return the host time of the vLLM plugin's hooks in a step."""
     lines = [
-        [str(row["requests"]), *(f"{row[key]:.0f}" for key in ("repeated", "changed", "bar"))]
+        [str(row["requests"]), *(f"{row[key]:.0f}" for key in HOOKS)]
         for row in rows_of("vllm-hooks-cpu")
     ]
-    columns = "requests", "same batch, \u00b5s", "another batch, \u00b5s", "at most, \u00b5s"
-    return source("vllm-hooks-cpu") + table(list(columns), lines)
+    columns = [f"{title}, \u00b5s" for title in HOOKS.values()]
+    return source("vllm-hooks-cpu") + table(["requests", *columns], lines)
 
 
 # --- README --------------------------------------------------------------------------------------

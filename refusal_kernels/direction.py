@@ -313,16 +313,19 @@ def _checked_means(means: Means | None, vectors: Tensor) -> Means | None:
     """Return float32 copies on the CPU; raise unless they fit the vectors and are finite."""
     if means is None:
         return None
+    if len(means) != len(MEANS):
+        raise InputError(f"there are {len(means)} means; expected {' and '.join(MEANS)}")
     copies = []
     for name, mean in zip(MEANS, means, strict=True):
         if not isinstance(mean, Tensor) or not mean.is_floating_point():
             raise InputError(f"{name} is of type {type(mean).__name__}; expected a float tensor")
-        if mean.shape != vectors.shape or not mean.isfinite().all():
+        copied = mean.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if copied.shape != vectors.shape or not copied.isfinite().all():
             raise InputError(
-                f"{name} is {list(mean.shape)} or not finite; expected finite numbers "
+                f"{name} is {list(copied.shape)} or not finite; expected finite float32 numbers "
                 f"{list(vectors.shape)}, as of the vectors"
             )
-        copies.append(mean.detach().to("cpu", torch.float32, copy=True).contiguous())
+        copies.append(copied)
     return Means(*copies)
 
 

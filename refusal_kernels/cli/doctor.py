@@ -1,5 +1,7 @@
 """What is installed, and whether it works."""
 
+from contextlib import suppress
+
 from rich.table import Table
 from rich.text import Text
 
@@ -34,13 +36,13 @@ def doctor(
             key = f"{kind} {str(precision).removeprefix('torch.')}"
             facts[key] = str(ops.explain(device=kind, dtype=precision))
     facts["free memory"] = _sizes(free_bytes())
+    # before the load, which may need more than there is
+    console.print(f"free memory: {facts['free memory']}", soft_wrap=True)
     if (config := read_config(loading.model, loading.how())) is not None:
-        facts["weights, loaded in"] = _sizes(needed_bytes(config))
-        # before the load, which may need more than there is
-        for text in (
-            f"{loading.model}: weights loaded in {facts['weights, loaded in']}",
-            f"free memory: {facts['free memory']}",
-        ):
+        with suppress(Exception):  # a model of no known kind: the load says so
+            needed = needed_bytes(config, loading.trust_remote_code)
+            facts["weights, loaded in"] = _sizes(needed)
+            text = f"{loading.model}: weights loaded in {facts['weights, loaded in']}"
             console.print(Text(text), soft_wrap=True)
     with progress_bars() as step, single_step(step("Load the model")):
         model, _ = loading.load()
@@ -50,7 +52,7 @@ def doctor(
         details = handle.report().details
     facts["device"] = describe_device(input_device(model))
     facts["weights"] = _sizes(held_bytes(model))
-    facts.setdefault("weights, loaded in", _sizes(needed_bytes(model.config)))
+    facts.setdefault("weights, loaded in", _sizes(needed_bytes(model.config, True)))
     facts["blocks"] = "; ".join(
         f"{_ranges(blocks)} on {place}" if place != "offloaded" else f"{_ranges(blocks)} {place}"
         for place, blocks in block_devices(model).items()

@@ -6,7 +6,9 @@ from typing import Any
 from refusal_kernels.errors import InputError, first_line
 
 
-def add_adapter(model: Any, adapter: str, *, offline: bool = False) -> Any:
+def add_adapter(
+    model: Any, adapter: str, *, offline: bool = False, revision: str | None = None
+) -> Any:
     """Merge an adapter into a model's weights, in their dtype, or attach it where they are packed.
 
     Parameters
@@ -17,6 +19,8 @@ def add_adapter(model: Any, adapter: str, *, offline: bool = False) -> Any:
         A PEFT folder, or a repository of the hub.
     offline
         Whether only files on this machine are used.
+    revision
+        A branch, tag or commit of the repository.
 
     Returns
     -------
@@ -30,19 +34,23 @@ def add_adapter(model: Any, adapter: str, *, offline: bool = False) -> Any:
         If PEFT is not installed, or the adapter is none for this model.
     """
     try:
-        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+        from peft import PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
     except ImportError:
         raise InputError(f"the adapter '{adapter}' needs PEFT: pip install peft") from None
+    source: dict[str, Any] = {"local_files_only": offline, "revision": revision}
     plain = not getattr(model, "is_quantized", False) and (getattr(model, "tp_size", None) or 1) < 2
     try:
         with warnings.catch_warnings():
             # what the file lacks keeps its initial values, and PEFT only warns
             warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted: Any = PeftModel.from_pretrained(model, adapter, local_files_only=offline)
-        prompt = adapted.active_peft_config.is_prompt_learning
+            adapted: Any = PeftModel.from_pretrained(model, adapter, **source)
+        config = adapted.active_peft_config
+        prompt = config.is_prompt_learning
         if not prompt:
+            if config.peft_type == PeftType.ADALORA:
+                config.rank_pattern = None  # its modules have these sizes now
             # what the file holds and the adapter has no place for, PEFT drops without a word
-            weights = load_peft_weights(adapter, device="cpu", local_files_only=offline)
+            weights = load_peft_weights(adapter, device="cpu", **source)
             loaded: Any = set_peft_model_state_dict(adapted, weights)
             if dropped := loaded.unexpected_keys:
                 raise InputError(

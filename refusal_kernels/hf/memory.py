@@ -28,14 +28,14 @@ def held_bytes(model: Any) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def needed_bytes(config: Any) -> dict[str, int]:
+def needed_bytes(config: Any, trust_remote_code: bool = False) -> dict[str, int]:
     """Return the bytes that the weights of a model take: by dtype, and quantized at load."""
     config = copy.deepcopy(config)
     for name in ("quantization_config", "distributed_config"):
         if hasattr(config, name):
             delattr(config, name)
     with torch.device("meta"):
-        empty = auto_class(config).from_config(config)
+        empty = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     total = sum(parameter.numel() for parameter in empty.parameters())
     matrices = sum(
         module.weight.numel()

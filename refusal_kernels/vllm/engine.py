@@ -114,12 +114,14 @@ class Engine(ServedModel):
         self._source = {
             key: engine_args[key] for key in ("revision", "trust_remote_code") if key in engine_args
         }
-        additional = dict(engine_args.pop("additional_config", None) or {})
+        additional = engine_args.pop("additional_config", None) or {}
+        if not isinstance(additional, dict) or not isinstance(additional.get(KEY, {}), dict):
+            raise InputError(f"additional_config, and {KEY!r} in it, must be objects")
         settings = {
             "slots": slots or max(map(slots_of, given.values()), default=1),
             "reads": positions,
         }
-        additional[KEY] = {**additional.get(KEY, {}), **settings}
+        additional = {**additional, KEY: {**additional.get(KEY, {}), **settings}}
         # prompts come as tokens, and answers are decoded with the chat format
         options = {"skip_tokenizer_init": True, "generation_config": "vllm", **engine_args}
         token = following.set(spelled(given) if given else None)

@@ -228,8 +228,8 @@ class Catalog:
 def _check_mark(mark: Any) -> None:
     """Refuse what no worker could read: it would end the engine."""
     good = isinstance(mark, list | tuple) and len(mark) == 3 and mark[0] in READINGS
-    good = good and all(type(number) is int and 0 <= number < 2**31 for number in mark[1:])
-    if not good or (mark[0] == MOMENTS and mark[1] >= GROUPS):
+    good = good and all(type(number) is int and 0 <= number < 2**63 for number in mark[1:])
+    if not good or mark[2] >= 2**31 or (mark[0] == MOMENTS and mark[1] >= GROUPS):
         raise InputError(
             f"{READ!r} is {mark!r}; expected [{' or '.join(READINGS)}, number, length of prompt]"
         )

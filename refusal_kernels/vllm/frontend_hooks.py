@@ -10,7 +10,12 @@ from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.counters import REFUSED, counter
 from refusal_kernels.vllm.frontend import Catalog, following
 from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
-from refusal_kernels.vllm.http_requests import check_request, list_programs, resolve_model
+from refusal_kernels.vllm.http_requests import (
+    XARGS,
+    check_request,
+    list_programs,
+    resolve_model,
+)
 from refusal_kernels.vllm.names import CATALOG, KEY, STEER, VERSIONS
 
 
@@ -47,6 +52,8 @@ def _check_request(serving: Any, request: Any, *_: Any, **__: Any) -> None:
         with _as_bad_request():
             resolve_model(request, served, catalog.programs)
             check_request(request, catalog.programs.get(catalog.default or ""))
+            # a stream of responses has begun before the engine sees its request
+            catalog.read(getattr(request, XARGS, None))
 
 
 def _list_programs(models: Any, *_: Any, result: Any, **__: Any) -> None:

@@ -3,7 +3,7 @@
 ``"model": "NAME:PROGRAM"`` names a program too, so that every OpenAI client can choose one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from refusal_kernels.errors import InputError
@@ -37,14 +37,17 @@ def check_request(request: Any, default: NamedProgram | None = None) -> None:
         if name in (STEER, *FLAT):
             raise InputError(f"the request has {name!r} outside {XARGS!r}; expected it inside")
         refuse_misspelled([name])
-        if isinstance(value, dict) and {STEER, *FLAT} & set(value):
-            raise InputError(
-                f"the request has {STEER!r} in {name!r}; expected it in {XARGS!r}, of chats and "
-                "completions alone"
-            )
+        for key in _keys_within([value]):
+            refuse_misspelled([key])
+            if key in (STEER, *FLAT):
+                raise InputError(
+                    f"the request has {key!r} in {name!r}; expected it in {XARGS!r}, of chats and "
+                    "completions alone"
+                )
     extra = getattr(request, XARGS, None) or {}
     if not getattr(request, "use_beam_search", False):
         return
+    refuse_misspelled(extra)
     if default is not None and default.span.positions != "all":
         raise InputError(
             "a beam search is not steered by a default program with positions: to vLLM each of its "
@@ -104,6 +107,15 @@ def list_programs(cards: list[Any], programs: Mapping[str, Any], default: str | 
         for card in list(cards)
         for name in names
     ]
+
+
+def _keys_within(value: Any) -> Iterator[str]:
+    """Give the keys of the objects inside a field that vLLM does not know."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            yield from _keys_within(inner)
 
 
 def _takes_xargs(request: Any) -> bool:

@@ -77,9 +77,7 @@ def read_steering(
         raise InputError(f"{RESOLVED!r} is set by the engine itself")
     refuse_misspelled(extra)
     steer = extra.get(STEER)
-    if steer not in (None, NONE) and (common := [key for key in COMMON if key in extra]):
-        right = f"it in {STEER}" if isinstance(steer, dict) else repr(COMMON[common[0]])
-        raise InputError(f"the request has {common[0]!r}; expected {right}")
+    nested = isinstance(steer, dict)
     if not isinstance(steer, dict):
         steer = {} if steer is None and STEER not in extra else {"program": steer}
     elif flat := [key for key in FLAT if key in extra]:
@@ -89,6 +87,10 @@ def read_steering(
         raise InputError(f"{STEER} has {unknown[0]!r}; expected {', '.join(FIELDS)}")
     given = steer.get("strength")
     name = steer.get("program", default)
+    if name not in (None, NONE) and (common := [key for key in COMMON if key in extra]):
+        meant = COMMON[common[0]]
+        right = f"{FLAT[meant]!r} in {STEER}" if nested else repr(meant)
+        raise InputError(f"the request has {common[0]!r}; expected {right}")
     strength = 1.0 if given is None else finite_number(given, f"the strength of program {name!r}")
     if name is None and (alone := [field for field in FLAT.values() if field in steer]):
         given = f"{alone[0]} {steer[alone[0]]!r}"

@@ -109,6 +109,8 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path, monkeypatch, capsy
     assert run_command(*edit) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.endswith("brings code of its own; read it, then give --trust-remote-code")
+    assert run_command("doctor", "--model", path, "--trust-remote-code") == 0
+    assert "weights loaded in float32" in capsys.readouterr().out
     model, _ = rk.load(str(path), "cpu", trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits)
@@ -163,6 +165,16 @@ def test_adapters(folder, tmp_path):
     assert type(model).__name__ == "LlamaForCausalLM"  # merged
     torch.testing.assert_close(model(IDS).logits, lora(IDS).logits)
 
+    ranks = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4)
+    ranks.rank_pattern = {f"model.layers.{k}.self_attn.q_proj.lora_E": [True] for k in range(3)}
+    adapted = peft.get_peft_model(tiny_model(), ranks)
+    for key in ranks.rank_pattern:
+        ranks.rank_pattern[key] = [True, False, True, False]
+    adapted.base_model.resize_modules_by_rank_pattern(ranks.rank_pattern, "default")
+    adapted.save_pretrained(tmp_path / "ranks")
+    model, _ = rk.load(str(folder), "cpu", adapter=str(tmp_path / "ranks"))
+    torch.testing.assert_close(model(IDS).logits, adapted.eval()(IDS).logits)
+
     prompt = saved("prompt", peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     model, _ = rk.load(str(folder), "cpu", adapter=str(tmp_path / "prompt"))
     torch.testing.assert_close(model(IDS).logits, prompt(IDS).logits)
@@ -196,10 +208,10 @@ def test_what_a_load_takes_and_where_it_is(folder, capsys):
     model.model.layers[1].to("meta")
     assert block_devices(model) == {"cpu": [0, 2], "offloaded": [1]}
 
-    before = f"{folder}: weights loaded in float32 0."
+    before = f"\n{folder}: weights loaded in float32 0."
     assert run_command("doctor", "--model", folder) == 0
     text = capsys.readouterr().out
-    assert text.startswith(before) and "\nfree memory: cpu " in text
+    assert text.startswith("free memory: cpu ") and before in text
     printed = " ".join(text.split())
     assert "0 to 2 on cpu" in printed and "float32" in printed and "MB" in printed
 

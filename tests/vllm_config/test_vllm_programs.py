@@ -502,8 +502,10 @@ def test_from_and_to_beside_a_flat_program_are_refused(programs):
     for key, right in rights.items():
         with pytest.raises(InputError, match=f"has '{key}'; expected '{right}'"):
             read_steering({"steer": "r", key: 10}, programs, None)
-        with pytest.raises(InputError, match=f"has '{key}'; expected it in steer"):
+        with pytest.raises(InputError, match=f"has '{key}'; expected '{right[6:]}' in steer"):
             read_steering({"steer": {"program": "r"}, key: 10}, programs, None)
+        with pytest.raises(InputError, match=f"has '{key}'; expected '{right}'"):
+            read_steering({key: 10}, programs, "r")  # the default
         assert read_steering({key: 10}, programs, None) is None  # another's, perhaps
         assert read_steering({"steer": "none", key: 10}, programs, None) is None
 

@@ -208,7 +208,8 @@ class ConditionRunner:
                 rows = iter(served_nats(self.model, scored * len(edits)))
             for name in edits:
                 for text, part in passages.items():
-                    conditions[name].losses[text] = loss_of([next(rows) for _ in part])
+                    with _naming([name]):
+                        conditions[name].losses[text] = loss_of([next(rows) for _ in part])
 
     def dose(
         self,
@@ -223,9 +224,11 @@ class ConditionRunner:
         model gives no numbers.
         """
         strengths = [strength for strength in sorted(strengths) if self._serves(edit.at(strength))]
+        noted = len(self.notes)
         try:
             return self._points(edit, strengths, passages, progress)
         except Broken:  # under one of them: each alone
+            del self.notes[noted:]
             points = list[DosePoint]()
             for done, strength in enumerate(strengths, 1):
                 try:
@@ -250,8 +253,14 @@ class ConditionRunner:
         asked = [(part, name) for name in names for part in parts]
         with steering(self.model, [edit.at(strength) for strength in strengths]) as route:
             every = iter(self._answered(asked, names, route, progress))
+            nats = None
+            if passages and isinstance(self.model, ServedModel):  # of all strengths in one queue
+                check_passages(passages)
+                with route([number for number in range(len(strengths)) for _ in passages]):
+                    nats = iter(served_nats(self.model, [*passages] * len(strengths)))
             for number, strength in enumerate(strengths):
                 found = {part: next(every) for part in parts}
+                scored = None if nats is None else [next(nats) for _ in passages or ()]
                 with route([number]), _naming([names[number]]):
                     try:
                         rates = {
@@ -261,7 +270,9 @@ class ConditionRunner:
                     except NoAnswers as error:
                         self.notes.append(f"strength {strength:g} is not measured: {error}")
                         continue
-                    loss = self._loss(passages) if passages else None
+                    loss = None if scored is None else loss_of(scored)
+                    if passages and scored is None:
+                        loss = self._loss(passages)
                 scores = {p: f.score for p, f in found.items() if f.score is not None}
                 kl = found["harmless"].kl
                 points.append(DosePoint(strength, **rates, refusal_scores=scores, kl=kl, loss=loss))

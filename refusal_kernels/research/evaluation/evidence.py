@@ -228,7 +228,9 @@ def evaluate(
     dose: dict[str, list[DosePoint]] = {}
     for kind, name in (("ablation", ABLATED), ("addition", ADDED)) if strengths else ():
         scored = passages[dose_text] if dose_text else None
-        dose[kind] = runner.dose(edits[name], strengths, scored, step(f"Dose of the {kind}"))
+        points = runner.dose(edits[name], strengths, scored, step(f"Dose of the {kind}"))
+        if points:  # else a note says why
+            dose[kind] = points
     return Evidence(
         direction={
             "norm": direction.norm, "layer": layer, "position": direction.position,

@@ -110,6 +110,8 @@ class SteeredLM(HFLM):
 
     def _create_model(self, pretrained: str, peft: str | None = None, **kwargs: Any) -> None:
         """Load as the harness does, and refuse a model or an adapter that its files do not hold."""
+        if peft is not None and kwargs.get("delta"):
+            raise InputError("peft and delta exclude each other; give one")
         auto_class = self.AUTO_MODEL_CLASS
         self.AUTO_MODEL_CLASS = _Checked(auto_class)
         try:
@@ -117,7 +119,11 @@ class SteeredLM(HFLM):
         finally:
             self.AUTO_MODEL_CLASS = auto_class
         if peft is not None:
-            self._model = add_adapter(self._model, peft)
+            tokens = len(self.tokenizer)
+            if self._model.config.get_text_config().vocab_size != tokens:
+                # as the harness does: the adapter may have added tokens
+                self._model.resize_token_embeddings(tokens)
+            self._model = add_adapter(self._model, peft, revision=kwargs.get("revision"))
 
     def close(self) -> None:
         """Give the model back unmodified."""

@@ -186,11 +186,11 @@ def find_candidates(
     for layer in range(layers):
         for place in range(positions):
             pair = [part[:, layer, place].double() for part in kept]
+            for mean, rows in zip(means, pair, strict=True):
+                mean[place, layer] = rows.mean(dim=0)  # of what the stream holds
             if winsorize is not None:
                 pair = [winsorized(rows, winsorize) for rows in pair]
             vectors[place, layer] = _candidate(method, *pair)
-            for mean, rows in zip(means, pair, strict=True):
-                mean[place, layer] = rows.mean(dim=0)
     name = method if winsorize is None else f"{method}, winsorized at {winsorize:g}"
     return Candidates(vectors, model_name, name, chat.render(INSTRUCTION), means)
 

@@ -204,6 +204,17 @@ def test_a_strength_that_destroys_the_model_leaves_the_others() -> None:
     assert note.startswith("strength 1e+30 destroys the model: Ablate at strength 1e+30: the model")
 
 
+def test_a_kind_of_dose_that_nothing_survives_is_left_out() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    direction = Direction(torch.randn(64), layer=1, position=-1)
+    document = evaluate(
+        model, tokenizer, direction, harmful=HARMFUL, harmless=HARMLESS, judges=[SubstringJudge()],
+        refusal_tokens=TOKENS, strengths=(1e30,), random_controls=0, max_new_tokens=2,
+    ).to_dict()  # fmt: skip
+    assert "ablation" not in document["dose"] and document["notes"]
+    assert all(document["dose"].values())  # so that the page draws what there is
+
+
 def test_answers_that_all_end_inside_a_thought(monkeypatch) -> None:
     """A strength under which no answer begins is left out and noted; a condition is named."""
     model, tokenizer = tiny_model(), tiny_tokenizer()

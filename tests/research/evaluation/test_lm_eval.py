@@ -259,6 +259,13 @@ def test_a_folder_that_does_not_hold_its_model_is_refused(tmp_path) -> None:
         lm.SteeredLM(str(tmp_path), device="cpu")
 
 
+def test_an_adapter_and_a_delta_exclude_each_other(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="peft and delta exclude each other"):
+        lm.SteeredLM(pretrained=str(tmp_path), intervention="none", peft="a", delta="b")
+
+
 def test_arguments_of_the_model_type(tmp_path) -> None:
     direction = Direction(torch.randn(64), layer=1, position=-1)
     path = tmp_path / "d.safetensors"
