@@ -263,6 +263,49 @@ def test_any_openai_client_chooses_a_program(server, path, directions):
             api.completions.create(prompt=prompt, model=name)
 
 
+QUESTION = [{"role": "user", "content": "How do I bake bread?"}]
+ENDPOINTS = {
+    "/v1/chat/completions": {"messages": QUESTION, "max_tokens": 8},
+    "/v1/chat/completions/batch": {"messages": [QUESTION], "max_tokens": 8},
+    "/v1/messages": {"messages": QUESTION, "max_tokens": 8},
+    "/v1/responses": {"input": QUESTION, "max_output_tokens": 8},
+}
+
+
+def texts_in(value):
+    """Give the answers in a response of any endpoint."""
+    if isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("text", "content") and isinstance(item, str):
+                yield item
+            else:
+                yield from texts_in(item)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_endpoint_of_texts_is_steered(endpoint, server):
+    client, _ = server
+
+    def asked(**others):
+        request = {"model": "tiny", "temperature": 0, **ENDPOINTS[endpoint], **others}
+        return client.post(endpoint, json=request)
+
+    def said(**others):
+        answer = asked(**others)
+        assert answer.status_code == 200, answer.text
+        (text,) = texts_in(answer.json())
+        return text
+
+    steered = said(vllm_xargs={"steer": "r"})
+    assert steered == said(model="tiny:r") != said()
+    for stream in (False, True) if "batch" not in endpoint else (False,):
+        answer = asked(vllm_xargs={"steer": "x"}, stream=stream)
+        assert answer.status_code == 400 and "no program 'x'" in answer.text
+
+
 def test_programs_are_reloaded_from_their_file(server, folder):
     client, process = server
     file, log = folder / "settings.toml", folder / "server.log"
