@@ -270,7 +270,8 @@ def _read_candidates(file: Path) -> Candidates | None:
 
 
 def _sha256(candidates: Candidates) -> str:
-    return hashlib.sha256(candidates.vectors.numpy().tobytes()).hexdigest()
+    tensors = (candidates.vectors, *(candidates.means or ()))
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def _alone(model: Any, direction: Direction, name: str) -> Candidates:
