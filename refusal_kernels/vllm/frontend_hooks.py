@@ -10,12 +10,7 @@ from refusal_kernels.vllm.config import read_settings
 from refusal_kernels.vllm.counters import REFUSED, counter
 from refusal_kernels.vllm.frontend import Catalog, following
 from refusal_kernels.vllm.hooks import AFTER, BEFORE, Hook, install
-from refusal_kernels.vllm.http_requests import (
-    XARGS,
-    check_request,
-    list_programs,
-    resolve_model,
-)
+from refusal_kernels.vllm.http_requests import XARGS, check_request, list_programs, resolve_model
 from refusal_kernels.vllm.names import CATALOG, KEY, STEER, VERSIONS
 
 
