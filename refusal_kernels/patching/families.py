@@ -41,7 +41,8 @@ class Family:
     adders
         Where the adds of a layer are if not (all) in its own forward, in order: (submodule, the
         parameter of its forward that is the stream or None for the first, what it writes: "attn"
-        or "mlp"). "" is the layer itself. A place that is not named is not steered.
+        or "mlp"). "" is the layer itself. A submodule stands here once, however many adds its
+        forward has. A place that is not named is not steered.
     hooked
         Submodules whose output is the stream, where no add can be rewritten: they do the adding
         with scales of their own, or the norm follows the add (post-norm), so that what is passed on
@@ -97,7 +98,7 @@ def register_family(*families: Family, replace: bool = False) -> None:
     ------
     InputError
         If a class has another record already and ``replace`` is False, a record names no class, has
-        both ``adders`` and ``hooked``, a field has another type than `Family` says, or a writer is
+        both ``adders`` and ``hooked``, names a submodule twice, a field has another type than `Family` says, or a writer is
         neither "attn" nor "mlp".
     """
     for family in families:
@@ -117,6 +118,11 @@ def register_family(*families: Family, replace: bool = False) -> None:
                     raise InputError(
                         f"a family's writer is {entry[-1]!r}; expected 'attn' or 'mlp'"
                     )
+        if len({entry[:2] for entry in family.adders}) < len(family.adders):
+            raise InputError(
+                f"adders of a family are {family.adders!r}; expected each submodule once: its "
+                "forward holds all of its adds"
+            )
         for name in family.classes:
             if not replace and _BY_CLASS.get(name, family) != family:
                 raise InputError(f"{name} belongs to another family already; replace=True replaces")

@@ -38,6 +38,8 @@ WRITERS = (
     ),
 )
 OTHER = "add"  # what is written by none of these
+# Methods that change their tensor.
+IN_PLACE = re.compile(r"^(?!requires_grad_)[a-z]\w*[^_]_$")
 # Methods whose result holds the same numbers, so is still the stream.
 SAME = {"view", "reshape", "contiguous", "to", "float", "type_as", "clone", "flatten", "squeeze"}
 
@@ -107,6 +109,7 @@ class _Follow(ast.NodeTransformer):
         self.guards: tuple[tuple[str, bool], ...] = ()
         self.adds: list[ResidualAdd] = []
         self.input_readers: list[str] = []
+        self.in_place: list[str] = []  # what writes into a stream, as source
 
     # --- what an expression holds
 
@@ -187,6 +190,11 @@ class _Follow(ast.NodeTransformer):
         return ast.copy_location(ast.Call(site, [branch, residual], []), node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
+        into = [word.value for word in node.keywords if word.arg == "out"]
+        if isinstance(node.func, ast.Attribute) and IN_PLACE.search(node.func.attr):
+            into.append(node.func.value)
+        if any(self.origin(tensor) is not None for tensor in into):
+            self.in_place.append(ast.unparse(node))
         if isinstance(node.func, ast.Name) and node.func.id in ADDING_FUNCTIONS:
             site = self._new_site(node.args[0])
             node.func = ast.Attribute(site, node.func.id, ast.Load())
@@ -210,6 +218,8 @@ class _Follow(ast.NodeTransformer):
         if isinstance(target, ast.Tuple):  # `hidden_states, weights = self.attn(...)`
             for element in target.elts:
                 self._assign(element, None, writers)
+        elif isinstance(target, ast.Subscript) and self.origin(target.value) is not None:
+            self.in_place.append(f"{ast.unparse(target)} = ...")
         elif isinstance(target, ast.Name):
             if target.id in self.family.stream_names:
                 origin = frozenset({INPUT})
@@ -233,6 +243,7 @@ class _Follow(ast.NodeTransformer):
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """Read `a += b` as `a = a + b` where it makes a stream; other in-place sums stay."""
         if not isinstance(node.target, ast.Name) or isinstance(node.value, ast.Tuple):
+            self._assign(node.target, None, frozenset())
             return self.generic_visit(node)
         load = ast.Name(node.target.id, ast.Load())
         whole = ast.copy_location(ast.BinOp(load, node.op, node.value), node)
@@ -338,9 +349,15 @@ def _generate(cls: type[nn.Module], stream: str | None, family: Family) -> Steer
         raise InputError(f"{path}.forward has no parameter {stream or 'beside self'}")
     follow = _Follow(stream or names[1].arg, family)
     function.body = [follow.visit(statement) for statement in function.body]
+    if follow.in_place:
+        raise InputError(
+            f"{path}.forward writes into the stream in place, where it cannot be steered: "
+            f"{follow.in_place[0]}; expected a sum such as x = x + y"
+        )
     if not follow.adds:
         raise InputError(
-            f"{path}.forward adds nothing to the stream: its sums are in submodules, before a norm"
+            f"{path}.forward adds nothing to the stream by a + b or a += b: its sums may be in "
+            "submodules, before a norm"
         )
     if not follow.returns_stream and not family.adders:
         raise InputError(f"{path}.forward returns no sum: {POST_NORM}")

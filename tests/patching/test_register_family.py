@@ -1,5 +1,8 @@
 """A family from elsewhere: its exceptions are one record that a user registers."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -52,6 +55,7 @@ def test_a_registered_family_is_steered_in_its_adds():
         (rk.Family(("X",), adders=(("", None, "mixer"),)), "writer is 'mixer'"),
         (rk.Family(("X",), adders=(("", "attn"),)), r"adders of a family holds .*expected 3 items"),
         (rk.Family(("X",), adders, (("inner", "mlp"),)), "has adders and hooked"),
+        (rk.Family(("X",), adders=(("j", "c", "attn"), ("j", "c", "mlp"))), "each submodule once"),
     ):
         with pytest.raises(rk.InputError, match=why):
             rk.register_family(wrong)
@@ -65,6 +69,34 @@ def test_a_registered_family_is_steered_in_its_adds():
     with rk.patch(odd, ablate, fuse_norms=False, fused=True) as handle, torch.no_grad():
         assert handle.report().claimed == 7
         assert torch.equal(odd(tokens).logits, want)
+
+
+@pytest.mark.parametrize("line", [
+    "hidden_states.add_(written)",
+    "hidden_states[:] = hidden_states + written",
+    "hidden_states[:] += written",
+    "torch.add(hidden_states, written, out=hidden_states)",
+])  # fmt: skip
+def test_a_block_that_writes_into_the_stream_is_refused(line, tmp_path, monkeypatch):
+    (tmp_path / "in_place.py").write_text(
+        "import torch\n"
+        "from transformers.models.llama.modeling_llama import LlamaDecoderLayer\n"
+        "class InPlaceLayer(LlamaDecoderLayer):\n"
+        "    def forward(self, hidden_states, **kwargs):\n"
+        "        written, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)\n"
+        "        hidden_states = hidden_states + written\n"
+        "        written = self.mlp(self.post_attention_layernorm(hidden_states))\n"
+        f"        {line}\n"
+        "        return hidden_states\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "in_place", raising=False)
+    layer = importlib.import_module("in_place").InPlaceLayer
+    model = tiny_model()
+    for block in model.model.layers:
+        block.__class__ = layer
+    with pytest.raises(rk.InputError, match=r"InPlaceLayer\.forward writes into the stream in pla"):
+        rk.patch(model, rk.Ablate(rk.Direction(torch.randn(64))))
 
 
 def test_unpatch_undoes_what_has_no_handle():
