@@ -73,9 +73,15 @@ def check_program(interventions: Sequence[Intervention]) -> None:
     owners = torch.tensor([owner for _, owner, _ in terms])
     alone = torch.tensor([count == 1 for _, _, count in terms])
     checked = (owners[:, None] != owners) | torch.diag(alone)
-    off = (read @ write.T - torch.eye(len(terms), dtype=read.dtype)).abs()
-    worst = float(off.masked_fill(~checked, 0.0).max())
-    if worst > ORTHONORMAL:
+    products = read @ write.T
+    off = (products - torch.eye(len(terms), dtype=read.dtype)).abs().masked_fill(~checked, 0.0)
+    own = int(off.diagonal().argmax())
+    if float(off[own, own]) > ORTHONORMAL:
+        raise InputError(
+            f"the slot of an intervention has read . write = {float(products[own, own]):.4g}; "
+            "expected 1, with every factor in a, c and b"
+        )
+    if (worst := float(off.max())) > ORTHONORMAL:
         raise InputError(
             "several directions at one place must be orthonormal; the largest cosine between "
             f"two of them is {worst:.4g}; orthonormalize them first (torch.linalg.qr)"

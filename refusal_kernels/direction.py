@@ -170,7 +170,8 @@ class Candidates:
     ----------
     vectors : Tensor
         Floating point [position, layer, hidden]: the raw vectors, read at the input of each decoder
-        layer. Position -1 is the last token. A float32 copy on the CPU is kept.
+        layer. Position -1 is the last token. A float32 copy on the CPU is kept. At layer 0 a vector
+        is usually zero: the template's tokens have the same embedding in every prompt.
     model : str, optional
         The name of the model they were read from.
     method : str

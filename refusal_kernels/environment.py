@@ -31,8 +31,8 @@ def versions() -> dict[str, str]:
 def _commit() -> str | None:
     """Return the commit of the checkout that this package runs from, if it runs from one.
 
-    "-dirty" where a tracked file differs; recorded results do not count, or a run that writes
-    its own could not be resumed. A copy without ``.git``, on another machine say, is told by
+    "-dirty" where a tracked file differs, or the package has a new one; recorded results do not
+    count, or a run that writes its own could not be resumed. A copy without ``.git``, on another machine say, is told by
     ``REFUSAL_KERNELS_COMMIT``.
     """
     if told := os.environ.get("REFUSAL_KERNELS_COMMIT"):
@@ -44,6 +44,8 @@ def _commit() -> str | None:
     try:
         commit = _git(root, "describe", "--always", "--abbrev=12")
         differs = _git(root, "diff", "--name-only", "HEAD", "--", *code)
+        new = ("ls-files", "--others", "--exclude-standard", "--", "refusal_kernels", "csrc")
+        differs = differs or _git(root, *new)
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}-dirty" if differs else commit

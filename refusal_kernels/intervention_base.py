@@ -33,7 +33,8 @@ class Slot(NamedTuple):
     Attributes
     ----------
     read, write
-        float32 [hidden]: what the stream is projected on, and what is added to it.
+        float32 [hidden]: what the stream is projected on, and what is added to it. Of a single
+        slot that reads, read . write is 1: factors stand in a, c and b.
     a, c, b, low, high
         The numbers of phi.
     """

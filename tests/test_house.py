@@ -61,7 +61,6 @@ def test_no_name_of_a_package_hides_a_module_of_it():
     assert hidden == []
 
 
-@pytest.mark.full
 def test_every_mutant_changes_a_text_that_occurs_once():
     assert len(mutants.MUTANTS) >= 30
     for mutant in mutants.MUTANTS:

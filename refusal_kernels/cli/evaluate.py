@@ -116,6 +116,7 @@ def evaluate(
     from refusal_kernels.hf.embedded import EMBEDDED
     from refusal_kernels.research.evaluation import evidence
     from refusal_kernels.research.evaluation.html import write_page
+    from refusal_kernels.research.evaluation.judges import check_judge
     from refusal_kernels.research.evaluation.likelihood import (
         context_of,
         own_passages,
@@ -149,6 +150,8 @@ def evaluate(
 
         asked = lm_eval.split(",")
         manager = find_tasks(asked, lm_eval_include)
+    for spec in judge or ():
+        check_judge(spec)
     common.prepare(report, json_file)
 
     model, template = chat.load(loading, sets, loaded, positions=1)

@@ -366,6 +366,7 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(**values: Any) -> Any:
+        _refuse_one_file_twice(values)
         made = {
             name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
@@ -378,3 +379,12 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _refuse_one_file_twice(values: Mapping[str, Any]) -> None:
+    """Refuse two options that name one file: a command would read it, and write over it."""
+    paths = [value for value in values.values() if isinstance(value, Path)]
+    real = [os.path.realpath(path) for path in paths]
+    for path, name in zip(paths, real, strict=True):
+        if real.count(name) > 1:
+            raise InputError(f"{path} is given twice; expected a file for each option")

@@ -60,7 +60,8 @@ def tokens_first(layer: nn.Module) -> bool:
 
 def layer_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return what a decoder layer is called with, as a pre-hook sees it: [batch, tokens, ...]."""
-    stream: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
+    stream: torch.Tensor = args[0] if args else kwargs[name]
     return stream.transpose(0, 1) if tokens_first(layer) else stream
 
 

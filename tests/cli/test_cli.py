@@ -237,6 +237,15 @@ BAD = {
         "no prompt",
     ),
     "no prompt file": ("extract --model model --out out", "--harmful FILE is needed"),
+    "a file for two options": (
+        f"evaluate --model model --direction direction.safetensors --json direction.safetensors "
+        f"{PROMPTS}",
+        "direction.safetensors is given twice",
+    ),
+    "no such judge": (
+        f"evaluate --model model --direction direction.safetensors --judge substring {PROMPTS}",
+        "judge 'substring' is none of substrings, tokens, model:MODEL",
+    ),
     "negative layer": (f"{STEERED} --add --block-input -1", "block_input is -1"),
     "layer beyond the model": (f"{STEERED} --add --block-input 3", "the model has 3 blocks"),
     "unknown dtype": (f"{GENERATE} --dtype int8", "dtype is 'int8'"),

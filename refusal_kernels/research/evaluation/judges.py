@@ -154,6 +154,7 @@ A new kind of judge is one more entry.
 
 def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
     """Make a judge from its spec: NAME or NAME:TEXT with a name in `JUDGES`, or a model alone."""
+    check_judge(spec)
     name, _, text = spec.partition(":")
     if name in JUDGES:
         try:
@@ -162,7 +163,15 @@ def make_judge(spec: str, inputs: JudgeInputs) -> Judge:
             raise
         except ValueError:  # such as a number that is none
             raise InputError(f"judge '{spec}': {name} does not take '{text}'") from None
-    # a word alone is a mistyped name rather than a model: no hub is asked for it
-    if not set(spec) & set("/#\\") and not Path(spec).is_dir():
-        raise InputError(f"judge '{spec}' is none of {', '.join(JUDGES)}, model:MODEL")
     return load_judge(spec, inputs.device)
+
+
+def check_judge(spec: str) -> None:
+    """Refuse a mistyped name, before anything is loaded.
+
+    A word alone is a name rather than a model: no hub is asked for it.
+    """
+    if spec.partition(":")[0] not in JUDGES and not set(spec) & set("/#\\"):
+        if not Path(spec).is_dir():
+            kinds = ", ".join(name for name in JUDGES if name != "model")
+            raise InputError(f"judge '{spec}' is none of {kinds}, model:MODEL")
