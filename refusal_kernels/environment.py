@@ -32,8 +32,8 @@ def _commit() -> str | None:
     """Return the commit of the checkout that this package runs from, if it runs from one.
 
     "-dirty" where a tracked file differs, or the package has a new one; recorded results do not
-    count, or a run that writes its own could not be resumed. A copy without ``.git``, on another machine say, is told by
-    ``REFUSAL_KERNELS_COMMIT``.
+    count, or a run that writes its own could not be resumed. A copy without ``.git``, on another
+    machine say, is told by ``REFUSAL_KERNELS_COMMIT``.
     """
     if told := os.environ.get("REFUSAL_KERNELS_COMMIT"):
         return told

@@ -6,7 +6,6 @@ import pkgutil
 from pathlib import Path
 
 import mutants
-import pytest
 
 import refusal_kernels as rk
 

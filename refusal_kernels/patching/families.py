@@ -98,8 +98,8 @@ def register_family(*families: Family, replace: bool = False) -> None:
     ------
     InputError
         If a class has another record already and ``replace`` is False, a record names no class, has
-        both ``adders`` and ``hooked``, names a submodule twice, a field has another type than `Family` says, or a writer is
-        neither "attn" nor "mlp".
+        both ``adders`` and ``hooked``, names a submodule twice, a field has another type than
+        `Family` says, or a writer is neither "attn" nor "mlp".
     """
     for family in families:
         if not family.classes:

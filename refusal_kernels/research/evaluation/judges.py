@@ -171,7 +171,7 @@ def check_judge(spec: str) -> None:
 
     A word alone is a name rather than a model: no hub is asked for it.
     """
-    if spec.partition(":")[0] not in JUDGES and not set(spec) & set("/#\\"):
-        if not Path(spec).is_dir():
-            kinds = ", ".join(name for name in JUDGES if name != "model")
-            raise InputError(f"judge '{spec}' is none of {kinds}, model:MODEL")
+    named = spec.partition(":")[0] in JUDGES
+    if not named and not set(spec) & set("/#\\") and not Path(spec).is_dir():
+        kinds = ", ".join(name for name in JUDGES if name != "model")
+        raise InputError(f"judge '{spec}' is none of {kinds}, model:MODEL")
