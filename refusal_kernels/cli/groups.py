@@ -383,7 +383,9 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse_one_file_twice(values: Mapping[str, Any]) -> None:
     """Refuse two options that name one file: a command would read it, and write over it."""
-    paths = [value for value in values.values() if isinstance(value, Path)]
+    paths = [
+        path for path in values.values() if isinstance(path, Path) and not path.is_char_device()
+    ]
     real = [os.path.realpath(path) for path in paths]
     for path, name in zip(paths, real, strict=True):
         if real.count(name) > 1:
