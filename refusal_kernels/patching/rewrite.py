@@ -242,8 +242,9 @@ class _Follow(ast.NodeTransformer):
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """Read `a += b` as `a = a + b` where it makes a stream; other in-place sums stay."""
-        if not isinstance(node.target, ast.Name) or isinstance(node.value, ast.Tuple):
+        if isinstance(node.target, ast.Subscript):
             self._assign(node.target, None, frozenset())
+        if not isinstance(node.target, ast.Name) or isinstance(node.value, ast.Tuple):
             return self.generic_visit(node)
         load = ast.Name(node.target.id, ast.Load())
         whole = ast.copy_location(ast.BinOp(load, node.op, node.value), node)
