@@ -381,12 +381,23 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+WRITTEN = (
+    "out",
+    "json_file",
+    "plot",
+    "report",
+    "checkpoint",
+    "record",
+)  # options of what is written
+
+
 def _refuse_one_file_twice(values: Mapping[str, Any]) -> None:
-    """Refuse two options that name one file: a command would read it, and write over it."""
-    paths = [
-        path for path in values.values() if isinstance(path, Path) and not path.is_char_device()
-    ]
-    real = [os.path.realpath(path) for path in paths]
-    for path, name in zip(paths, real, strict=True):
-        if real.count(name) > 1:
-            raise InputError(f"{path} is given twice; expected a file for each option")
+    """Refuse to write what another option names: a command would read it, and write over it."""
+    paths = {
+        name: os.path.realpath(path)
+        for name, path in values.items()
+        if isinstance(path, Path) and not path.is_char_device()
+    }
+    for name in WRITTEN:
+        if name in paths and list(paths.values()).count(paths[name]) > 1:
+            raise InputError(f"{values[name]} is given twice; expected a file for each option")
