@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,22 @@ def prepare(*paths: Path | None) -> None:
         check_writable(path.parent)
         if path.is_dir():
             raise InputError(f"{path} is a folder; expected the name of a file")
+
+
+# the options that name what is written
+WRITTEN = ("out", "json_file", "plot", "report", "checkpoint", "record")
+
+
+def refuse_one_file_twice(values: Mapping[str, Any]) -> None:
+    """Refuse to write what another option names: a command would read it, and write over it."""
+    paths = {
+        name: os.path.realpath(path)
+        for name, path in values.items()
+        if isinstance(path, Path) and not path.is_char_device()
+    }
+    for name in WRITTEN:
+        if name in paths and list(paths.values()).count(paths[name]) > 1:
+            raise InputError(f"{values[name]} is given twice; expected a file for each option")
 
 
 def clean_up() -> None:

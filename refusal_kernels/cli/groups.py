@@ -366,7 +366,7 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(**values: Any) -> Any:
-        _refuse_one_file_twice(values)
+        common.refuse_one_file_twice(values)
         made = {
             name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             for name, kind in groups.items()
@@ -379,25 +379,3 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
-
-
-WRITTEN = (
-    "out",
-    "json_file",
-    "plot",
-    "report",
-    "checkpoint",
-    "record",
-)  # options of what is written
-
-
-def _refuse_one_file_twice(values: Mapping[str, Any]) -> None:
-    """Refuse to write what another option names: a command would read it, and write over it."""
-    paths = {
-        name: os.path.realpath(path)
-        for name, path in values.items()
-        if isinstance(path, Path) and not path.is_char_device()
-    }
-    for name in WRITTEN:
-        if name in paths and list(paths.values()).count(paths[name]) > 1:
-            raise InputError(f"{values[name]} is given twice; expected a file for each option")
